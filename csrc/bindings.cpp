@@ -1,0 +1,31 @@
+#include <torch/extension.h>
+
+#include "cpu/isa.h"
+#include "plan.h"
+#include "step.h"
+
+namespace fusedopt {
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.attr("built_with_cuda") = built_with_cuda();
+  m.attr("cuda_device_type") = cuda_device_type();
+  m.def("cpu_isa", [] { return cpu::isa_name(cpu::best_isa()); });
+
+  py::class_<Plan>(m, "Plan")
+      .def(py::init<const std::string&, const std::string&, const py::list&, const py::dict&>(),
+           py::arg("rule"), py::arg("backend"), py::arg("param_groups"), py::arg("state"))
+      .def("nonfinite", &Plan::nonfinite)
+      .def(
+          "step",
+          [](Plan& plan, const py::list& param_groups, const py::dict& state, double max_grad_norm,
+             bool measure, bool skip_nonfinite, const std::optional<at::Tensor>& grad_scale,
+             const std::optional<at::Tensor>& found_inf, const at::Tensor& control) {
+            return step(plan, param_groups, state,
+                        {max_grad_norm, measure, skip_nonfinite, grad_scale, found_inf, control});
+          },
+          py::arg("param_groups"), py::arg("state"), py::kw_only(), py::arg("max_grad_norm"),
+          py::arg("measure"), py::arg("skip_nonfinite"), py::arg("grad_scale"),
+          py::arg("found_inf"), py::arg("control"));
+}
+
+}  // namespace fusedopt

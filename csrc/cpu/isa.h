@@ -1,0 +1,41 @@
+// One source, several instruction sets: the best that the processor has is chosen at run time.
+#pragma once
+
+namespace fusedopt::cpu {
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+Isa best_isa();
+const char* isa_name(Isa isa);
+
+// Kernel::run(arguments...), always inlined, compiled once for each instruction set. Contraction
+// into FMA is off for the whole build, so that all of them give the same bits.
+template <class Kernel, class... Arguments>
+void run_baseline(Arguments... arguments) {
+  Kernel::run(arguments...);
+}
+
+#if defined(__x86_64__)
+template <class Kernel, class... Arguments>
+__attribute__((target("avx2,f16c,fma,bmi2"))) void run_avx2(Arguments... arguments) {
+  Kernel::run(arguments...);
+}
+
+template <class Kernel, class... Arguments>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,fma,bmi2,"
+                      "prefer-vector-width=512"))) void
+run_avx512(Arguments... arguments) {
+  Kernel::run(arguments...);
+}
+#endif
+
+template <class Kernel, class... Arguments>
+void run_best(Isa isa, Arguments... arguments) {
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx512) return run_avx512<Kernel>(arguments...);
+  if (isa == Isa::kAvx2) return run_avx2<Kernel>(arguments...);
+#endif
+  run_baseline<Kernel>(arguments...);
+}
+
+}  // namespace fusedopt::cpu

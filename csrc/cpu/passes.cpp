@@ -1,0 +1,147 @@
+#include "passes.h"
+
+#include <atomic>
+
+#include "../rules.h"
+#include "grad_norm.h"
+#include "isa.h"
+#include "update.h"
+
+namespace fusedopt::cpu {
+
+namespace {
+
+double sum_of_squares(const Pass& pass, Isa isa, Chunk chunk) {
+  const TensorEntry& tensor = pass.tensors[chunk.tensor];
+  double sum = 0;
+  visit_types(tensor, [&](auto types) {
+    using param_t = typename decltype(types)::param_t;
+    using grad_t = typename decltype(types)::grad_t;
+    const auto* grad = static_cast<const grad_t*>(pass.grads[chunk.tensor]) + chunk.begin();
+    run_best<SumOfSquares<param_t, grad_t>>(isa, grad, chunk.size(tensor.numel), &sum);
+  });
+  return sum;
+}
+
+// What a thread keeps between chunks: the last tensor's coefficients, as most tensors share them.
+template <class Rule>
+class Updater {
+ public:
+  Updater(const Pass& pass, Isa isa, double grad_factor)
+      : pass_(pass), isa_(isa), grad_factor_(grad_factor) {}
+
+  void update(Chunk chunk) {
+    const TensorEntry& tensor = pass_.tensors[chunk.tensor];
+    prepare_for(tensor);
+    visit_types(tensor, [&](auto types) {
+      visit_variant<Rule>(pass_.groups[tensor.group].states_used, [&](auto used) {
+        run_best<Update<Rule, used(), decltype(types)>>(isa_, &tensor, pass_.grads[chunk.tensor],
+                                                        chunk, &prepared_);
+      });
+    });
+  }
+
+ private:
+  void prepare_for(const TensorEntry& tensor) {
+    float scalars[kMaxScalars] = {};
+    load_scalars<Rule>(tensor, scalars);
+    if (tensor.group == group_ && memcmp(scalars, scalars_, sizeof(scalars)) == 0) return;
+    group_ = tensor.group;
+    memcpy(scalars_, scalars, sizeof(scalars));
+    prepared_ = prepare<Rule>(pass_.groups[group_], scalars, grad_factor_);
+  }
+
+  const Pass& pass_;
+  const Isa isa_;
+  const double grad_factor_;
+  uint32_t group_ = UINT32_MAX;
+  float scalars_[kMaxScalars];
+  Prepared<Rule> prepared_;
+};
+
+// Calls body(chunk index) for every chunk that has a gradient, each in one of the threads.
+template <class Body>
+void walk(const Pass& pass, const Schedule& schedule, std::atomic<int64_t>& next, bool reverse,
+          Body body) {
+  const int64_t num_spans = static_cast<int64_t>(schedule.spans.size());
+  for (int64_t taken = next++; taken < num_spans; taken = next++) {
+    const Span span = schedule.spans[reverse ? num_spans - 1 - taken : taken];
+    for (int64_t i = span.first; i < span.last; ++i) {
+      const int64_t chunk = reverse ? span.first + span.last - 1 - i : i;
+      if (pass.grads[pass.chunks[chunk].tensor] != nullptr) {
+        body(chunk);
+      } else {
+        pass.chunk_sums[chunk] = 0;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+std::vector<Span> make_spans(const TensorEntry* tensors, const std::vector<Chunk>& chunks) {
+  std::vector<Span> spans;
+  int64_t elements = kChunkSize;  // a full span before the first
+  for (int64_t i = 0; i < static_cast<int64_t>(chunks.size()); ++i) {
+    const int64_t size = chunks[i].size(tensors[chunks[i].tensor].numel);
+    if (elements + size > kChunkSize) {
+      spans.push_back({i, i});
+      elements = 0;
+    }
+    spans.back().last = i + 1;
+    elements += size;
+  }
+  return spans;
+}
+
+template <class Rule>
+void run(const Pass& pass, const Schedule& schedule, Phases phases) {
+  const Isa isa = best_isa();
+  const bool measures = phases != Phases::kUpdate && pass.options.measure;
+  const bool updates = phases != Phases::kMeasure;
+  std::atomic<int64_t> next_to_measure{0}, next_to_update{0};
+  Decision decision{};
+
+#pragma omp parallel num_threads(schedule.threads)
+  {
+    if (measures) {
+      walk(pass, schedule, next_to_measure, false, [&](int64_t i) {
+        pass.chunk_sums[i] = sum_of_squares(pass, isa, pass.chunks[i]);
+      });
+#pragma omp barrier
+    }
+#pragma omp single
+    {
+      if (measures) pass.control->sum_of_squares = total(pass.chunk_sums, pass.num_chunks);
+      decision = decide(pass.options, pass.options.measure ? pass.control->sum_of_squares : 0.0);
+    }
+    if (updates && !decision.skip) {
+      Updater<Rule> updater(pass, isa, decision.grad_factor);
+      // In reverse: what the norm pass read last is still in the cache.
+      walk(pass, schedule, next_to_update, true, [&](int64_t i) {
+        if (!pass.options.measure) pass.chunk_sums[i] = sum_of_squares(pass, isa, pass.chunks[i]);
+        updater.update(pass.chunks[i]);
+      });
+    }
+  }
+  if (!updates) return;
+
+  if (!decision.skip) {
+    for (int64_t i = 0; i < pass.num_tensors; ++i) {
+      const TensorEntry& tensor = pass.tensors[i];
+      if (pass.grads[i] != nullptr) advance<Rule>(tensor, pass.groups[tensor.group]);
+    }
+  }
+  if (!pass.options.measure) {
+    pass.control->sum_of_squares = total(pass.chunk_sums, pass.num_chunks);
+    decision = decide(pass.options, pass.control->sum_of_squares);
+    
+  }
+  record(*pass.control, decision, pass.control->sum_of_squares);
+}
+
+#define FUSEDOPT_INSTANTIATE(Rule) \
+  template void run<Rule>(const Pass&, const Schedule&, Phases);
+FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_INSTANTIATE)
+
+}  // namespace fusedopt::cpu

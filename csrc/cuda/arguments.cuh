@@ -1,0 +1,69 @@
+// A kernel's arguments: the pass, and behind it by value what moves from step to step.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "block.cuh"
+#include "passes.h"
+
+namespace fusedopt::cuda {
+
+// CUDA takes 4 KiB of arguments anywhere, and 32,764 bytes since 12.1 on compute capability 7.0. The
+// smaller size serves up to about 450 tensors.
+inline constexpr size_t kSmall = 3840;
+inline constexpr size_t kLarge = 32512;
+
+template <size_t kBytes>
+struct Arguments {
+  Pass pass;
+  unsigned* ticket;
+  const void* moving;                        // null: it is inlined
+  unsigned char* keep;                       // null, or where to leave what is inlined
+  alignas(8) unsigned char inlined[kBytes];  // the gradients' pointers, then the groups
+
+  __device__ void leave() const {
+    if (keep == nullptr || blockIdx.x != 0) return;
+    const size_t size = pass.num_tensors * sizeof(void*) + pass.num_groups * sizeof(Group);
+    for (size_t i = threadIdx.x; i < size; i += kThreads) keep[i] = inlined[i];
+  }
+
+  // The pass as the device sees it.
+  __device__ Pass on_device() const {
+    Pass result = pass;
+    result.grads = static_cast<const void* const*>(moving != nullptr ? moving : inlined);
+    result.groups = reinterpret_cast<const Group*>(result.grads + result.num_tensors);
+    return result;
+  }
+};
+static_assert(sizeof(Arguments<kSmall>) <= 4096 && sizeof(Arguments<kLarge>) <= 32764,
+              "CUDA's limits on the size of a kernel's arguments");
+
+inline size_t grads_bytes(const Pass& pass) { return pass.num_tensors * sizeof(void*); }
+inline size_t total_bytes(const Pass& pass) {
+  return grads_bytes(pass) + pass.num_groups * sizeof(Group);
+}
+
+// Bytes [offset, offset + size) of the gradients' pointers and the groups behind them.
+inline void copy_moving(const Pass& pass, size_t offset, size_t size, unsigned char* to) {
+  const auto* grads = reinterpret_cast<const unsigned char*>(pass.grads);
+  const auto* groups = reinterpret_cast<const unsigned char*>(pass.groups);
+  const size_t split = grads_bytes(pass);
+  const size_t of_grads = offset < split ? std::min(size, split - offset) : 0;
+  if (of_grads > 0) memcpy(to, grads + offset, of_grads);
+  if (of_grads < size) memcpy(to + of_grads, groups + (offset + of_grads - split), size - of_grads);
+}
+
+// A part of what moves, on its way to the device's memory.
+struct Piece {
+  unsigned char* to;
+  size_t size;
+  alignas(8) unsigned char bytes[kLarge];
+};
+
+// Through arguments, as a copy from pageable memory would wait for the stream.
+__global__ void __launch_bounds__(kThreads) upload_kernel(const __grid_constant__ Piece piece) {
+  for (size_t i = threadIdx.x; i < piece.size; i += kThreads) piece.to[i] = piece.bytes[i];
+}
+
+}  // namespace fusedopt::cuda

@@ -1,0 +1,61 @@
+// The norm pass: every chunk's sum of squares; the last block to finish adds them up.
+#pragma once
+
+#include "../dispatch.h"
+#include "arguments.cuh"
+#include "block.cuh"
+#include "vector.cuh"
+
+namespace fusedopt::cuda {
+
+template <class param_t, class grad_t>
+__device__ double sum_of_squares(const void* grad, Chunk chunk, int size) {
+  constexpr int kVector = vector_size<param_t>;
+  constexpr int kRow = kThreads * kVector;
+  constexpr int kRowsInFlight = 4;
+  const Stretch<grad_t, kVector> grads(grad, chunk.begin());
+  const int aligned_size = grads.aligned() ? size : 0;
+  SquareLanes<kVector> lanes;
+  int first = threadIdx.x * kVector;
+#pragma unroll 1
+  for (; first + (kRowsInFlight - 1) * kRow + kVector <= aligned_size; first += kRowsInFlight * kRow) {
+    Vector<grad_t, kVector> rows[kRowsInFlight];
+#pragma unroll
+    for (int row = 0; row < kRowsInFlight; ++row) rows[row] = grads.load(first + row * kRow);
+#pragma unroll
+    for (int row = 0; row < kRowsInFlight; ++row) lanes.add(rows[row]);
+  }
+#pragma unroll 1
+  for (; first < size; first += kRow) lanes.add(grads.load_some(first, size));
+  return block_sum(lanes.at);
+}
+
+// The sum of one chunk's squares in thread 0; 0 where there is no gradient.
+__device__ inline double sum_of_squares(const Pass& pass, Chunk chunk) {
+  const TensorEntry& tensor = pass.tensors[chunk.tensor];
+  const void* grad = pass.grads[chunk.tensor];
+  double sum = 0;
+  if (grad == nullptr) return sum;
+  visit_types(tensor, [&](auto types) {
+    using param_t = typename decltype(types)::param_t;
+    using grad_t = typename decltype(types)::grad_t;
+    sum = sum_of_squares<param_t, grad_t>(grad, chunk, static_cast<int>(chunk.size(tensor.numel)));
+  });
+  return sum;
+}
+
+template <size_t kBytes>
+__global__ void __launch_bounds__(kThreads)
+    grad_norm_kernel(const __grid_constant__ Arguments<kBytes> arguments) {
+  arguments.leave();  // for the update pass
+  const Pass pass = arguments.on_device();
+  for (int64_t i = blockIdx.x; i < pass.num_chunks; i += gridDim.x) {
+    const double sum = sum_of_squares(pass, pass.chunks[i]);
+    if (threadIdx.x == 0) pass.chunk_sums[i] = sum;
+  }
+  if (!is_last_block(arguments.ticket)) return;
+  const double sum = total(pass.chunk_sums, pass.num_chunks);
+  if (threadIdx.x == 0) pass.control->sum_of_squares = sum;
+}
+
+}  // namespace fusedopt::cuda

@@ -1,0 +1,116 @@
+// From run-time values to compile-time types: dtypes, and which states a rule uses.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "math/convert.h"
+#include "params.h"
+
+namespace fusedopt {
+
+template <class Param, class Grad, class State>
+struct Types {
+  using param_t = Param;
+  using grad_t = Grad;
+  using state_t = State;
+  using compute_t = opmath_t<Param>;
+};
+
+// Calls body(Types<...>{}) for a tensor's dtypes. A gradient has its parameter's dtype or, of
+// 16-bit parameters, float32; so have the states.
+template <class Body>
+FUSEDOPT_INLINE void visit_types(const TensorEntry& tensor, Body&& body) {
+  const bool wide_grad = tensor.grad_dtype != tensor.param_dtype;
+  const bool wide_state = tensor.state_dtype != tensor.param_dtype;
+  auto visit_16_bits = [&](auto half) {
+    using half_t = decltype(half);
+    if (wide_grad) {
+      wide_state ? body(Types<half_t, float, float>{}) : body(Types<half_t, float, half_t>{});
+    } else {
+      wide_state ? body(Types<half_t, half_t, float>{}) : body(Types<half_t, half_t, half_t>{});
+    }
+  };
+  switch (tensor.param_dtype) {
+    case Dtype::kFloat32:
+      return body(Types<float, float, float>{});
+    case Dtype::kFloat64:
+      return body(Types<double, double, double>{});
+    case Dtype::kBFloat16:
+      return visit_16_bits(bfloat16{});
+    case Dtype::kFloat16:
+      return visit_16_bits(float16{});
+  }
+}
+
+// Calls body(std::integral_constant<unsigned, used>{}) for the variant of the rule that uses these.
+template <class Rule, int k = 0, class Body>
+FUSEDOPT_INLINE void visit_variant(unsigned states_used, Body&& body) {
+  if constexpr (k < static_cast<int>(sizeof(Rule::kVariants) / sizeof(unsigned))) {
+    constexpr unsigned kVariant = Rule::kVariants[k];
+    if (states_used == kVariant) return body(std::integral_constant<unsigned, kVariant>{});
+    visit_variant<Rule, k + 1>(states_used, body);
+  }
+}
+
+template <class Rule>
+inline constexpr int num_states = sizeof(Rule::kStates) / sizeof(const char*);
+template <class Rule>
+inline constexpr int num_scalars = sizeof(Rule::kScalars) / sizeof(const char*);
+
+template <class Rule>
+FUSEDOPT_INLINE typename Rule::Hyperparameters hyperparameters(const Group& group) {
+  typename Rule::Hyperparameters h;
+  static_assert(sizeof(h) <= sizeof(group.values), "raise kMaxHyperparameters");
+  memcpy(&h, group.values, sizeof(h));
+  if (group.lr != nullptr) {
+    h.lr = group.lr_dtype == Dtype::kFloat64 ? *static_cast<const double*>(group.lr)
+                                             : *static_cast<const float*>(group.lr);
+  }
+  return h;
+}
+
+// What all elements of one tensor share in one step, in float64.
+template <class Rule>
+struct Prepared {
+  typename Rule::template Coefficients<double> coefficients;
+  double grad_factor;
+};
+
+template <class Rule>
+FUSEDOPT_INLINE void load_scalars(const TensorEntry& tensor, float* scalars) {
+  for (int k = 0; k < num_scalars<Rule>; ++k) scalars[k] = *tensor.scalars[k];
+}
+
+template <class Rule>
+FUSEDOPT_INLINE Prepared<Rule> prepare(const Group& group, float* scalars, double grad_factor) {
+  const auto h = hyperparameters<Rule>(group);
+  Rule::advance(h, scalars);
+  return {Rule::coefficients(h, scalars), h.maximize != 0 ? -grad_factor : grad_factor};
+}
+
+// The counters of a tensor, once all of its elements are updated.
+template <class Rule>
+FUSEDOPT_INLINE void advance(const TensorEntry& tensor, const Group& group) {
+  float scalars[kMaxScalars];
+  load_scalars<Rule>(tensor, scalars);
+  Rule::advance(hyperparameters<Rule>(group), scalars);
+  for (int k = 0; k < num_scalars<Rule>; ++k) *tensor.scalars[k] = scalars[k];
+}
+
+// Each coefficient rounded once from float64: T is the only type of a Coefficients' members.
+template <class Rule, class T>
+FUSEDOPT_INLINE typename Rule::template Coefficients<T> rounded(
+    const typename Rule::template Coefficients<double>& coefficients) {
+  constexpr int kCount = sizeof(coefficients) / sizeof(double);
+  typename Rule::template Coefficients<T> result;
+  static_assert(sizeof(result) == kCount * sizeof(T), "a Coefficients<T> holds nothing but Ts");
+  double from[kCount];
+  T to[kCount];
+  memcpy(from, &coefficients, sizeof(from));
+  for (int k = 0; k < kCount; ++k) to[k] = static_cast<T>(from[k]);
+  memcpy(&result, to, sizeof(to));
+  return result;
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,116 @@
+// Storage types, the type each is computed in, and the conversions between the two.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "inline.h"
+
+namespace fusedopt {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+// opmath_t: 16-bit values are computed in float32, every other type in itself.
+template <class scalar_t>
+struct opmath {
+  using type = scalar_t;
+};
+template <>
+struct opmath<bfloat16> {
+  using type = float;
+};
+template <>
+struct opmath<float16> {
+  using type = float;
+};
+template <class scalar_t>
+using opmath_t = typename opmath<scalar_t>::type;
+
+template <class To, class From>
+FUSEDOPT_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "a cast of bits keeps their number");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// widen: exact for every type.
+FUSEDOPT_INLINE float widen(float value) { return value; }
+FUSEDOPT_INLINE double widen(double value) { return value; }
+FUSEDOPT_INLINE float widen(bfloat16 value) {
+  return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
+}
+FUSEDOPT_INLINE float widen(float16 value) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+#else
+  // Move exponent and mantissa into place, then let one multiplication mend the exponent's bias:
+  // it is exact, and normalizes subnormals on the way.
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
+  const float rebiased = bit_cast<float>(magnitude) * 0x1p112f;
+  const uint32_t nonfinite = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+  return bit_cast<float>(bit_cast<uint32_t>(rebiased) | nonfinite | sign);
+#endif
+}
+
+// narrow: rounds to nearest, ties to even. A NaN stays a NaN; its payload is not specified.
+template <class scalar_t>
+struct narrow_to;
+
+template <class scalar_t>
+FUSEDOPT_INLINE scalar_t narrow(opmath_t<scalar_t> value) {
+  return narrow_to<scalar_t>::from(value);
+}
+
+template <>
+struct narrow_to<float> {
+  static FUSEDOPT_INLINE float from(float value) { return value; }
+};
+
+template <>
+struct narrow_to<double> {
+  static FUSEDOPT_INLINE double from(double value) { return value; }
+};
+
+template <>
+struct narrow_to<bfloat16> {
+  static FUSEDOPT_INLINE bfloat16 from(float value) {
+    const uint32_t bits = bit_cast<uint32_t>(value);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    return {static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
+  }
+};
+
+template <>
+struct narrow_to<float16> {
+  static FUSEDOPT_INLINE float16 from(float value) {
+#if defined(__CUDA_ARCH__)
+    float16 result;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+    return result;
+#else
+    const uint32_t bits = bit_cast<uint32_t>(value);
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    // Normal numbers: shift the exponent's bias, round on the 13 bits that fall away.
+    const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Subnormals: adding 0.5 lines the mantissa up so that the addition itself does the rounding.
+    const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+    uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
+    result = magnitude >= 0x47800000u ? 0x7c00u : result;
+    result = magnitude > 0x7f800000u ? 0x7e00u : result;
+    return {static_cast<uint16_t>(result | sign)};
+#endif
+  }
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,74 @@
+// What travels from step() to the kernels: plain structs, no torch, no Python.
+#pragma once
+
+#include <cstdint>
+
+#include "math/clip.h"
+
+namespace fusedopt {
+
+// A chunk is the unit of work and of summation: that many elements of one tensor, in memory order.
+inline constexpr int64_t kChunkSize = 16384;
+
+// A chunk's squares are summed in lanes: element i goes to lane i % lanes, where a row of lanes is
+// as long as 256 accesses of 16 bytes to the parameter: what a block of CUDA threads reads at once.
+inline constexpr int64_t kRowBytes = 4096;
+
+// The sums of all chunks are summed in that many lanes, chunk i in lane i % lanes.
+inline constexpr int kTotalLanes = 256;
+
+inline constexpr int kMaxStates = 3;
+inline constexpr int kMaxScalars = 2;
+inline constexpr int kMaxHyperparameters = 8;
+
+enum class Dtype : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// One parameter, as long as nothing moves.
+struct TensorEntry {
+  void* param;
+  void* state[kMaxStates];      // in the order of the rule's kStates; null where not used
+  float* scalars[kMaxScalars];  // in the order of the rule's kScalars: `step` and its like
+  int64_t numel;
+  uint32_t group;
+  Dtype param_dtype, grad_dtype, state_dtype;
+};
+static_assert(sizeof(TensorEntry) == 64, "the CUDA table is to cost 64 bytes per tensor");
+
+struct Chunk {
+  uint32_t tensor;  // index into the table of tensors
+  uint32_t index;   // of this chunk in its tensor
+
+  FUSEDOPT_INLINE int64_t begin() const { return index * kChunkSize; }
+  FUSEDOPT_INLINE int64_t size(int64_t numel) const {
+    const int64_t rest = numel - begin();
+    return rest < kChunkSize ? rest : kChunkSize;
+  }
+};
+
+// One parameter group. The values are those of the rule's Hyperparameters, lr first.
+struct Group {
+  double values[kMaxHyperparameters];
+  const void* lr;  // null, or where a tensor lr lives on the device
+  Dtype lr_dtype;
+  uint32_t states_used;  // bit k: the rule's kStates[k] is there
+};
+
+// The two passes of a step: the norm of the gradients, and the update. kMeasure leaves the sum of
+// squares in the control; kUpdate reads it there, so that several devices can add theirs in between.
+enum class Phases { kMeasure, kUpdate, kBoth };
+
+// Everything that a pass over the tensors of one device reads and writes.
+struct Pass {
+  const TensorEntry* tensors;
+  const Chunk* chunks;
+  const Group* groups;
+  const void* const* grads;  // one per tensor; null: no gradient, the tensor is left alone
+  double* chunk_sums;        // one per chunk, of the squares of its gradients
+  StepControl* control;
+  int64_t num_tensors;
+  int64_t num_chunks;
+  int64_t num_groups;
+  StepOptions options;
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,139 @@
+// What step() would otherwise look up for every tensor, every time: pointers, sizes, chunks.
+//
+// A plan owns no tensor of the caller's. It remembers where it saw each one, looks again at every
+// step, and says so when anything has moved; then Python checks all anew and makes a new plan.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+#include <torch/types.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "registry.h"
+
+namespace fusedopt {
+
+// Where a tensor lies and how its elements are laid out.
+struct Placement {
+  const void* data = nullptr;
+  at::ScalarType dtype = at::kFloat;
+  c10::DimVector sizes, strides;
+
+  static Placement of(const at::Tensor& tensor);
+  bool matches(const at::Tensor& tensor) const;
+};
+
+// One tensor of a parameter's state: a scalar such as `step`, or one shaped as the parameter.
+struct StateItem {
+  PyObject* key;
+  PyObject* value;
+  bool used;  // else it is somebody else's, and may change as it likes
+  Placement placement;
+};
+
+// One parameter. Python's objects are compared by address only, never owned.
+struct Source {
+  PyObject* object;
+  uint32_t group;
+  c10::Device device;
+  Placement placement;
+  c10::DimVector dense_strides;  // the layout of the states, and of what the kernels see
+  bool has_state = false;        // else its first gradient asks for a new plan
+  std::vector<StateItem> items;  // in the order of the state's dict
+  int partition = 0;             // which of the devices
+  int index = 0;                 // in the partition
+};
+
+// The tables that don't change while the plan lives, in the device's memory.
+class DeviceTables {
+ public:
+  DeviceTables() = default;
+  DeviceTables(const std::vector<TensorEntry>& tensors, const std::vector<Chunk>& chunks,
+               c10::Device device);
+  unsigned* tickets() const { return reinterpret_cast<unsigned*>(bytes_.data_ptr()); }
+  const TensorEntry* tensors() const { return at<TensorEntry>(kTicketBytes); }
+  const Chunk* chunks() const { return at<Chunk>(chunks_offset_); }
+
+ private:
+  static constexpr int64_t kTicketBytes = 16;
+  template <class T>
+  const T* at(int64_t offset) const {
+    return reinterpret_cast<const T*>(static_cast<const char*>(bytes_.data_ptr()) + offset);
+  }
+  at::Tensor bytes_;
+  int64_t chunks_offset_ = 0;
+};
+
+// The tensors of one device: what one pass walks over.
+struct Partition {
+  c10::Device device = at::kCPU;
+  std::vector<TensorEntry> tensors;
+  std::vector<Chunk> chunks;
+  std::vector<int64_t> first_chunk;  // of each tensor, and the end of the last
+  std::vector<cpu::Span> spans;      // of chunks, for the CPU
+  std::vector<const void*> grads;  // null: no gradient at this step
+  std::vector<Group> groups;
+  std::vector<std::pair<PyObject*, at::Tensor>> dense_params;  // stand-ins for those with gaps
+  std::vector<at::Tensor> dense_grads;                         // and for gradients, at this step
+  at::Tensor chunk_sums;
+  at::Tensor control;      // a StepControl
+  DeviceTables tables;     // CUDA only
+  at::Tensor moving;       // CUDA only: what doesn't fit in a kernel's arguments
+};
+
+class Plan {
+ public:
+  Plan(const std::string& rule, const std::string& backend, const py::list& param_groups,
+       const py::dict& state);
+
+  // Looks at all parameters, states and gradients again. False: one of them is not as it was.
+  bool refresh(const py::list& param_groups, const py::dict& state);
+
+  const RuleInfo& rule() const { return rule_; }
+  // Without a backend of the caller's choice, a device's own.
+  bool on_cuda(const Partition& partition) const {
+    return backend_ == "cuda" || partition.device.is_cuda();
+  }
+  std::vector<Partition>& partitions() { return partitions_; }
+  // Owners of all that a pass reads and writes, for as long as Python may run beside it.
+  std::vector<at::Tensor> tensors_in_use() const;
+
+  // (group, index in the group) of the parameters whose gradients' squares don't sum up to a finite
+  // number. Waits for the device.
+  std::vector<std::pair<int, int>> nonfinite() const;
+
+ private:
+  // One entry of optimizer.state, in its order.
+  struct StateEntry {
+    PyObject* key;
+    PyObject* value;
+    int source;  // -1: not a parameter's
+  };
+
+  int add_source(PyObject* param, uint32_t group);
+  void add_state(Source& source, PyObject* state, uint32_t states_used);
+  void lay_out();
+  Partition& partition_of(const Source& source) { return partitions_[source.partition]; }
+  TensorEntry& entry_of(const Source& source) {
+    return partition_of(source).tensors[source.index];
+  }
+
+  bool same_params(const py::list& param_groups) const;
+  bool same_state(const py::dict& state) const;
+  bool same_groups(const py::list& param_groups);
+  bool gather_grads();
+  bool gather_grad(const Source& source);
+
+  const RuleInfo& rule_;
+  const std::string backend_;
+  std::vector<PyObject*> names_;           // of the hyperparameters
+  std::vector<std::vector<int>> listed_;   // by group: the sources, in the order of its list
+  std::vector<uint32_t> states_used_;      // by group
+  std::vector<Source> sources_;            // each parameter once
+  std::vector<StateEntry> state_entries_;
+  std::vector<Partition> partitions_;
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,28 @@
+// One step: the plan's tensors, packed into plain structs and handed to a backend's passes.
+#pragma once
+
+#include "plan.h"
+
+namespace fusedopt {
+
+// What one call of optimizer.step() asks for.
+struct StepRequest {
+  double max_grad_norm;                   // infinity: never clip
+  bool measure;                           // the norm first: `skip_nonfinite` and clipping need it
+  bool skip_nonfinite;                    // leave all as it was when a gradient holds inf or nan
+  std::optional<at::Tensor> grad_scale;   // 0-d: the gradients are to be divided by it
+  std::optional<at::Tensor> found_inf;    // 0-d: not zero asks for a skip
+  at::Tensor control;                     // float64, a StepControl on the first parameter's device
+};
+
+// False: something has moved since the plan was made, and nothing was done.
+bool step(Plan& plan, const py::list& param_groups, const py::dict& state,
+          const StepRequest& request);
+
+// CUDA kernels are in this build. Whether there is a device to run them is torch's to say.
+bool built_with_cuda();
+
+// The device type that backend "cuda" runs on: "cpu" where CUDA is emulated, for tests.
+const char* cuda_device_type();
+
+}  // namespace fusedopt

@@ -1,0 +1,32 @@
+"""The compiled extension, csrc/bindings.cpp."""
+
+from typing import Any
+
+from torch import Tensor
+
+built_with_cuda: bool
+cuda_device_type: str
+
+def cpu_isa() -> str: ...
+
+class Plan:
+    def __init__(
+        self,
+        rule: str,
+        backend: str,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Tensor]],
+    ) -> None: ...
+    def step(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Tensor]],
+        *,
+        max_grad_norm: float,
+        measure: bool,
+        skip_nonfinite: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        control: Tensor,
+    ) -> bool: ...
+    def nonfinite(self) -> list[tuple[int, int]]: ...

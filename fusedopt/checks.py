@@ -1,0 +1,159 @@
+"""What is refused, and in which words. Every message names the parameter, what came, and what was expected."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt.reference import Group, Rule, compute_dtype
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPE_NAMES = "float32, float64, bfloat16 or float16"
+NONFINITE_MODES = ("skip", "raise", "propagate")
+BACKENDS = ("cuda", "cpu", "reference")
+
+
+class NonFiniteGradientError(RuntimeError):
+    """Gradients held inf or nan, and `nonfinite="raise"` was asked for; nothing was changed.
+
+    Attributes:
+        names: the parameters whose gradients did.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        super().__init__(
+            f"inf or nan in the gradients of {shown}; parameters and state are as they were before "
+            "the step"
+        )
+        self.names = names
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.names,)
+
+
+def check_max_grad_norm(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"max_grad_norm is a {type(value).__name__}; expected a float > 0 or None")
+    if math.isnan(value) or value <= 0:
+        raise ValueError(f"Invalid max_grad_norm value: {value}; expected a float > 0 or None")
+    return float(value)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
+    if value is not None and value not in choices:
+        expected = ", ".join(map(repr, choices))
+        raise ValueError(f"Invalid {name} value: {value!r}; expected one of {expected} or None")
+    return value
+
+
+def name_of(param_groups: list[Group], group: int, index: int) -> str:
+    """What to call a parameter: its name, where the optimizer was given one."""
+    where = f"parameter {index} of param group {group}"
+    names = param_groups[group].get("param_names")
+    return f"{names[index]!r} ({where})" if names else where
+
+
+def check_param(param: Tensor, name: str, backend: str | None) -> None:
+    """Refuses a parameter that no step can update, as far as that shows without a gradient."""
+    subclass = type(param).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
+    if subclass:
+        raise TypeError(
+            f"{name} is a {type(param).__name__}, a tensor subclass with operations of its own; "
+            "expected a plain tensor"
+        )
+    if param.layout != torch.strided:
+        raise TypeError(f"{name} has layout {param.layout}; expected a dense tensor")
+    if param.dtype not in DTYPES:
+        raise TypeError(f"{name} is {param.dtype}; expected {DTYPE_NAMES}")
+    if param.device.type == "meta":
+        raise RuntimeError(f"{name} is on the meta device, without data; expected cpu or cuda")
+    if _overlaps_itself(param):
+        raise RuntimeError(
+            f"{name} has several elements in one memory location (shape {tuple(param.shape)}, "
+            f"strides {param.stride()}); expected a tensor that is not expanded: .contiguous()"
+        )
+    if backend in ("cpu", "cuda"):
+        check_device(param, name, backend)
+
+
+def check_device(param: Tensor, name: str, backend: str) -> None:
+    from fusedopt.backends import device_type_of
+
+    if param.device.type != device_type_of(backend):
+        raise RuntimeError(
+            f"{name} is on {param.device}, and backend={backend!r} was asked for; expected all "
+            f"parameters on {device_type_of(backend)}"
+        )
+
+
+def check_grad(param: Tensor, grad: Tensor, name: str) -> None:
+    """Refuses a gradient that the step can't read."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"the gradient of {name} is sparse ({grad.layout}); sparse gradients are not supported"
+        )
+    if type(grad).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+        raise TypeError(f"the gradient of {name} is a {type(grad).__name__}; expected a plain tensor")
+    if grad.dtype not in DTYPES:
+        raise TypeError(f"the gradient of {name} is {grad.dtype}; expected {DTYPE_NAMES}")
+    if grad.device != param.device:
+        raise RuntimeError(
+            f"the gradient of {name} is on {grad.device}; expected it on the parameter's "
+            f"{param.device}"
+        )
+    if grad.shape != param.shape:
+        raise RuntimeError(
+            f"the gradient of {name} has shape {tuple(grad.shape)}; expected the parameter's "
+            f"{tuple(param.shape)}"
+        )
+    if grad.numel() > 0 and grad.untyped_storage().nbytes() == 0:
+        raise RuntimeError(f"the gradient of {name} has no storage; expected {grad.numel()} elements")
+
+
+def check_state(rule: Rule, group: Group, param: Tensor, state: dict[str, Any], name: str) -> None:
+    """Refuses a parameter's state that belongs to another optimizer, or to another parameter."""
+    missing = [key for key in (*rule.scalars, *rule.states(group)) if key not in state]
+    if missing:
+        raise RuntimeError(
+            f"the state of {name} has no {', '.join(map(repr, missing))}, only "
+            f"{', '.join(map(repr, state)) or 'nothing'}: is it another optimizer's?"
+        )
+    for key in rule.scalars:
+        if not isinstance(state[key], Tensor | float | int) or torch.as_tensor(state[key]).numel() != 1:
+            raise RuntimeError(f"state {key!r} of {name} is {state[key]!r}; expected one number")
+    dtypes = {param.dtype, compute_dtype(param.dtype)}
+    for key in rule.states(group):
+        value = state[key]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"state {key!r} of {name} is a {type(value).__name__}; expected a tensor")
+        if value.shape != param.shape:
+            raise RuntimeError(
+                f"state {key!r} of {name} has shape {tuple(value.shape)}; expected the parameter's "
+                f"{tuple(param.shape)}"
+            )
+        if value.dtype not in dtypes:
+            expected = " or ".join(sorted(map(str, dtypes)))
+            raise TypeError(f"state {key!r} of {name} is {value.dtype}; expected {expected}")
+    if len({state[key].dtype for key in rule.states(group)}) > 1:
+        found = ", ".join(f"{key!r} is {state[key].dtype}" for key in rule.states(group))
+        raise TypeError(f"the state of {name} mixes dtypes: {found}; expected one for all")
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two indices may name one location: some stride is shorter than what lies inside it."""
+    if tensor.numel() <= 1:
+        return False
+    dims = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1)
+    extent = 0
+    for stride, size in dims:
+        if stride <= extent:
+            return True
+        extent += stride * (size - 1)
+    return False

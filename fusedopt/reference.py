@@ -1,0 +1,228 @@
+"""The step in plain torch: the executable specification that every compiled backend matches in bits.
+
+Every operation is a single one in float32 (float64 for float64 parameters), rounded once: no fused
+multiply-add, no `alpha=`, no `lerp`. Scalars are computed in float64 and rounded once.
+
+The order of the norm's sum is a part of the specification, as it is what makes the norm the same for
+any number of threads or blocks:
+
+1. A gradient, in its parameter's memory order, is cut into chunks of `CHUNK_SIZE` elements.
+2. The squares of a chunk's elements are summed in float64 in `ROW_BYTES // itemsize` lanes: element i
+   is added to lane i % lanes.
+3. Lanes are folded: neighbors are added, then neighbors of these sums, until one is left.
+4. The sums of all chunks of one device's parameters are summed likewise, in `TOTAL_LANES` lanes. A
+   parameter without a gradient counts as zeros. Devices are added in the order of their parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK_SIZE = 16384
+ROW_BYTES = 4096
+TOTAL_LANES = 256
+
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An optimizer's formula, and what it keeps for every parameter.
+
+    `scalars` are the names of its 0-d float32 states, `states(group)` of those shaped as the
+    parameter. `update(group, scalars, param, grad, states)` returns the new parameter and the new
+    states; all tensors come and go in the type that is computed in. `advance(group, scalars)`
+    returns the scalars of this step, which `update` is given.
+    """
+
+    name: str
+    scalars: tuple[str, ...]
+    states: Callable[[Group], tuple[str, ...]]
+    advance: Callable[[Group, dict[str, Tensor]], dict[str, Tensor]]
+    update: Callable[
+        [Group, dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]],
+        tuple[Tensor, dict[str, Tensor]],
+    ]
+
+
+class Request(NamedTuple):
+    """What one call of `step()` asks for, beside the hyperparameters in the groups."""
+
+    max_grad_norm: float  # infinity: never clip
+    measure: bool  # the norm is known before the update
+    skip_nonfinite: bool  # leave everything as it was when a gradient holds inf or nan
+    grad_scale: Tensor | None  # 0-d: the gradients are to be divided by it
+    found_inf: Tensor | None  # 0-d: anything but zero asks for a skip
+
+
+class Decision(NamedTuple):
+    """What a step does with its gradients."""
+
+    grad_norm: float
+    clip_coef: float
+    grad_factor: float
+    skip: bool
+
+
+class Control:
+    """Indices into the float64 tensor that a step leaves its readings in."""
+
+    SUM_OF_SQUARES, GRAD_NORM, CLIP_COEF, STEP_SKIPPED, SKIPPED_STEPS = range(5)
+    SIZE = 5
+
+
+def power(base: float, exponent: int) -> float:
+    """`base ** exponent` by repeated squaring: the same bits in Python, C++ and CUDA."""
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
+def sqrt(values: Tensor) -> Tensor:
+    """The correctly rounded square root; torch's own on the CPU may be one unit off.
+
+    That of a float32 is correct by way of float64, whose 53 bits are more than twice 24 (Figueroa,
+    1995, "When is double rounding innocuous?").
+    """
+    if values.dtype == torch.float32:
+        return values.to(torch.float64).sqrt().to(torch.float32)
+    if values.device.type == "cpu":
+        return values.clone().apply_(math.sqrt)
+    return values.sqrt()
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that a parameter of this dtype is updated in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_read(grad: Tensor, param: Tensor) -> Tensor:
+    """A gradient in the dtype that it is read in: its parameter's, or the one computed in."""
+    return grad if grad.dtype == param.dtype else grad.to(compute_dtype(param.dtype))
+
+
+def in_memory_order(tensor: Tensor, param: Tensor) -> Tensor:
+    """The elements of `tensor`, shaped as `param`, in the order that `param`'s lie in memory."""
+    strides = torch.empty_like(param, device="meta").stride()
+    order = sorted(range(param.dim()), key=lambda dim: -strides[dim])
+    return tensor.permute(order).reshape(-1)
+
+
+def fold(lanes: Tensor) -> Tensor:
+    """The sum over the last dimension, whose size is a power of two: neighbors first."""
+    while lanes.shape[-1] > 1:
+        lanes = lanes[..., 0::2] + lanes[..., 1::2]
+    return lanes[..., 0]
+
+
+def sum_in_lanes(terms: Tensor, lanes: int) -> Tensor:
+    """Sums the last dimension of a float64 tensor: term i in lane i % lanes, then the lanes."""
+    terms = torch.nn.functional.pad(terms, (0, -terms.shape[-1] % lanes))
+    rows = terms.unflatten(-1, (-1, lanes)).unbind(-2)
+    total = torch.zeros_like(terms[..., :lanes])
+    for row in rows:
+        total = total + row
+    return fold(total)
+
+
+def chunk_sums(param: Tensor, grad: Tensor | None) -> Tensor:
+    """The sum of squares of every chunk of a parameter's gradient, float64, shape (chunks,)."""
+    chunks = -(-param.numel() // CHUNK_SIZE)
+    if grad is None or chunks == 0:
+        return torch.zeros(chunks, dtype=torch.float64, device=param.device)
+    values = in_memory_order(as_read(grad, param), param).to(torch.float64)
+    squares = values * values
+    if chunks > 1:
+        squares = torch.nn.functional.pad(squares, (0, chunks * CHUNK_SIZE - squares.numel()))
+    return sum_in_lanes(squares.view(chunks, -1), ROW_BYTES // param.element_size())
+
+
+def sum_of_squares(params: Iterable[Tensor]) -> float:
+    """Of all gradients of these parameters, summed as the module's docstring says."""
+    sums_by_device: dict[torch.device, list[Tensor]] = {}
+    for param in params:
+        sums_by_device.setdefault(param.device, []).append(chunk_sums(param, param.grad))
+    total = 0.0
+    for sums in sums_by_device.values():
+        total += sum_in_lanes(torch.cat(sums), TOTAL_LANES).item()
+    return total
+
+
+def decide(request: Request, sum_of_squares: float) -> Decision:
+    """Clipping as `torch.nn.utils.clip_grad_norm_` does it (Pascanu et al., 2013), or a skip.
+
+    A float32 squared is exact in float64 and can't overflow: the sum is finite exactly when all
+    gradients are (float64 gradients above 1e154 count as overflow).
+    """
+    inv_scale = 1.0 if request.grad_scale is None else 1.0 / float(request.grad_scale)
+    grad_norm = math.sqrt(sum_of_squares) * inv_scale
+    clip_coef = 1.0
+    if request.max_grad_norm != math.inf:
+        coef = request.max_grad_norm / (grad_norm + 1e-6)
+        clip_coef = 1.0 if coef > 1.0 else coef  # nan stays nan
+    told_to_skip = request.found_inf is not None and float(request.found_inf) != 0
+    skip = told_to_skip or (request.skip_nonfinite and not math.isfinite(sum_of_squares))
+    return Decision(grad_norm, clip_coef, inv_scale * clip_coef, skip)
+
+
+def distinct_params(param_groups: list[Group]) -> Iterator[tuple[Group, Tensor]]:
+    """Every parameter with its group, once: one that is listed again is updated once."""
+    seen: set[int] = set()
+    for group in param_groups:
+        for param in group["params"]:
+            if id(param) not in seen:
+                seen.add(id(param))
+                yield group, param
+
+
+@torch.no_grad()
+def step(
+    rule: Rule,
+    param_groups: list[Group],
+    state: dict[Tensor, dict[str, Tensor]],
+    request: Request,
+    control: Tensor,
+) -> None:
+    """One whole step. `control` (float64, shape (5,)) takes the readings; see `Control`."""
+    pairs = list(distinct_params(param_groups))
+    total = sum_of_squares(param for _, param in pairs)
+    decision = decide(request, total if request.measure else 0.0)
+    if not decision.skip:
+        for group, param in pairs:
+            if param.grad is not None:
+                update(rule, group, param, state[param], decision.grad_factor)
+    if not request.measure:
+        decision = decide(request, total)
+    skipped = control[Control.SKIPPED_STEPS].item() + decision.skip
+    readings = (total, decision.grad_norm, decision.clip_coef, float(decision.skip), skipped)
+    control.copy_(torch.tensor(readings, dtype=torch.float64))
+
+
+def update(
+    rule: Rule, group: Group, param: Tensor, state: dict[str, Tensor], grad_factor: float
+) -> None:
+    """Applies a rule to one parameter, in place."""
+    assert param.grad is not None
+    dtype = compute_dtype(param.dtype)
+    scalars = rule.advance(group, {name: state[name] for name in rule.scalars})
+    factor = -grad_factor if group["maximize"] else grad_factor
+    new_param, new_states = rule.update(
+        {**group, "lr": float(group["lr"])},
+        scalars,
+        param.to(dtype),
+        as_read(param.grad, param).to(dtype) * factor,
+        {name: state[name].to(dtype) for name in rule.states(group)},
+    )
+    param.copy_(new_param)
+    for name, value in {**new_states, **scalars}.items():
+        state[name].copy_(value)

@@ -1,0 +1,47 @@
+"""A parameter's state: made at its first gradient, brought into place when it was loaded or replaced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt.reference import Group, Rule
+
+
+def complete(rule: Rule, group: Group, param: Tensor, states: dict[Tensor, dict[str, Any]]) -> bool:
+    """Makes sure that a parameter with a gradient has a state that a step can use.
+
+    Returns:
+        Whether the state is new.
+    """
+    state = states.get(param)
+    if not state and param.grad is None:
+        return False
+    if not state:
+        states[param] = {
+            **{name: torch.zeros((), device=param.device) for name in rule.scalars},
+            **{name: torch.zeros_like(param) for name in rule.states(group)},
+        }
+        return True
+    for name in rule.scalars:
+        state[name] = _scalar_in_place(state[name], param)
+    for name in rule.states(group):
+        state[name] = _tensor_in_place(state[name], param)
+    return False
+
+
+def _scalar_in_place(value: Any, param: Tensor) -> Tensor:
+    """0-d float32 on the parameter's device: torch also keeps it on the CPU, or as a number."""
+    if isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.float32:
+        return value if value.device == param.device else value.to(param.device)
+    return torch.as_tensor(value, dtype=torch.float32, device=param.device).reshape(()).clone()
+
+
+def _tensor_in_place(value: Tensor, param: Tensor) -> Tensor:
+    """On the parameter's device and laid out like it; the dtype stays what it is."""
+    like = torch.empty_like(param, dtype=value.dtype, device="meta")
+    if value.device == param.device and value.stride() == like.stride():
+        return value
+    return torch.empty_like(param, dtype=value.dtype).copy_(value)

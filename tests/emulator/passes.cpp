@@ -1,0 +1,2 @@
+// The CUDA sources as they ship, for the host's compiler.
+#include "../../csrc/cuda/passes.cu"
