@@ -27,7 +27,10 @@ DEFAULT_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 CXX_FLAGS = (
     "-O3 -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden"
 ).split()
-NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -prec-div=true -prec-sqrt=true -ftz=false".split()
+NVCC_FLAGS = (
+    "-std=c++17 -O3 --expt-relaxed-constexpr "
+    "-fmad=false -prec-div=true -prec-sqrt=true -ftz=false"
+).split()
 
 
 def find_nvcc() -> Path | None:

@@ -11,7 +11,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("cuda_device_type") = cuda_device_type();
   m.def("cpu_isa", [] { return cpu::isa_name(cpu::best_isa()); });
 
-  py::class_<Plan>(m, "Plan")
+  // Local, so that a second build (the emulated one, for tests) can live beside this one.
+  py::class_<Plan>(m, "Plan", py::module_local())
       .def(py::init<const std::string&, const std::string&, const py::list&, const py::dict&>(),
            py::arg("rule"), py::arg("backend"), py::arg("param_groups"), py::arg("state"))
       .def("nonfinite", &Plan::nonfinite)

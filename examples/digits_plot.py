@@ -56,7 +56,7 @@ def draw_norm(axes: Axes, name: str, run: Run, color: str) -> None:
 
     clipped = marked(run.steps["clipped"])
     if clipped:
-        heights = [norm[step - 1] for step in clipped]
+        heights = [visible(norm[step - 1]) for step in clipped]
         label = f"{name}: clipped ({len(clipped)} steps)"
         axes.plot(clipped, heights, ".", color=color, markersize=5, label=label)
 

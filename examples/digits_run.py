@@ -97,7 +97,7 @@ class Run:
         started = time.perf_counter()
         log = self.take_steps(bar)
         norm = log["grad_norm"]
-        log["clipped"] = ((norm > self.settings.max_grad_norm) & norm.isfinite()).float()
+        log["clipped"] = ((norm > self.settings.max_grad_norm) & (log["skipped"] == 0)).float()
         for name, values in log.items():
             self.steps.setdefault(name, []).extend(values.tolist())
         test_loss, test_accuracy = self.evaluate()

@@ -45,7 +45,7 @@ __device__ inline double sum_of_squares(const Pass& pass, Chunk chunk) {
 }
 
 template <size_t kBytes>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     grad_norm_kernel(const __grid_constant__ Arguments<kBytes> arguments) {
   arguments.leave();  // for the update pass
   const Pass pass = arguments.on_device();

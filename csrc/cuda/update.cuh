@@ -52,7 +52,7 @@ struct ChunkUpdate {
     }
 
     __device__ Elements<kVector> load(int first) const {
-      Elements<kVector> elements;
+      Elements<kVector> elements{};  // states that are not used stay zero
       elements.param = param.load(first);
       elements.grad = grad.load(first);
 #pragma unroll

@@ -9,13 +9,14 @@ is imported only by a Python with their runtimes preloaded (`make sanitize`).
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
-HERE = Path(__file__).parent
-CSRC = HERE.parent.parent / "csrc"
-BUILD = HERE.parent.parent / "build" / "emulator"
+ROOT = Path(__file__).parent.parent.parent
+BUILD = Path("build/emulator")
 
 FLAGS = [
     "-O1",
@@ -26,41 +27,52 @@ FLAGS = [
     "-DFUSEDOPT_WITH_CUDA=1",
     "-DFUSEDOPT_CUDA_DEVICE=c10::kCPU",
 ]
-SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+SANITIZERS = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
-def build(sanitize: bool = False) -> Path:
-    """Compiles what has changed. Returns the path of the module."""
-    from torch.utils.cpp_extension import load
+def module_name(sanitize: bool) -> str:
+    return "_C_sanitized" if sanitize else "_C_emulated"
 
-    name = "_C_sanitized" if sanitize else "_C_emulated"
-    folder = BUILD / name
-    folder.mkdir(parents=True, exist_ok=True)
+
+def build(sanitize: bool = False) -> None:
+    """Compiles what has changed."""
+    from setuptools import setup
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    os.chdir(ROOT)
+    name = module_name(sanitize)
     extra = SANITIZERS if sanitize else []
-    sources = [*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp"), HERE / "passes.cpp"]
-    load(
+    sources = [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]
+    sources.append(Path("tests/emulator/passes.cpp"))
+    extension = CppExtension(
         name,
         sorted(map(str, sources)),
-        extra_cflags=FLAGS + extra,
-        extra_ldflags=["-fopenmp", *extra],
-        extra_include_paths=[str(HERE)],
-        build_directory=str(folder),
-        is_python_module=False,
-        is_standalone=True,  # build only: the sanitized one can't be loaded here
+        include_dirs=[str(ROOT / "tests/emulator")],
+        extra_compile_args=FLAGS + extra,
+        extra_link_args=["-fopenmp", *extra],
     )
-    return folder / f"{name}.so"
+    extension.depends = [str(path) for top in ("csrc", "tests/emulator") for path in Path(top).rglob("*.*")]
+    setup(
+        name=name,
+        packages=[],
+        ext_modules=[extension],
+        cmdclass={"build_ext": BuildExtension},
+        script_args=["--quiet", "build_ext", f"--build-lib={BUILD}", f"--build-temp={BUILD / name}"],
+    )
 
 
-def import_built(sanitize: bool = False) -> ModuleType:
-    name = "_C_sanitized" if sanitize else "_C_emulated"
-    path = BUILD / name / f"{name}.so"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not path.exists():
+def load(sanitize: bool = False) -> ModuleType:
+    """Imports what has been built."""
+    name = module_name(sanitize)
+    path = ROOT / BUILD / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not path.exists():
         raise ImportError(f"{path} is missing: python tests/emulator/build.py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 if __name__ == "__main__":
-    print(build(sanitize="--sanitize" in sys.argv[1:]))
+    build(sanitize="--sanitize" in sys.argv[1:])

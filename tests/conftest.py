@@ -1,0 +1,71 @@
+"""Backends under test: "cpu", "emulated" (the CUDA sources, run on the CPU) and "cuda" (a real GPU)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fusedopt
+from fusedopt import backends
+
+EMULATOR = Path(__file__).parent / "emulator"
+sys.path.insert(0, str(EMULATOR))
+
+# FUSEDOPT_TEST_SANITIZED=1: the emulated kernels with AddressSanitizer and UBSan in them.
+SANITIZED = os.environ.get("FUSEDOPT_TEST_SANITIZED") == "1"
+
+
+@dataclass(frozen=True)
+class BackendUnderTest:
+    name: str
+    device: str
+
+    def make(self, cls: Callable[..., Any], params: Any, **kwargs: Any) -> Any:
+        return cls(params, backend="cpu" if self.name == "cpu" else "cuda", **kwargs)
+
+
+@pytest.fixture(params=["emulated"] if SANITIZED else ["cpu", "emulated", "cuda"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> BackendUnderTest:
+    if request.param == "cuda":
+        reason = backends.why_missing("cuda")
+        if reason is not None:
+            pytest.skip(f"no CUDA here: {reason}")
+        return BackendUnderTest("cuda", "cuda")
+    if request.param == "emulated":
+        monkeypatch.setattr(backends, "_C", emulated())
+    elif backends.why_missing("cpu") is not None:
+        pytest.fail(f"the extension is to be tested, but {backends.why_missing('cpu')}")
+    return BackendUnderTest(request.param, "cpu")
+
+
+_emulated: Any = None
+
+
+def emulated() -> Any:
+    global _emulated
+    if _emulated is None:
+        import build
+
+        _emulated = build.load(SANITIZED)
+    return _emulated
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """Tests run in several processes at once, but a step is to meet a second thread all the same."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def pytest_report_header() -> str:
+    built = {name: backends.why_missing(name) or "yes" for name in ("cpu", "cuda")}
+    return f"fusedopt {fusedopt.__version__}: {built}"
