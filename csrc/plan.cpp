@@ -3,6 +3,7 @@
 #include <ATen/ExpandUtils.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <unordered_map>
@@ -19,6 +20,15 @@ PyObject* find(PyObject* dict, PyObject* key) {
   PyObject* value = PyDict_GetItemWithError(dict, key);
   if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
   return value;
+}
+
+// For a handful of numbers a call of memcmp costs more than the loop.
+bool equal(c10::IntArrayRef a, c10::IntArrayRef b) {
+  if (a.size() != b.size()) return false;
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (a[i] != b[i]) return false;
+  }
+  return true;
 }
 
 // Strides of dimensions of size 1 say nothing about the layout.
@@ -39,24 +49,41 @@ at::ScalarType grad_dtype_for(at::ScalarType param, at::ScalarType grad) {
 bool is_ordinary(const at::Tensor& grad, const Source& source) {
   const at::ScalarType dtype = grad.scalar_type();
   return grad.layout() == at::kStrided && grad.device() == source.device &&
-         grad.sizes().equals(source.placement.sizes) &&
+         equal(grad.sizes(), source.sizes) &&
          (dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf);
 }
 
-}  // namespace
-
-Placement Placement::of(const at::Tensor& tensor) {
-  Placement placement;
-  placement.data = tensor.data_ptr();
-  placement.dtype = tensor.scalar_type();
-  placement.sizes = tensor.sizes();
-  placement.strides = tensor.strides();
-  return placement;
+const void* base_of(const c10::StorageImpl* storage) {
+  return storage == nullptr ? nullptr : storage->data();
 }
 
-bool Placement::matches(const at::Tensor& tensor) const {
-  return tensor.unsafeGetTensorImpl()->data() == data && tensor.scalar_type() == dtype &&
-         tensor.sizes().equals(sizes) && tensor.strides().equals(strides);
+// How many tensors ahead to prefetch: as many as are looked at while one comes from memory.
+constexpr size_t kAhead = 6;
+
+}  // namespace
+
+Sighting Sighting::of(PyObject* object) {
+  Sighting sighting;
+  sighting.object = object;
+  sighting.impl = unpack(object).unsafeGetTensorImpl();
+  sighting.storage = sighting.impl->unsafe_storage().unsafeGetStorageImpl();
+  sighting.base = base_of(sighting.storage);
+  return sighting;
+}
+
+void Sighting::prefetch() const {
+  __builtin_prefetch(object);
+  __builtin_prefetch(impl);
+  __builtin_prefetch(reinterpret_cast<const char*>(impl) + 64);  // sizes and strides
+  __builtin_prefetch(reinterpret_cast<const char*>(impl) + 128);
+  __builtin_prefetch(storage);
+}
+
+bool Sighting::still_holds(PyObject* tensor) const {
+  if (tensor != object || !THPVariable_Check(tensor)) return false;
+  const c10::TensorImpl* now = unpack(tensor).unsafeGetTensorImpl();
+  return now == impl && now->unsafe_storage().unsafeGetStorageImpl() == storage &&
+         base_of(storage) == base;
 }
 
 DeviceTables::DeviceTables(const std::vector<TensorEntry>& tensors,
@@ -85,89 +112,90 @@ Plan::Plan(const std::string& rule, const std::string& backend, const py::list& 
     for (const py::handle& param : py::list(group["params"])) {
       const auto [found, is_new] = known.try_emplace(param.ptr(), sources_.size());
       listed_.back().push_back(found->second);
-      if (!is_new) continue;  // listed before: updated once
-      Source& source = sources_[add_source(param.ptr(), index)];
-      PyObject* its_state = find(state.ptr(), param.ptr());
-      if (its_state != nullptr) add_state(source, its_state, states_used_.back());
+      if (is_new) add_source(param.ptr(), index);  // else listed before: updated once
     }
   }
   PyObject *key, *value;
   for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &value);) {
+    const int first_item = static_cast<int>(items_.size());
     const auto found = known.find(key);
-    state_entries_.push_back({key, value, found == known.end() ? -1 : found->second});
+    if (found != known.end()) add_state(sources_[found->second], value);
+    state_entries_.push_back({key, value, first_item, static_cast<int>(items_.size())});
   }
   lay_out();
 }
 
-int Plan::add_source(PyObject* object, uint32_t group) {
+void Plan::add_source(PyObject* object, uint32_t group) {
   const at::Tensor& param = unpack(object);
-  Source source{object, group, param.device(), Placement::of(param)};
-  source.dense_strides = param.strides();
+  const at::ScalarType dtype = param.scalar_type();
+  Source source;
+  source.seen = Sighting::of(object);
+  source.group = group;
+  source.device = param.device();
+  source.dtype = dtype;
+  source.storage_offset = param.storage_offset();
+  source.sizes = param.sizes();
+  source.strides = source.dense_strides = param.strides();
   if (!param.is_non_overlapping_and_dense()) {
     source.dense_strides = at::infer_dense_strides(param.sizes(), param.strides());
   }
-  while (source.partition < static_cast<int>(partitions_.size()) &&
-         partitions_[source.partition].device != source.device) {
-    ++source.partition;
+  auto partition = std::find_if(partitions_.begin(), partitions_.end(), [&](const Partition& it) {
+    return it.device == source.device;
+  });
+  if (partition == partitions_.end()) {
+    partition = partitions_.emplace(partition);
+    partition->device = source.device;
   }
-  if (source.partition == static_cast<int>(partitions_.size())) {
-    partitions_.emplace_back();
-    partitions_.back().device = source.device;
-  }
-  Partition& partition = partition_of(source);
-  source.index = static_cast<int>(partition.tensors.size());
+  source.partition = static_cast<int>(partition - partitions_.begin());
+  source.index = static_cast<int>(partition->tensors.size());
 
   TensorEntry entry{};
+  entry.param = param.data_ptr();
   entry.numel = param.numel();
   entry.group = group;
-  entry.param_dtype = entry.state_dtype = to_dtype(param.scalar_type());
-  const bool has_grad = param.grad().defined();
-  entry.grad_dtype = to_dtype(grad_dtype_for(
-      param.scalar_type(), has_grad ? param.grad().scalar_type() : param.scalar_type()));
-  entry.param = param.data_ptr();
+  entry.param_dtype = entry.state_dtype = to_dtype(dtype);
+  const at::Tensor& grad = param.grad();
+  entry.grad_dtype = to_dtype(grad_dtype_for(dtype, grad.defined() ? grad.scalar_type() : dtype));
   if (!same_layout(param.sizes(), param.strides(), source.dense_strides) || param.is_neg()) {
     at::Tensor dense = at::empty_strided(param.sizes(), source.dense_strides, param.options());
     entry.param = dense.data_ptr();
-    partition.dense_params.push_back({object, dense});
+    partition->dense_params.emplace_back(object, dense);
   }
-  partition.tensors.push_back(entry);
+  partition->tensors.push_back(entry);
   sources_.push_back(std::move(source));
-  return static_cast<int>(sources_.size()) - 1;
 }
 
-void Plan::add_state(Source& source, PyObject* state, uint32_t states_used) {
-  TensorEntry& entry = entry_of(source);
+void Plan::add_state(Source& source, PyObject* state) {
+  TensorEntry& entry = partitions_[source.partition].tensors[source.index];
+  const uint32_t states_used = states_used_[source.group];
+  size_t found = 0;
   PyObject *key, *value;
-  size_t needed = 0;
   for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
-    source.items.push_back({key, value, false, {}});
+    items_.push_back({key, {}});
     const std::string name = py::cast<std::string>(py::str(py::handle(key)));
-    auto use = [&](void*& slot) {
-      const at::Tensor& tensor = unpack(value);
-      slot = tensor.data_ptr();
-      source.items.back().used = true;
-      source.items.back().placement = Placement::of(tensor);
-      ++needed;
+    const auto use = [&] {
+      items_.back().seen = Sighting::of(value);
+      ++found;
+      return unpack(value).data_ptr();
     };
     for (size_t k = 0; k < rule_.scalars.size(); ++k) {
-      if (name == rule_.scalars[k]) use(reinterpret_cast<void*&>(entry.scalars[k]));
+      if (name == rule_.scalars[k]) entry.scalars[k] = static_cast<float*>(use());
     }
     for (size_t k = 0; k < rule_.states.size(); ++k) {
       if (name != rule_.states[k] || (states_used >> k & 1) == 0) continue;
-      use(entry.state[k]);
+      entry.state[k] = use();
       entry.state_dtype = to_dtype(unpack(value).scalar_type());
     }
   }
-  source.has_state = needed == rule_.scalars.size() + __builtin_popcount(states_used);
+  source.has_state = found == rule_.scalars.size() + __builtin_popcount(states_used);
 }
 
 // Chunks, and memory for what the passes write.
 void Plan::lay_out() {
   for (Partition& partition : partitions_) {
     for (size_t t = 0; t < partition.tensors.size(); ++t) {
-      const int64_t numel = partition.tensors[t].numel;
       partition.first_chunk.push_back(static_cast<int64_t>(partition.chunks.size()));
-      for (int64_t i = 0; i * kChunkSize < numel; ++i) {
+      for (int64_t i = 0; i * kChunkSize < partition.tensors[t].numel; ++i) {
         partition.chunks.push_back({static_cast<uint32_t>(t), static_cast<uint32_t>(i)});
       }
     }
@@ -185,23 +213,27 @@ void Plan::lay_out() {
 }
 
 bool Plan::refresh(const py::list& param_groups, const py::dict& state) {
-  return same_params(param_groups) && same_state(state) && same_groups(param_groups) &&
-         gather_grads();
+  if (!same_lists(param_groups) || !same_state(state) || !same_groups(param_groups)) return false;
+  for (Partition& partition : partitions_) partition.dense_grads.clear();
+  for (size_t i = 0; i < sources_.size(); ++i) {
+    if (i + kAhead < sources_.size()) {
+      sources_[i + kAhead].seen.prefetch();
+      sources_[i + kAhead].grad_seen.prefetch();
+    }
+    if (!same_param(sources_[i]) || !gather_grad(sources_[i])) return false;
+  }
+  return true;
 }
 
-bool Plan::same_params(const py::list& param_groups) const {
+bool Plan::same_lists(const py::list& param_groups) const {
+  static PyObject* const kParams = PyUnicode_InternFromString("params");
   if (param_groups.size() != listed_.size()) return false;
   for (size_t g = 0; g < listed_.size(); ++g) {
-    static PyObject* const kParams = PyUnicode_InternFromString("params");
     PyObject* params = find(PyList_GET_ITEM(param_groups.ptr(), g), kParams);
     if (params == nullptr || !PyList_Check(params)) return false;
     if (PyList_GET_SIZE(params) != static_cast<Py_ssize_t>(listed_[g].size())) return false;
     for (size_t i = 0; i < listed_[g].size(); ++i) {
-      const Source& source = sources_[listed_[g][i]];
-      PyObject* object = PyList_GET_ITEM(params, i);
-      if (object != source.object || !THPVariable_Check(object)) return false;
-      const at::Tensor& param = unpack(object);
-      if (param.device() != source.device || !source.placement.matches(param)) return false;
+      if (PyList_GET_ITEM(params, i) != sources_[listed_[g][i]].seen.object) return false;
     }
   }
   return true;
@@ -210,22 +242,25 @@ bool Plan::same_params(const py::list& param_groups) const {
 bool Plan::same_state(const py::dict& state) const {
   if (PyDict_Size(state.ptr()) != static_cast<Py_ssize_t>(state_entries_.size())) return false;
   PyObject *key, *value;
-  auto entry = state_entries_.begin();
+  Py_ssize_t at = 0;
   // Walking the dicts in their order spares hashing: Tensor.__hash__ is a call into Python.
-  for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &value); ++entry) {
-    if (key != entry->key || value != entry->value) return false;
-    if (entry->source < 0) continue;
-    const std::vector<StateItem>& items = sources_[entry->source].items;
-    if (!PyDict_Check(value) || PyDict_Size(value) != static_cast<Py_ssize_t>(items.size())) {
-      return false;
+  for (size_t e = 0; e < state_entries_.size() && PyDict_Next(state.ptr(), &at, &key, &value); ++e) {
+    if (e + kAhead < state_entries_.size()) {
+      const StateEntry& next = state_entries_[e + kAhead];
+      __builtin_prefetch(next.value);
+      for (int i = next.first_item; i < next.last_item; ++i) items_[i].seen.prefetch();
     }
-    auto item = items.begin();
+    const StateEntry& entry = state_entries_[e];
+    if (key != entry.key || value != entry.value) return false;
+    if (entry.first_item == entry.last_item) continue;
+    if (!PyDict_Check(value)) return false;
+    if (PyDict_Size(value) != entry.last_item - entry.first_item) return false;
     PyObject *name, *tensor;
-    for (Py_ssize_t inner = 0; PyDict_Next(value, &inner, &name, &tensor); ++item) {
-      if (name != item->key) return false;
-      if (!item->used) continue;
-      if (tensor != item->value || !THPVariable_Check(tensor)) return false;
-      if (!item->placement.matches(unpack(tensor))) return false;
+    Py_ssize_t inner = 0;
+    for (int i = entry.first_item; i < entry.last_item; ++i) {
+      const StateItem& item = items_[i];
+      if (!PyDict_Next(value, &inner, &name, &tensor) || name != item.key) return false;
+      if (item.seen.object != nullptr && !item.seen.still_holds(tensor)) return false;
     }
   }
   return true;
@@ -242,24 +277,30 @@ bool Plan::same_groups(const py::list& param_groups) {
   return true;
 }
 
-bool Plan::gather_grads() {
-  for (Partition& partition : partitions_) partition.dense_grads.clear();
-  for (const Source& source : sources_) {
-    if (!gather_grad(source)) return false;
-  }
-  return true;
+bool Plan::same_param(const Source& source) const {
+  if (!source.seen.still_holds(source.seen.object)) return false;
+  const c10::TensorImpl* impl = source.seen.impl;
+  return equal(impl->sizes(), source.sizes) && equal(impl->strides(), source.strides) &&
+         impl->storage_offset() == source.storage_offset &&
+         impl->dtype() == c10::scalarTypeToTypeMeta(source.dtype);
 }
 
-bool Plan::gather_grad(const Source& source) {
-  Partition& partition = partition_of(source);
+// Finds a parameter's gradient, if it has one, as the kernels are to see it.
+bool Plan::gather_grad(Source& source) {
+  Partition& partition = partitions_[source.partition];
   const TensorEntry& entry = partition.tensors[source.index];
-  const at::Tensor& grad = unpack(source.object).grad();
+  const at::Tensor& param = unpack(source.seen.object);
+  const at::Tensor& grad = param.grad();
   const void*& slot = partition.grads[source.index];
   slot = nullptr;
   if (!grad.defined()) return true;
+  source.grad_seen.impl = grad.unsafeGetTensorImpl();
+  source.grad_seen.storage = source.grad_seen.impl->unsafe_storage().unsafeGetStorageImpl();
   if (!source.has_state || !is_ordinary(grad, source)) return false;
-  const at::ScalarType dtype = grad_dtype_for(source.placement.dtype, grad.scalar_type());
+  const at::ScalarType dtype = grad_dtype_for(source.dtype, grad.scalar_type());
   if (to_dtype(dtype) != entry.grad_dtype) return false;
+  // Autograd learns of the update as of any other in-place operation.
+  if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
   const bool direct = grad.scalar_type() == dtype && !grad.is_neg() &&
                       same_layout(grad.sizes(), grad.strides(), source.dense_strides);
   if (direct) {
@@ -270,7 +311,7 @@ bool Plan::gather_grad(const Source& source) {
   at::Tensor dense =
       at::empty_strided(grad.sizes(), source.dense_strides, grad.options().dtype(dtype));
   dense.copy_(grad.detach());
-  slot = dense.data_ptr();
+  slot = entry.numel == 0 ? source.seen.object : dense.data_ptr();
   partition.dense_grads.push_back(std::move(dense));
   return true;
 }
@@ -278,11 +319,11 @@ bool Plan::gather_grad(const Source& source) {
 std::vector<at::Tensor> Plan::tensors_in_use() const {
   std::vector<at::Tensor> result;
   for (const Source& source : sources_) {
-    result.push_back(unpack(source.object));
-    result.push_back(unpack(source.object).grad());
-    for (const StateItem& item : source.items) {
-      if (item.used) result.push_back(unpack(item.value));
-    }
+    result.push_back(unpack(source.seen.object));
+    result.push_back(unpack(source.seen.object).grad());
+  }
+  for (const StateItem& item : items_) {
+    if (item.seen.object != nullptr) result.push_back(unpack(item.seen.object));
   }
   return result;
 }

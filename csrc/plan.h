@@ -15,35 +15,38 @@
 
 namespace fusedopt {
 
-// Where a tensor lies and how its elements are laid out.
-struct Placement {
-  const void* data = nullptr;
-  at::ScalarType dtype = at::kFloat;
-  c10::DimVector sizes, strides;
+// Where a tensor was seen. Nothing is owned: the addresses are compared with what is there now, and
+// serve to prefetch it.
+struct Sighting {
+  PyObject* object = nullptr;
+  const c10::TensorImpl* impl = nullptr;
+  const c10::StorageImpl* storage = nullptr;
+  const void* base = nullptr;  // of the storage
 
-  static Placement of(const at::Tensor& tensor);
-  bool matches(const at::Tensor& tensor) const;
+  static Sighting of(PyObject* tensor);
+  void prefetch() const;
+  bool still_holds(PyObject* tensor) const;
 };
 
-// One tensor of a parameter's state: a scalar such as `step`, or one shaped as the parameter.
+// One item of a parameter's state: a scalar such as `step`, or a tensor shaped as the parameter.
 struct StateItem {
   PyObject* key;
-  PyObject* value;
-  bool used;  // else it is somebody else's, and may change as it likes
-  Placement placement;
+  Sighting seen;  // of nothing, where it is somebody else's and may change as it likes
 };
 
-// One parameter. Python's objects are compared by address only, never owned.
+// One parameter.
 struct Source {
-  PyObject* object;
-  uint32_t group;
-  c10::Device device;
-  Placement placement;
+  Sighting seen;
+  Sighting grad_seen;  // at the last step; often it is there again
+  uint32_t group = 0;
+  int partition = 0;       // which of the devices
+  int index = 0;           // in the partition
+  bool has_state = false;  // else its first gradient asks for a new plan
+  c10::Device device = at::kCPU;
+  at::ScalarType dtype = at::kFloat;
+  int64_t storage_offset = 0;
+  c10::DimVector sizes, strides;
   c10::DimVector dense_strides;  // the layout of the states, and of what the kernels see
-  bool has_state = false;        // else its first gradient asks for a new plan
-  std::vector<StateItem> items;  // in the order of the state's dict
-  int partition = 0;             // which of the devices
-  int index = 0;                 // in the partition
 };
 
 // The tables that don't change while the plan lives, in the device's memory.
@@ -109,22 +112,18 @@ class Plan {
   struct StateEntry {
     PyObject* key;
     PyObject* value;
-    int source;  // -1: not a parameter's
+    int first_item, last_item;  // of items_; none where it is not a parameter's
   };
 
-  int add_source(PyObject* param, uint32_t group);
-  void add_state(Source& source, PyObject* state, uint32_t states_used);
+  void add_source(PyObject* param, uint32_t group);
+  void add_state(Source& source, PyObject* state);
   void lay_out();
-  Partition& partition_of(const Source& source) { return partitions_[source.partition]; }
-  TensorEntry& entry_of(const Source& source) {
-    return partition_of(source).tensors[source.index];
-  }
 
-  bool same_params(const py::list& param_groups) const;
+  bool same_lists(const py::list& param_groups) const;
   bool same_state(const py::dict& state) const;
   bool same_groups(const py::list& param_groups);
-  bool gather_grads();
-  bool gather_grad(const Source& source);
+  bool same_param(const Source& source) const;
+  bool gather_grad(Source& source);
 
   const RuleInfo& rule_;
   const std::string backend_;
@@ -133,6 +132,7 @@ class Plan {
   std::vector<uint32_t> states_used_;      // by group
   std::vector<Source> sources_;            // each parameter once
   std::vector<StateEntry> state_entries_;
+  std::vector<StateItem> items_;           // of all entries, in the order of their dicts
   std::vector<Partition> partitions_;
 };
 

@@ -9,49 +9,80 @@
 
 namespace fusedopt::cpu {
 
-// Adds neighbors, then neighbors of these, until one sum is left. Lanes beyond `used` count as zero.
-FUSEDOPT_INLINE double fold(double* lanes, int64_t used) {
-  int64_t width = 1;
-  while (width < used) width *= 2;
-  for (int64_t lane = used; lane < width; ++lane) lanes[lane] = 0;
-  for (; width > 1; width /= 2) {
-    for (int64_t lane = 0; lane < width / 2; ++lane) {
-      lanes[lane] = lanes[2 * lane] + lanes[2 * lane + 1];
-    }
-  }
-  return used > 0 ? lanes[0] : 0;
+// Every sum is that of two neighboring terms.
+FUSEDOPT_INLINE void add_neighbors(const double* __restrict terms, double* __restrict sums,
+                                   int64_t count) {
+  for (int64_t i = 0; i < count; ++i) sums[i] = terms[2 * i] + terms[2 * i + 1];
 }
 
-// term(i) for all i < count, in float64.
-template <int64_t kLanes, class Term>
-FUSEDOPT_INLINE double sum_in_lanes(int64_t count, Term term) {
-  alignas(64) double lanes[kLanes];
-  const int64_t used = std::min(count, kLanes);
-  for (int64_t lane = 0; lane < used; ++lane) lanes[lane] = term(lane);
-  for (int64_t row = kLanes; row < count; row += kLanes) {
-    const int64_t width = std::min(count - row, kLanes);
+// Lanes of a sum: term i is added to lane i % kLanes; then neighboring lanes are added, then
+// neighbors of these, until one is left.
+template <int64_t kLanes>
+class LaneSum {
+ public:
+  // Terms [first, first + count) of the sum, of which first is a multiple of kLanes.
+  template <class Term>
+  FUSEDOPT_INLINE void add_row(Term term, int64_t first, int64_t count) {
+    if (first == 0) {
+      used_ = count;
+      for (int64_t lane = 0; lane < count; ++lane) lanes_[lane] = term(lane);
+      return;
+    }
 #pragma GCC ivdep
-    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] += term(row + lane);
+    for (int64_t lane = 0; lane < count; ++lane) lanes_[lane] += term(first + lane);
   }
-  return fold(lanes, used);
-}
+
+  template <class Term>
+  FUSEDOPT_INLINE void add(Term term, int64_t count) {
+    for (int64_t first = 0; first < count; first += kLanes) {
+      add_row(term, first, std::min(count - first, kLanes));
+    }
+  }
+
+  // Leaves nothing of the lanes. Those that were never used, up to a power of two, count as zero.
+  FUSEDOPT_INLINE double fold() {
+    if (used_ == 0) return 0;
+    int64_t width = 1;
+    while (width < used_) width *= 2;
+    for (int64_t lane = used_; lane < width; ++lane) lanes_[lane] = 0;
+    alignas(64) double other[kLanes / 2];
+    for (; width > 2; width /= 4) {
+      add_neighbors(lanes_, other, width / 2);
+      add_neighbors(other, lanes_, width / 4);
+    }
+    return width == 2 ? lanes_[0] + lanes_[1] : lanes_[0];
+  }
+
+ private:
+  alignas(64) double lanes_[kLanes];
+  int64_t used_ = 0;
+};
+
+template <class grad_t>
+struct Square {
+  const grad_t* grads;
+  FUSEDOPT_INLINE double operator()(int64_t i) const {
+    const double value = widen(grads[i]);
+    return value * value;
+  }
+};
+
+template <class param_t>
+inline constexpr int64_t kSquareLanes = kRowBytes / sizeof(param_t);
 
 template <class param_t, class grad_t>
 struct SumOfSquares {
-  struct Square {
-    const grad_t* grad;
-    FUSEDOPT_INLINE double operator()(int64_t i) const {
-      const double value = widen(grad[i]);
-      return value * value;
-    }
-  };
-  static FUSEDOPT_INLINE void run(const grad_t* grad, int64_t count, double* sum) {
-    *sum = sum_in_lanes<kRowBytes / sizeof(param_t)>(count, Square{grad});
+  static FUSEDOPT_INLINE void run(const grad_t* grads, int64_t count, double* sum) {
+    LaneSum<kSquareLanes<param_t>> lanes;
+    lanes.add(Square<grad_t>{grads}, count);
+    *sum = lanes.fold();
   }
 };
 
 inline double total(const double* chunk_sums, int64_t num_chunks) {
-  return sum_in_lanes<kTotalLanes>(num_chunks, [=](int64_t i) { return chunk_sums[i]; });
+  LaneSum<kTotalLanes> lanes;
+  lanes.add([=](int64_t i) { return chunk_sums[i]; }, num_chunks);
+  return lanes.fold();
 }
 
 }  // namespace fusedopt::cpu

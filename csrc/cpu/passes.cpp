@@ -1,5 +1,6 @@
 #include "passes.h"
 
+#include <algorithm>
 #include <atomic>
 
 #include "../rules.h"
@@ -30,13 +31,14 @@ class Updater {
   Updater(const Pass& pass, Isa isa, double grad_factor)
       : pass_(pass), isa_(isa), grad_factor_(grad_factor) {}
 
-  void update(Chunk chunk) {
+  // `sum`: null, or where to put the sum of the gradients' squares.
+  void update(Chunk chunk, double* sum) {
     const TensorEntry& tensor = pass_.tensors[chunk.tensor];
     prepare_for(tensor);
     visit_types(tensor, [&](auto types) {
       visit_variant<Rule>(pass_.groups[tensor.group].states_used, [&](auto used) {
         run_best<Update<Rule, used(), decltype(types)>>(isa_, &tensor, pass_.grads[chunk.tensor],
-                                                        chunk, &prepared_);
+                                                        chunk, &prepared_, sum);
       });
     });
   }
@@ -59,19 +61,39 @@ class Updater {
   Prepared<Rule> prepared_;
 };
 
-// Calls body(chunk index) for every chunk that has a gradient, each in one of the threads.
+// Small tensors are over before the processor has begun to fetch ahead by itself.
+void prefetch(const void* data) {
+  constexpr int kLine = 64, kLines = 4;
+  for (int line = 0; line < kLines; ++line) {
+    __builtin_prefetch(static_cast<const char*>(data) + line * kLine);
+  }
+}
+
+void prefetch(const Pass& pass, int64_t chunk, bool updates) {
+  if (chunk >= pass.num_chunks || pass.chunks[chunk].index != 0) return;
+  const TensorEntry& tensor = pass.tensors[pass.chunks[chunk].tensor];
+  prefetch(pass.grads[pass.chunks[chunk].tensor]);
+  if (!updates) return;
+  prefetch(tensor.param);
+  for (const void* state : tensor.state) prefetch(state);
+  __builtin_prefetch(tensor.scalars[0]);
+}
+
+// Calls body(chunk index) for every chunk that has a gradient, each in one of the threads. Spans are
+// taken in turn, from the last one if reversed; within a span chunks follow each other in memory.
 template <class Body>
 void walk(const Pass& pass, const Schedule& schedule, std::atomic<int64_t>& next, bool reverse,
           Body body) {
+  constexpr int64_t kAhead = 3;
   const int64_t num_spans = static_cast<int64_t>(schedule.spans.size());
   for (int64_t taken = next++; taken < num_spans; taken = next++) {
     const Span span = schedule.spans[reverse ? num_spans - 1 - taken : taken];
     for (int64_t i = span.first; i < span.last; ++i) {
-      const int64_t chunk = reverse ? span.first + span.last - 1 - i : i;
-      if (pass.grads[pass.chunks[chunk].tensor] != nullptr) {
-        body(chunk);
+      prefetch(pass, i + kAhead, reverse);
+      if (pass.grads[pass.chunks[i].tensor] != nullptr) {
+        body(i);
       } else {
-        pass.chunk_sums[chunk] = 0;
+        pass.chunk_sums[i] = 0;
       }
     }
   }
@@ -80,16 +102,21 @@ void walk(const Pass& pass, const Schedule& schedule, std::atomic<int64_t>& next
 }  // namespace
 
 std::vector<Span> make_spans(const TensorEntry* tensors, const std::vector<Chunk>& chunks) {
+  const auto size_of = [&](const Chunk& chunk) { return chunk.size(tensors[chunk.tensor].numel); };
+  int64_t total = 0;
+  for (const Chunk& chunk : chunks) total += size_of(chunk);
+  // Long runs suit the prefetchers, but at their end no thread is to wait long for another.
+  constexpr int64_t kSpans = 64, kLongest = 16 * kChunkSize;
+  const int64_t wanted = std::clamp(total / kSpans, kChunkSize, kLongest);
   std::vector<Span> spans;
-  int64_t elements = kChunkSize;  // a full span before the first
+  int64_t elements = wanted;  // a full span before the first
   for (int64_t i = 0; i < static_cast<int64_t>(chunks.size()); ++i) {
-    const int64_t size = chunks[i].size(tensors[chunks[i].tensor].numel);
-    if (elements + size > kChunkSize) {
+    if (elements >= wanted) {
       spans.push_back({i, i});
       elements = 0;
     }
     spans.back().last = i + 1;
-    elements += size;
+    elements += size_of(chunks[i]);
   }
   return spans;
 }
@@ -119,8 +146,7 @@ void run(const Pass& pass, const Schedule& schedule, Phases phases) {
       Updater<Rule> updater(pass, isa, decision.grad_factor);
       // In reverse: what the norm pass read last is still in the cache.
       walk(pass, schedule, next_to_update, true, [&](int64_t i) {
-        if (!pass.options.measure) pass.chunk_sums[i] = sum_of_squares(pass, isa, pass.chunks[i]);
-        updater.update(pass.chunks[i]);
+        updater.update(pass.chunks[i], pass.options.measure ? nullptr : &pass.chunk_sums[i]);
       });
     }
   }

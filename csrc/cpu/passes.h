@@ -8,7 +8,7 @@
 
 namespace fusedopt::cpu {
 
-// A run of neighboring chunks with about kChunkSize elements together: what a thread takes at a time.
+// A run of neighboring chunks: what a thread takes at a time.
 struct Span {
   int64_t first, last;
 };
