@@ -41,25 +41,31 @@ Dtype to_dtype(at::ScalarType type) {
 Group read_group(const RuleInfo& rule, const std::vector<PyObject*>& names, PyObject* group,
                  c10::Device device) {
   Group result{};
-  int count = 0;
+  int at = 0;
   for (size_t i = 0; i < names.size(); ++i) {
+    const auto [name, count] = rule.hyperparameters[i];
     PyObject* value = PyDict_GetItemWithError(group, names[i]);
-    if (value == nullptr) throw py::key_error(rule.hyperparameters[i]);
-    if (PyTuple_Check(value) || PyList_Check(value)) {
-      for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(value); ++k) {
-        TORCH_CHECK(count < kMaxHyperparameters, rule.hyperparameters[i], " has too many items");
-        result.values[count++] = to_double(PySequence_Fast_GET_ITEM(value, k));
+    if (value == nullptr) throw py::key_error(name);
+    const bool is_sequence = PyTuple_Check(value) || PyList_Check(value);
+    if ((is_sequence ? PySequence_Fast_GET_SIZE(value) : 1) != count) {
+      throw py::value_error(std::string("a param group's ") + name + " is " +
+                            py::cast<std::string>(py::repr(value)) + "; expected " +
+                            (count == 1 ? "one number" : std::to_string(count) + " numbers"));
+    }
+    if (is_sequence) {
+      for (int k = 0; k < count; ++k) {
+        result.values[at++] = to_double(PySequence_Fast_GET_ITEM(value, k));
       }
-    } else if (count == 0 && stays_on_device(value, device)) {
+    } else if (at == 0 && stays_on_device(value, device)) {
       const at::Tensor& lr = THPVariable_Unpack(value);
       result.lr = lr.data_ptr();
       result.lr_dtype = to_dtype(lr.scalar_type());
-      result.values[count++] = 0;
+      ++at;
     } else {
-      result.values[count++] = to_double(value);
+      result.values[at++] = to_double(value);
     }
   }
-  // lr decides nothing here, and may lie where the host can't read it.
+  // Which states there are does not hang on lr, and lr may lie where the host can't read it.
   Group on_host = result;
   on_host.lr = nullptr;
   result.states_used = rule.states_used(on_host);

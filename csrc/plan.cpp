@@ -86,6 +86,13 @@ bool Sighting::still_holds(PyObject* tensor) const {
          base_of(storage) == base;
 }
 
+bool StateItem::laid_out_as(const Source* source) const {
+  if (seen.impl->storage_offset() != storage_offset) return false;
+  if (!is_tensor) return true;
+  return equal(seen.impl->sizes(), source->sizes) &&
+         equal(seen.impl->strides(), source->dense_strides);
+}
+
 DeviceTables::DeviceTables(const std::vector<TensorEntry>& tensors,
                            const std::vector<Chunk>& chunks, c10::Device device) {
   const size_t tensor_bytes = tensors.size() * sizeof(TensorEntry);
@@ -101,8 +108,8 @@ DeviceTables::DeviceTables(const std::vector<TensorEntry>& tensors,
 Plan::Plan(const std::string& rule, const std::string& backend, const py::list& param_groups,
            const py::dict& state)
     : rule_(find_rule(rule)), backend_(backend) {
-  for (const std::string& name : rule_.hyperparameters) {
-    names_.push_back(PyUnicode_InternFromString(name.c_str()));
+  for (const HyperparameterName& it : rule_.hyperparameters) {
+    names_.push_back(PyUnicode_InternFromString(it.name));
   }
   std::unordered_map<PyObject*, int> known;
   for (const py::handle& group : param_groups) {
@@ -120,7 +127,8 @@ Plan::Plan(const std::string& rule, const std::string& backend, const py::list& 
     const int first_item = static_cast<int>(items_.size());
     const auto found = known.find(key);
     if (found != known.end()) add_state(sources_[found->second], value);
-    state_entries_.push_back({key, value, first_item, static_cast<int>(items_.size())});
+    state_entries_.push_back({key, value, found == known.end() ? nullptr : &sources_[found->second],
+                              first_item, static_cast<int>(items_.size())});
   }
   lay_out();
 }
@@ -159,7 +167,7 @@ void Plan::add_source(PyObject* object, uint32_t group) {
   if (!same_layout(param.sizes(), param.strides(), source.dense_strides) || param.is_neg()) {
     at::Tensor dense = at::empty_strided(param.sizes(), source.dense_strides, param.options());
     entry.param = dense.data_ptr();
-    partition->dense_params.emplace_back(object, dense);
+    partition->dense_params.push_back({object, source.index, dense});
   }
   partition->tensors.push_back(entry);
   sources_.push_back(std::move(source));
@@ -171,10 +179,11 @@ void Plan::add_state(Source& source, PyObject* state) {
   size_t found = 0;
   PyObject *key, *value;
   for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
-    items_.push_back({key, {}});
+    items_.push_back({key, {}, 0, false});
     const std::string name = py::cast<std::string>(py::str(py::handle(key)));
     const auto use = [&] {
       items_.back().seen = Sighting::of(value);
+      items_.back().storage_offset = unpack(value).storage_offset();
       ++found;
       return unpack(value).data_ptr();
     };
@@ -184,6 +193,7 @@ void Plan::add_state(Source& source, PyObject* state) {
     for (size_t k = 0; k < rule_.states.size(); ++k) {
       if (name != rule_.states[k] || (states_used >> k & 1) == 0) continue;
       entry.state[k] = use();
+      items_.back().is_tensor = true;
       entry.state_dtype = to_dtype(unpack(value).scalar_type());
     }
   }
@@ -230,10 +240,11 @@ bool Plan::same_lists(const py::list& param_groups) const {
   if (param_groups.size() != listed_.size()) return false;
   for (size_t g = 0; g < listed_.size(); ++g) {
     PyObject* params = find(PyList_GET_ITEM(param_groups.ptr(), g), kParams);
-    if (params == nullptr || !PyList_Check(params)) return false;
-    if (PyList_GET_SIZE(params) != static_cast<Py_ssize_t>(listed_[g].size())) return false;
-    for (size_t i = 0; i < listed_[g].size(); ++i) {
-      if (PyList_GET_ITEM(params, i) != sources_[listed_[g][i]].seen.object) return false;
+    if (params == nullptr || !(PyList_Check(params) || PyTuple_Check(params))) return false;
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(params);
+    if (count != static_cast<Py_ssize_t>(listed_[g].size())) return false;
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      if (PySequence_Fast_GET_ITEM(params, i) != sources_[listed_[g][i]].seen.object) return false;
     }
   }
   return true;
@@ -260,7 +271,8 @@ bool Plan::same_state(const py::dict& state) const {
     for (int i = entry.first_item; i < entry.last_item; ++i) {
       const StateItem& item = items_[i];
       if (!PyDict_Next(value, &inner, &name, &tensor) || name != item.key) return false;
-      if (item.seen.object != nullptr && !item.seen.still_holds(tensor)) return false;
+      if (item.seen.object == nullptr) continue;
+      if (!item.seen.still_holds(tensor) || !item.laid_out_as(entry.source)) return false;
     }
   }
   return true;

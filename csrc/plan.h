@@ -28,12 +28,6 @@ struct Sighting {
   bool still_holds(PyObject* tensor) const;
 };
 
-// One item of a parameter's state: a scalar such as `step`, or a tensor shaped as the parameter.
-struct StateItem {
-  PyObject* key;
-  Sighting seen;  // of nothing, where it is somebody else's and may change as it likes
-};
-
 // One parameter.
 struct Source {
   Sighting seen;
@@ -47,6 +41,23 @@ struct Source {
   int64_t storage_offset = 0;
   c10::DimVector sizes, strides;
   c10::DimVector dense_strides;  // the layout of the states, and of what the kernels see
+};
+
+// One item of a parameter's state: a scalar such as `step`, or a tensor shaped as the parameter.
+struct StateItem {
+  PyObject* key;
+  Sighting seen;  // of nothing, where it is somebody else's and may change as it likes
+  int64_t storage_offset;
+  bool is_tensor;
+
+  bool laid_out_as(const Source* source) const;
+};
+
+// A parameter with gaps between its elements, and the dense copy that the kernels see.
+struct DenseParam {
+  PyObject* param;
+  int index;  // in the partition
+  at::Tensor dense;
 };
 
 // The tables that don't change while the plan lives, in the device's memory.
@@ -78,8 +89,8 @@ struct Partition {
   std::vector<cpu::Span> spans;      // of chunks, for the CPU
   std::vector<const void*> grads;  // null: no gradient at this step
   std::vector<Group> groups;
-  std::vector<std::pair<PyObject*, at::Tensor>> dense_params;  // stand-ins for those with gaps
-  std::vector<at::Tensor> dense_grads;                         // and for gradients, at this step
+  std::vector<DenseParam> dense_params;
+  std::vector<at::Tensor> dense_grads;  // of gradients laid out otherwise, at this step
   at::Tensor chunk_sums;
   at::Tensor control;      // a StepControl
   DeviceTables tables;     // CUDA only
@@ -90,6 +101,8 @@ class Plan {
  public:
   Plan(const std::string& rule, const std::string& backend, const py::list& param_groups,
        const py::dict& state);
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
 
   // Looks at all parameters, states and gradients again. False: one of them is not as it was.
   bool refresh(const py::list& param_groups, const py::dict& state);
@@ -112,7 +125,8 @@ class Plan {
   struct StateEntry {
     PyObject* key;
     PyObject* value;
-    int first_item, last_item;  // of items_; none where it is not a parameter's
+    const Source* source;       // null where the key is not one of the parameters
+    int first_item, last_item;  // of items_
   };
 
   void add_source(PyObject* param, uint32_t group);

@@ -14,7 +14,7 @@ namespace fusedopt {
 
 struct RuleInfo {
   std::string name;
-  std::vector<std::string> hyperparameters;  // in a param group, a tuple's items counted as one
+  std::vector<HyperparameterName> hyperparameters;  // in a param group
   std::vector<std::string> scalars;          // in a parameter's state, 0-d float32
   std::vector<std::string> states;           // in a parameter's state, shaped as the parameter
   unsigned (*states_used)(const Group&);

@@ -122,14 +122,18 @@ void add_up_devices(std::vector<Partition>& partitions) {
 
 // Parameters with gaps between their elements: the kernels see a dense copy.
 void load_dense_params(Partition& partition) {
-  for (auto& [param, dense] : partition.dense_params) {
-    dense.copy_(THPVariable_Unpack(param).detach());
+  for (const DenseParam& it : partition.dense_params) {
+    if (partition.grads[it.index] != nullptr) {
+      it.dense.copy_(THPVariable_Unpack(it.param).detach());
+    }
   }
 }
 
 void store_dense_params(Partition& partition) {
-  for (auto& [param, dense] : partition.dense_params) {
-    THPVariable_Unpack(param).detach().copy_(dense);
+  for (const DenseParam& it : partition.dense_params) {
+    if (partition.grads[it.index] != nullptr) {
+      THPVariable_Unpack(it.param).detach().copy_(it.dense);
+    }
   }
 }
 

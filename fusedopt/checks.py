@@ -62,6 +62,8 @@ def name_of(param_groups: list[Group], group: int, index: int) -> str:
 
 def check_param(param: Tensor, name: str, backend: str | None) -> None:
     """Refuses a parameter that no step can update, as far as that shows without a gradient."""
+    if torch.nn.parameter.is_lazy(param):
+        return  # no shape, no memory yet: the first step looks again
     subclass = type(param).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
     if subclass:
         raise TypeError(

@@ -47,10 +47,6 @@ class FusedOptimizer(Optimizer):
 
     rule: ClassVar[Rule]
 
-    # A scaler that sees this set leaves unscaling to the step and skips its own check for clipping;
-    # trainers that see it refuse to clip. Stock scalers unscale first, and all of them work.
-    _step_supports_amp_scaling = False
-
     def _configure(self, max_grad_norm: Any, nonfinite: Any, backend: Any) -> None:
         """Takes our own arguments. Comes before torch's __init__, which adds the param groups."""
         self.max_grad_norm = max_grad_norm
@@ -93,10 +89,22 @@ class FusedOptimizer(Optimizer):
         """How many steps have been skipped so far: 0-d int64."""
         return self._reading(Control.SKIPPED_STEPS, torch.int64)
 
-    def _reading(self, index: int, dtype: torch.dtype) -> Tensor:
-        return self._control_on(self.param_groups[0]["params"][0].device)[index].to(dtype, copy=True)
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """A stock scaler unscales before the step, then: trainers refuse to clip where this is set."""
+        return False
 
-    def _control_on(self, device: torch.device) -> Tensor:
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """torch's __init__ sets it for `fused=True`, which changes nothing here."""
+
+    def _reading(self, index: int, dtype: torch.dtype) -> Tensor:
+        return self._readings()[index].to(dtype, copy=True)
+
+    def _readings(self) -> Tensor:
+        """What the last step left (see `Control`), on the first parameter's device."""
+        devices = (p.device for group in self.param_groups for p in group["params"])
+        device = next(devices, torch.device("cpu"))
         if self._control is None:
             self._control = torch.zeros(Control.SIZE, dtype=torch.float64, device=device)
         elif self._control.device != device:
@@ -148,7 +156,7 @@ class FusedOptimizer(Optimizer):
 
     def _fused_step(self) -> None:
         request = self._request()
-        control = self._control_on(self.param_groups[0]["params"][0].device)
+        control = self._readings()
         arguments = {**request._asdict(), "control": control}
         new_states: list[Tensor] = []
         if self._plan is None or not self._plan.step(self.param_groups, self.state, **arguments):

@@ -57,8 +57,8 @@ class Request(NamedTuple):
     max_grad_norm: float  # infinity: never clip
     measure: bool  # the norm is known before the update
     skip_nonfinite: bool  # leave everything as it was when a gradient holds inf or nan
-    grad_scale: Tensor | None  # 0-d: the gradients are to be divided by it
-    found_inf: Tensor | None  # 0-d: anything but zero asks for a skip
+    grad_scale: Tensor | None  # one float32: the gradients are to be divided by it
+    found_inf: Tensor | None  # one float32: anything but zero asks for a skip
 
 
 class Decision(NamedTuple):
@@ -127,10 +127,10 @@ def fold(lanes: Tensor) -> Tensor:
 
 def sum_in_lanes(terms: Tensor, lanes: int) -> Tensor:
     """Sums the last dimension of a float64 tensor: term i in lane i % lanes, then the lanes."""
-    terms = torch.nn.functional.pad(terms, (0, -terms.shape[-1] % lanes))
-    rows = terms.unflatten(-1, (-1, lanes)).unbind(-2)
+    rows = max(1, -(-terms.shape[-1] // lanes))
+    terms = torch.nn.functional.pad(terms, (0, rows * lanes - terms.shape[-1]))
     total = torch.zeros_like(terms[..., :lanes])
-    for row in rows:
+    for row in terms.unflatten(-1, (rows, lanes)).unbind(-2):
         total = total + row
     return fold(total)
 
@@ -164,13 +164,15 @@ def decide(request: Request, sum_of_squares: float) -> Decision:
     A float32 squared is exact in float64 and can't overflow: the sum is finite exactly when all
     gradients are (float64 gradients above 1e154 count as overflow).
     """
-    inv_scale = 1.0 if request.grad_scale is None else 1.0 / float(request.grad_scale)
+    inv_scale = 1.0
+    if request.grad_scale is not None:  # in a tensor, as Python's floats refuse to divide by zero
+        inv_scale = request.grad_scale.float().double().reciprocal().item()
     grad_norm = math.sqrt(sum_of_squares) * inv_scale
     clip_coef = 1.0
     if request.max_grad_norm != math.inf:
         coef = request.max_grad_norm / (grad_norm + 1e-6)
         clip_coef = 1.0 if coef > 1.0 else coef  # nan stays nan
-    told_to_skip = request.found_inf is not None and float(request.found_inf) != 0
+    told_to_skip = request.found_inf is not None and request.found_inf.float().item() != 0
     skip = told_to_skip or (request.skip_nonfinite and not math.isfinite(sum_of_squares))
     return Decision(grad_norm, clip_coef, inv_scale * clip_coef, skip)
 
@@ -205,7 +207,7 @@ def step(
         decision = decide(request, total)
     skipped = control[Control.SKIPPED_STEPS].item() + decision.skip
     readings = (total, decision.grad_norm, decision.clip_coef, float(decision.skip), skipped)
-    control.copy_(torch.tensor(readings, dtype=torch.float64))
+    control.copy_(control.new_tensor(readings))
 
 
 def update(

@@ -21,7 +21,7 @@ def complete(rule: Rule, group: Group, param: Tensor, states: dict[Tensor, dict[
         return False
     if not state:
         states[param] = {
-            **{name: torch.zeros((), device=param.device) for name in rule.scalars},
+            **{name: torch.zeros((), dtype=torch.float32, device=param.device) for name in rule.scalars},
             **{name: torch.zeros_like(param) for name in rule.states(group)},
         }
         return True
@@ -42,6 +42,6 @@ def _scalar_in_place(value: Any, param: Tensor) -> Tensor:
 def _tensor_in_place(value: Tensor, param: Tensor) -> Tensor:
     """On the parameter's device and laid out like it; the dtype stays what it is."""
     like = torch.empty_like(param, dtype=value.dtype, device="meta")
-    if value.device == param.device and value.stride() == like.stride():
+    if value.device == param.device and value.stride() == like.stride() and not value.is_neg():
         return value
     return torch.empty_like(param, dtype=value.dtype).copy_(value)

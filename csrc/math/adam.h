@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../params.h"
 #include "inline.h"
 #include "power.h"
 
@@ -16,8 +17,9 @@ struct Adam {
   struct Hyperparameters {
     double lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay;
   };
-  static constexpr const char* kHyperparameters[] = {
-      "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"};
+  static constexpr HyperparameterName kHyperparameters[] = {
+      {"lr"},      {"betas", 2}, {"eps"}, {"weight_decay"}, {"amsgrad"},
+      {"maximize"}, {"decoupled_weight_decay"}};
 
   static constexpr const char* kScalars[] = {"step"};
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};

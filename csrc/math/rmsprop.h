@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "../params.h"
 #include "inline.h"
 
 namespace fusedopt {
@@ -13,8 +14,8 @@ struct RMSprop {
   struct Hyperparameters {
     double lr, alpha, eps, weight_decay, momentum, centered, maximize;
   };
-  static constexpr const char* kHyperparameters[] = {"lr",       "alpha",    "eps",     "weight_decay",
-                                                     "momentum", "centered", "maximize"};
+  static constexpr HyperparameterName kHyperparameters[] = {
+      {"lr"}, {"alpha"}, {"eps"}, {"weight_decay"}, {"momentum"}, {"centered"}, {"maximize"}};
 
   static constexpr const char* kScalars[] = {"step"};
   static constexpr const char* kStates[] = {"square_avg", "grad_avg", "momentum_buffer"};

@@ -1,0 +1,97 @@
+# Needs Python with venv and its headers, a C++ compiler and make; the rest comes into .venv.
+## make demo       train on handwritten digits
+## make test       run every test
+## make lint       check style and types
+## make format     bring the style in order
+## make sanitize   run the CUDA kernels, emulated on the CPU, under ASan and UBSan
+## make clean      remove everything that was built, and .venv
+##
+## PYTHON=path     use this interpreter and its torch, and install nothing
+## TORCH=...       another torch for .venv, as pip install takes it
+
+TORCH ?= torch==2.13.0
+
+ifdef PYTHON
+  python := $(PYTHON)
+  torch := $(shell $(PYTHON) -c 'from importlib.metadata import version as v; print(v("torch"))' 2>/dev/null)
+  bin := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+  tools := tools
+  export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+  python := .venv/bin/python
+  torch := $(TORCH)
+  bin := .venv/bin
+  tools := .venv/test
+  lint-tools := .venv/lint
+endif
+
+# Built anew for another interpreter, another torch, or with another choice of CUDA kernels.
+key := $(shell echo '$(abspath $(python)) $(torch) $(FUSEDOPT_CUDA) $(TORCH_CUDA_ARCH_LIST)' \
+  | cksum | cut -d' ' -f1)
+extension := build/extension-$(key)
+emulator := build/emulator-$(key)
+pytest := $(python) -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+cpp := $(wildcard csrc/*.* csrc/*/*.*)
+emulation := $(wildcard tests/emulator/*.*)
+
+.PHONY: help demo test lint format sanitize clean tools
+
+help:
+	@sed -n 's/^## \{0,1\}//p' Makefile
+
+demo: $(extension)
+	$(python) examples/train_digits.py
+
+test: $(extension) $(emulator)
+	$(pytest)
+
+lint: $(tools) $(lint-tools)
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/clang-format --dry-run -Werror $(cpp) $(filter-out %.py,$(emulation))
+	$(bin)/pyright --project . --pythonpath $(python)
+
+format: $(lint-tools)
+	$(bin)/ruff check --fix
+	$(bin)/ruff format
+	$(bin)/clang-format -i $(cpp) $(filter-out %.py,$(emulation))
+
+sanitize: $(tools)
+	rm -f build/emulator/_C_sanitized.*
+	$(python) tests/emulator/build.py --sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 FUSEDOPT_TEST_SANITIZED=1 \
+	$(pytest) -k emulated
+
+clean:
+	rm -rf .venv build fusedopt/*.so *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Torch first and by itself; then the rest, against this torch. The extension comes later, in place.
+.venv/test: pyproject.toml
+	python3 -m venv .venv
+	.venv/bin/pip install $(TORCH)
+	.venv/bin/pip install 'setuptools>=77'
+	FUSEDOPT_PURE_PYTHON=1 .venv/bin/pip install --no-build-isolation --editable '.[test]'
+	touch $@
+
+.venv/lint: .venv/test
+	FUSEDOPT_PURE_PYTHON=1 .venv/bin/pip install --no-build-isolation --editable '.[lint]'
+	touch $@
+
+tools:
+	@$(python) -c "import importlib.util, sys; \
+	needed = 'torch setuptools ninja pytest xdist hypothesis numpy sklearn matplotlib tqdm'.split(); \
+	missing = [name for name in needed if importlib.util.find_spec(name) is None]; \
+	missing and sys.exit(f'$(PYTHON) lacks {missing}: see the extra \'test\' in pyproject.toml')"
+
+$(extension): $(cpp) setup.py pyproject.toml | $(tools)
+	rm -f build/extension-*
+	$(python) setup.py build_ext --inplace --force
+	touch $@
+
+$(emulator): $(cpp) $(emulation) | $(tools)
+	rm -f build/emulator-* build/emulator/_C_emulated.*
+	$(python) tests/emulator/build.py
+	touch $@

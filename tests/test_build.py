@@ -1,0 +1,164 @@
+"""What is built from which sources, and what comes of a machine that lacks something."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusedopt import backends
+
+ROOT = Path(__file__).parent.parent
+
+spec = importlib.util.spec_from_file_location("fusedopt_setup", ROOT / "setup.py")
+assert spec is not None and spec.loader is not None
+setup = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(setup)
+
+
+def python(
+    *arguments: object, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def nvcc(tmp_path):
+    """A compiler of CUDA that knows some architectures, and can do nothing else."""
+    path = tmp_path / "bin/nvcc"
+    path.parent.mkdir()
+    path.write_text("#!/bin/sh\nprintf 'compute_%s\\n' 75 80 87 90 100 103\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_cuda_is_left_out_insisted_on_or_refused(monkeypatch, nvcc, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("FUSEDOPT_CUDA", "1")
+    assert setup.find_nvcc() == nvcc
+    monkeypatch.setenv("FUSEDOPT_CUDA", "0")
+    assert setup.find_nvcc() is None
+    monkeypatch.setenv("FUSEDOPT_CUDA", "yes")
+    with pytest.raises(SystemExit, match="FUSEDOPT_CUDA is 'yes'; it takes 0 or 1"):
+        setup.find_nvcc()
+
+
+def test_cuda_that_is_insisted_on_and_not_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("FUSEDOPT_CUDA", "")
+    assert setup.find_nvcc() is None
+    monkeypatch.setenv("FUSEDOPT_CUDA", "1")
+    with pytest.raises(SystemExit, match="set CUDA_HOME"):
+        setup.find_nvcc()
+
+
+def test_architectures(monkeypatch, nvcc):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    asked = [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    assert setup.architecture_flags(nvcc) == asked
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX")
+    assert setup.architecture_flags(nvcc) == asked
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;nine")
+    with pytest.raises(SystemExit, match="'nine' is not like"):
+        setup.architecture_flags(nvcc)
+
+
+def test_default_architectures_end_in_code_for_later_ones(monkeypatch, nvcc):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    codes = [flag.rpartition("code=")[2] for flag in setup.architecture_flags(nvcc)]
+    assert codes == ["sm_75", "sm_80", "sm_90", "sm_100", "compute_100"]
+
+
+@pytest.mark.parametrize(
+    "environment", [{"CXX": "/nonexistent/c++"}, {"FUSEDOPT_PURE_PYTHON": "1"}], ids=str
+)
+def test_without_a_compiler_all_steps_run_in_plain_torch(tmp_path, environment):
+    pytest.importorskip("pip")
+    tree, target = tmp_path / "tree", tmp_path / "target"
+    artifacts = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("csrc", "fusedopt"):
+        shutil.copytree(ROOT / name, tree / name, ignore=artifacts)
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tree)
+    options = ["--verbose", "--no-build-isolation", "--no-deps", "--no-index", "--target", target]
+    installed = python("-m", "pip", "install", *options, tree, **environment)
+    assert installed.returncode == 0, installed.stdout + installed.stderr
+    assert "installing WITHOUT the compiled kernels" in installed.stdout + installed.stderr
+    assert not list(target.rglob("*.so"))
+    assert (target / "fusedopt/py.typed").exists()
+
+    path = os.pathsep.join(filter(None, [str(target), os.environ.get("PYTHONPATH")]))
+    code = """if True:
+        import torch, fusedopt
+        for _ in range(2):
+            param = torch.ones(3, requires_grad=True)
+            param.grad = torch.ones(3)
+            optimizer = fusedopt.FusedAdam([param], lr=0.5, max_grad_norm=1.0)
+            optimizer.step()
+            optimizer.step()
+        print(fusedopt.__file__, *param.tolist())
+    """
+    ran = python("-c", code, cwd=tmp_path, PYTHONPATH=path)
+    assert ran.returncode == 0, ran.stderr
+    file, *values = ran.stdout.split()
+    assert Path(file).is_relative_to(target)
+    assert all(abs(float(value)) < 1e-6 for value in values)
+    assert ran.stderr.count("RuntimeWarning: fusedopt: the compiled extension can't be") == 1
+
+
+def test_no_kernel_spills_registers():
+    if backends._C is None or not backends._C.built_with_cuda:
+        pytest.skip("CUDA kernels are not built here")
+    reports = list(ROOT.glob("build/temp*/cuda_resources.txt"))
+    if not reports:
+        pytest.skip("the extension was built elsewhere")
+    for report in reports:
+        text = report.read_text()
+        functions = re.findall(
+            r"Function properties for (\S+)\n.* (\d+) bytes spill stores, (\d+) bytes spill loads",
+            text,
+        )
+        assert len(functions) >= text.count("Compiling entry function") > 0
+        spilling = {name for name, *spilled in functions if spilled != ["0", "0"]}
+        assert not spilling, f"{report}: {spilling}"
+
+
+def test_import_is_quick():
+    """Beside torch. In seconds of this process, whatever else the machine does."""
+    code = "import time, torch; start = time.process_time(); import fusedopt; "
+    code += "print(time.process_time() - start)"
+    seconds = min(float(python("-c", code).stdout) for _ in range(3))
+    assert seconds < 0.1
+
+
+def test_everything_the_extension_needs_is_in_torch():
+    if backends.why_missing("cpu") is not None:
+        pytest.fail(f"the extension is to be tested, but {backends.why_missing('cpu')}")
+    done = python("-c", "import torch, fusedopt._C", LD_BIND_NOW="1")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("folder", "foreign"),
+    [("cuda", r"torch|ATen|c10|[Pp]y"), ("math", r"torch|ATen|c10|[Pp]y|cuda|\.\./")],
+)
+def test_headers_stay_apart(folder, foreign):
+    """CUDA sources compile without torch, and the math without either."""
+    files = [path for path in (ROOT / "csrc" / folder).iterdir() if path.is_file()]
+    assert files
+    for path in files:
+        included = re.findall(r'^\s*#\s*include\s*[<"](.+)[>"]', path.read_text(), re.MULTILINE)
+        assert not [name for name in included if re.search(foreign, name)], path

@@ -1,0 +1,205 @@
+"""torch's protocol around a step: schedulers, closures, hooks, autograd, memory."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from cases import CLASSES, make_params, set_grads, tensors_of
+from torch.nn import Parameter
+
+import fusedopt
+
+SHAPES = [(33,), (4, 5), (16385,)]
+
+
+def train(optimizer, seeds):
+    for seed in seeds:
+        set_grads([p for group in optimizer.param_groups for p in group["params"]], seed)
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.1),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9),
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
+    ],
+    ids=["step", "one cycle", "cosine"],
+)
+@pytest.mark.parametrize(
+    "lr", [0.1, torch.tensor(0.1, dtype=torch.float64)], ids=["float", "tensor"]
+)
+def test_schedulers(backend, make, lr):
+    params = make_params(SHAPES, torch.float64, backend.device)
+    twins = make_params(SHAPES, torch.float64, backend.device)
+    fused = backend.make(fusedopt.FusedAdam, params, lr=copy.deepcopy(lr))
+    twin = torch.optim.Adam(twins, lr=copy.deepcopy(lr), foreach=False)
+    schedulers = make(fused), make(twin)
+    for seed in range(5):
+        train(fused, [seed])
+        train(twin, [seed])
+        for scheduler in schedulers:
+            scheduler.step()
+    torch.testing.assert_close(tensors_of(fused), tensors_of(twin))
+
+
+@pytest.mark.parametrize("case", CLASSES, ids=str)
+def test_closure_runs_with_gradients_and_its_loss_is_returned(backend, case):
+    param = Parameter(torch.ones(3, device=backend.device))
+    optimizer = backend.make(case.cls, [param])
+    calls = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (param**2).sum()
+        loss.backward()
+        calls.append(torch.is_grad_enabled())
+        return loss
+
+    with torch.no_grad():
+        loss = optimizer.step(closure)
+    assert calls == [True] and loss.item() == 3.0 and loss.requires_grad
+    assert (param < 1).all() and param.requires_grad and param.is_leaf
+    assert optimizer.step() is None
+
+
+def test_hooks_run_around_the_step_once_each(backend):
+    param = Parameter(torch.ones(3, device=backend.device))
+    optimizer = backend.make(fusedopt.FusedAdam, [param])
+    param.grad = torch.ones_like(param)
+    seen = []
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append(("pre", param[0].item())))
+    optimizer.register_step_post_hook(
+        lambda o, args, kwargs: seen.append(("post", param[0].item()))
+    )
+    optimizer.step()
+    assert [name for name, _ in seen] == ["pre", "post"]
+    assert seen[0][1] == 1.0 > seen[1][1]
+
+
+@pytest.mark.parametrize("case", CLASSES, ids=str)
+def test_profiler_sees_one_step_under_its_name(backend, case):
+    optimizer = backend.make(case.cls, make_params([(3,)], device=backend.device))
+    with torch.profiler.profile() as profile:
+        train(optimizer, [0])
+    names = [e.name for e in profile.events() if e.name.startswith("Optimizer.step")]
+    assert names == [f"Optimizer.step#{case.cls.__name__}.step"]
+
+
+@pytest.mark.parametrize("backend_name", [None, "reference"])
+def test_default_device_that_is_not_the_parameters(backend_name):
+    params = make_params(SHAPES)
+    optimizer = fusedopt.FusedAdam(params, backend=backend_name, max_grad_norm=1.0)
+    set_grads(params, 0)
+    with torch.device("meta"):
+        optimizer.step()
+        optimizer.step()
+        assert optimizer.grad_norm > 0
+    assert all(optimizer.state[p]["step"] == 2 for p in params)
+
+
+def test_zero_grad(backend):
+    params = make_params(SHAPES, device=backend.device)
+    optimizer = backend.make(fusedopt.FusedAdam, params)
+    train(optimizer, [0])
+    optimizer.zero_grad(set_to_none=False)
+    assert all((p.grad == 0).all() for p in params)
+    optimizer.step()
+    assert optimizer.grad_norm == 0
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in params)
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_autograd_notices_a_step_between_forward_and_backward(backend, gaps):
+    whole = torch.ones(3, 4, device=backend.device)
+    param = (whole[:, ::2] if gaps else whole).detach().requires_grad_()
+    optimizer = backend.make(fusedopt.FusedAdam, [param])
+    for _ in range(2):
+        loss = (param * param).sum()
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_step_leaves_alone_what_has_no_gradient(backend, gaps):
+    """A graph over a parameter that the step doesn't change stays good."""
+    whole = torch.ones(3, 4, device=backend.device)
+    param = (whole[:, ::2] if gaps else whole).detach().requires_grad_()
+    other = Parameter(torch.ones(3, device=backend.device))
+    optimizer = backend.make(fusedopt.FusedAdam, [param, other])
+    for _ in range(2):
+        loss = (param * param).sum()
+        param.grad = None
+        other.grad = torch.ones_like(other)
+        optimizer.step()
+        loss.backward()
+        assert (param.grad == 2).all()
+
+
+def test_optimizer_in_a_cycle_is_collected(backend):
+    """Not by way of a post-accumulate hook: torch's own optimizers leak there, too."""
+
+    def train_in_a_cycle():
+        param = Parameter(torch.ones(3, device=backend.device))
+        optimizer = backend.make(fusedopt.FusedAdam, [param], max_grad_norm=1.0)
+        param.register_hook(lambda _: optimizer.zero_grad())
+        param.optimizer = optimizer
+        param.sum().backward()
+        optimizer.step()
+        assert optimizer.grad_norm > 0
+        return weakref.ref(optimizer), weakref.ref(param)
+
+    seen = train_in_a_cycle()
+    gc.collect()
+    assert [ref() for ref in seen] == [None, None]
+
+
+def test_parameters_and_states_are_freed_with_the_optimizer(backend):
+    params = make_params([(5,), (4, 6)], device=backend.device)
+    params[1].data = params[1].data[:, ::2]
+    optimizer = backend.make(fusedopt.FusedAdam, params)
+    train(optimizer, range(2))
+    seen = [
+        weakref.ref(value) for p in params for value in (p, p.grad, *optimizer.state[p].values())
+    ]
+    del optimizer, params
+    gc.collect()
+    assert not any(ref() is not None for ref in seen)
+
+
+def test_gradients_are_freed_when_set_to_none(backend):
+    params = make_params([(5,), (6, 4)], device=backend.device)
+    optimizer = backend.make(fusedopt.FusedAdam, params)
+    for p in params:
+        p.grad = torch.ones(p.shape[::-1], device=backend.device).permute(*reversed(range(p.dim())))
+    optimizer.step()
+    seen = [weakref.ref(p.grad) for p in params]
+    optimizer.zero_grad()
+    assert [ref() for ref in seen] == [None, None]
+
+
+def test_two_hundred_steps_leave_no_tensors_behind(backend):
+    params = make_params([(5,), (6, 4)], device=backend.device)
+    optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=1.0)
+
+    def count():
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    for step in range(200):
+        set_grads(params, step)
+        params[0].grad = params[0].grad.new_ones(()).expand(5)
+        if step % 3 == 0:  # a new plan
+            params[1].data = params[1].data.clone()
+        optimizer.step()
+        if step == 10:
+            before = count()
+    assert count() <= before

@@ -1,0 +1,265 @@
+"""What is refused, in which words, and that a refusal changes nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cases import assert_same_bits, make_params, set_grads, snapshot, tensors_of
+
+import fusedopt
+from fusedopt import checks
+
+
+class Wrapper(torch.Tensor):
+    """Without memory of its own: its operations are those of a tensor that it holds."""
+
+    @staticmethod
+    def __new__(cls, inner, requires_grad=False):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, device=inner.device, requires_grad=requires_grad
+        )
+
+    def __init__(self, inner, requires_grad=False):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        bare = [arg.inner if isinstance(arg, Wrapper) else arg for arg in args]
+        return func(*bare, **(kwargs or {}))
+
+
+@pytest.fixture
+def trained(backend):
+    """An optimizer of named parameters, with a step behind it; the last one has no state."""
+    params = make_params([(4, 5), (33,), (2,)], device=backend.device)
+    named = list(zip(("first", "second", "last"), params))
+    optimizer = backend.make(fusedopt.FusedAdam, [{"params": named[:1]}, {"params": named[1:]}])
+    set_grads(params[:2], 0)
+    optimizer.step()
+    set_grads(params, 1)
+    return optimizer
+
+
+def params_of(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def check_refusal(optimizer, error, *words):
+    """The step raises, the message has these words, and nothing has changed."""
+    groups = copy.deepcopy([{**g, "params": None} for g in optimizer.param_groups])
+    before = snapshot(optimizer)
+    kept = {p: dict(state) for p, state in optimizer.state.items()}
+    for _ in range(2):
+        with pytest.raises(error) as caught:
+            optimizer.step()
+        assert type(caught.value) is error
+        message = str(caught.value)
+        assert all(word in message for word in words), message
+        assert_same_bits(tensors_of(optimizer), before)
+        assert [{**g, "params": None} for g in optimizer.param_groups] == groups
+        for param, state in optimizer.state.items():
+            assert state.keys() == kept[param].keys()
+            assert all(value is kept[param][key] for key, value in state.items())
+        assert optimizer.state.keys() == kept.keys()
+        assert optimizer.skipped_steps == 0
+
+
+def test_sparse_gradient(trained):
+    param = params_of(trained)[0]
+    param.grad = torch.eye(4, 5, device=param.device).to_sparse()
+    check_refusal(trained, RuntimeError, "'first'", "sparse", "not supported")
+
+
+def test_sparse_gradient_at_the_first_step(backend):
+    params = make_params([(3,), (4, 5)], device=backend.device)
+    optimizer = backend.make(fusedopt.FusedAdam, params)
+    set_grads(params, 0)
+    params[1].grad = params[1].grad.to_sparse()
+    check_refusal(optimizer, RuntimeError, "parameter 1 of param group 0", "sparse")
+    assert not optimizer.state
+
+
+def test_gradient_without_memory_of_its_own(trained):
+    param = params_of(trained)[1]
+    param.grad = Wrapper(torch.randn(33, device=param.device))
+    check_refusal(trained, TypeError, "'second'", "Wrapper", "plain tensor")
+
+
+def test_gradient_of_another_shape(trained):
+    param = params_of(trained)[2]
+    param.data = torch.randn(3, device=param.device)
+    check_refusal(trained, RuntimeError, "'last'", "(2,)", "(3,)")
+
+
+def test_integer_and_complex_gradients(trained):
+    param = params_of(trained)[0]
+    for dtype in (torch.int32, torch.complex64):
+        param.grad, param.grad_dtype = None, None
+        param.grad = torch.ones(4, 5, dtype=dtype, device=param.device)
+        check_refusal(trained, TypeError, "gradient", "'first'", str(dtype), "float32, float64")
+
+
+def test_gradient_on_another_device():
+    """By way of the check: autograd lets none of these be assigned without a second device."""
+    with pytest.raises(RuntimeError, match=r"gradient of 'w' is on meta; .* parameter's cpu"):
+        checks.check_grad(torch.zeros(3), torch.zeros(3, device="meta"), "'w'")
+
+
+@pytest.mark.parametrize(
+    ("swap", "error", "words"),
+    [
+        (lambda p: p.to(torch.complex64), TypeError, ["complex64", "float32"]),
+        (lambda p: p[:1].expand(p.shape), RuntimeError, ["strides (0,)", "expanded"]),
+    ],
+    ids=["complex", "expanded"],
+)
+def test_parameter_that_became_unfit(trained, swap, error, words):
+    param = params_of(trained)[1]
+    kept = param.data
+    before = snapshot(trained)
+    param.grad = None
+    param.data = swap(kept)
+    with pytest.raises(error) as caught:
+        trained.step()
+    assert all(word in str(caught.value) for word in ["'second'", *words])
+    param.data = kept
+    assert_same_bits(tensors_of(trained), before)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: torch.zeros(3, dtype=torch.complex64), TypeError, ["complex64"]),
+        (lambda: torch.zeros(3, dtype=torch.int64), TypeError, ["int64", "float16"]),
+        (lambda: torch.zeros(3, dtype=torch.float8_e4m3fn), TypeError, ["float8_e4m3fn"]),
+        (lambda: torch.zeros(3, device="meta"), RuntimeError, ["meta", "cpu or cuda"]),
+        (lambda: torch.zeros(1).expand(3), RuntimeError, ["strides (0,)", "expanded"]),
+        (lambda: torch.zeros(9).as_strided((3, 3), (1, 2)), RuntimeError, ["(3, 3)", "(1, 2)"]),
+        (lambda: torch.eye(3).to_sparse(), TypeError, ["sparse", "dense"]),
+        (lambda: Wrapper(torch.zeros(3)), TypeError, ["Wrapper", "plain tensor"]),
+        (lambda: None, TypeError, ["NoneType"]),
+    ],
+    ids=[
+        "complex",
+        "integer",
+        "float8",
+        "meta",
+        "expanded",
+        "overlap",
+        "sparse",
+        "wrapper",
+        "none",
+    ],
+)
+def test_parameter_that_is_refused_at_construction_and_when_added(trained, make, error, words):
+    before = snapshot(trained)
+    groups = list(trained.param_groups)
+    good = torch.zeros(2, device=params_of(trained)[0].device, requires_grad=True)
+    for added in ([("bad", make())], [("good", good), ("bad", make())]):
+        with pytest.raises(error) as caught:
+            trained.add_param_group({"params": added, "lr": 3.0})
+        assert all(word in str(caught.value) for word in words), str(caught.value)
+        assert trained.param_groups == groups
+    with pytest.raises(error) as caught:
+        fusedopt.FusedAdam([make()])
+    assert all(word in str(caught.value) for word in words)
+    trained.step()
+    assert tensors_of(trained).keys() - before.keys() == {"step 2", "exp_avg 2", "exp_avg_sq 2"}
+
+
+def test_groups_that_torch_refuses_leave_the_optimizer_as_it_was(trained):
+    groups = list(trained.param_groups)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        trained.add_param_group({"params": [("again", params_of(trained)[0])]})
+    with pytest.raises(TypeError, match="must be a dict"):
+        trained.add_param_group([params_of(trained)[0]])
+    with pytest.raises(RuntimeError, match="differentiable"):
+        trained.add_param_group({"params": [("new", torch.zeros(2))], "differentiable": True})
+    assert trained.param_groups == groups
+    trained.step()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (
+            lambda s: s.update(exp_avg=s["exp_avg"].T),
+            RuntimeError,
+            ["'exp_avg'", "(5, 4)", "(4, 5)"],
+        ),
+        (lambda s: s.update(exp_avg=s["exp_avg"][:2]), RuntimeError, ["'exp_avg'", "(2, 5)"]),
+        (
+            lambda s: s.update(exp_avg=s["exp_avg"].double()),
+            TypeError,
+            ["float64", "torch.float32"],
+        ),
+        (lambda s: s.update(exp_avg=s["exp_avg"].half()), TypeError, ["float16", "torch.float32"]),
+        (lambda s: s.update(exp_avg=0.5), TypeError, ["'exp_avg'", "float", "a tensor"]),
+        (lambda s: s.update(step="3"), RuntimeError, ["'step'", "one number"]),
+        (lambda s: s.update(step=torch.zeros(2)), RuntimeError, ["'step'", "one number"]),
+        (lambda s: s.pop("exp_avg_sq"), RuntimeError, ["has no 'exp_avg_sq'", "'exp_avg'"]),
+        (lambda s: s.pop("step"), RuntimeError, ["has no 'step'"]),
+    ],
+    ids=["transposed", "shape", "wide", "narrow", "float", "str", "two", "missing", "no step"],
+)
+def test_state_that_does_not_fit(trained, change, error, words):
+    change(trained.state[params_of(trained)[0]])
+    before = {p: dict(state) for p, state in trained.state.items()}
+    with pytest.raises(error) as caught:
+        trained.step()
+    assert all(word in str(caught.value) for word in ["'first'", *words]), str(caught.value)
+    for param, state in trained.state.items():
+        assert all(value is before[param][key] for key, value in state.items())
+    assert params_of(trained)[2] not in trained.state
+
+
+def test_state_of_16_bits_that_mixes_dtypes(backend):
+    params = make_params([(5,)], torch.bfloat16, backend.device)
+    optimizer = backend.make(fusedopt.FusedAdam, params)
+    set_grads(params, 0)
+    optimizer.step()
+    optimizer.state[params[0]]["exp_avg"] = optimizer.state[params[0]]["exp_avg"].float()
+    check_refusal(optimizer, TypeError, "mixes dtypes", "'exp_avg' is torch.float32", "bfloat16")
+
+
+def test_option_that_asks_for_state_that_is_not_there(trained):
+    trained.param_groups[0]["amsgrad"] = True
+    check_refusal(trained, RuntimeError, "'first'", "has no 'max_exp_avg_sq'")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"betas": (0.9,)},
+        {"betas": (0.9, 0.99, 0.999)},
+        {"betas": 0.9},
+        {"lr": (0.1, 0.2)},
+        {"lr": None},
+        {"lr": torch.tensor([0.1, 0.2])},
+        {"eps": "small"},
+    ],
+    ids=str,
+)
+def test_option_changed_to_what_it_can_not_be(trained, change):
+    """Nothing may be read as another option; which error it is matters less."""
+    before = snapshot(trained)
+    trained.param_groups[1].update(change)
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        trained.step()
+    assert_same_bits(tensors_of(trained), before)
+
+
+def test_checkpoint_of_another_class(backend):
+    sources = make_params([(5,)], device=backend.device)
+    other = torch.optim.RMSprop(sources)
+    set_grads(sources, 0)
+    other.step()
+    params = make_params([(5,)], device=backend.device)
+    optimizer = backend.make(fusedopt.FusedAdam, params)
+    optimizer.load_state_dict(other.state_dict())
+    set_grads(params, 0)
+    check_refusal(
+        optimizer, RuntimeError, "parameter 0 of param group 0", "'exp_avg'", "'square_avg'"
+    )
