@@ -28,8 +28,7 @@ CXX_FLAGS = (
     "-O3 -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden"
 ).split()
 NVCC_FLAGS = (
-    "-std=c++17 -O3 --expt-relaxed-constexpr "
-    "-fmad=false -prec-div=true -prec-sqrt=true -ftz=false"
+    "-std=c++17 -O3 --expt-relaxed-constexpr -fmad=false -prec-div=true -prec-sqrt=true -ftz=false"
 ).split()
 
 
@@ -50,11 +49,15 @@ def architecture_flags(nvcc: Path) -> list[str]:
     """What TORCH_CUDA_ARCH_LIST says, else every common architecture that this nvcc knows."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if asked:
-        names = re.split(r"[;,\s]+", asked)
+        names = [name for name in re.split(r"[;,\s]+", asked) if name]
     else:
         listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
         known = set(re.findall(r"compute_(\d+)", listing))
         names = [name for name in DEFAULT_ARCHITECTURES if name.replace(".", "") in known]
+        if not names:
+            sys.exit(
+                f"{nvcc} knows none of {', '.join(DEFAULT_ARCHITECTURES)}: set FUSEDOPT_CUDA=0"
+            )
         names[-1] += "+PTX"
     flags = []
     for name in names:
@@ -80,7 +83,9 @@ def static_runtime(root: Path) -> str:
     for folder in (root / "lib64", root / "lib", *root.glob("targets/*/lib")):
         if (folder / "libcudart_static.a").exists():
             return str(folder / "libcudart_static.a")
-    sys.exit(f"no libcudart_static.a under {root}: install CUDA's development files, or FUSEDOPT_CUDA=0")
+    sys.exit(
+        f"no libcudart_static.a under {root}: install CUDA's development files, or FUSEDOPT_CUDA=0"
+    )
 
 
 def compile_cuda(nvcc: Path, folder: Path) -> str:

@@ -116,11 +116,17 @@ def hardware(device: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=4.0, help="per case (default: %(default)s)")
-    parser.add_argument("--save", action="store_true", help="write the samples to benchmarks/results")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="per case (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--save", action="store_true", help="write the samples to benchmarks/results"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -60,7 +60,8 @@ struct Group {
 };
 
 // The two passes of a step: the norm of the gradients, and the update. kMeasure leaves the sum of
-// squares in the control; kUpdate reads it there, so that several devices can add theirs in between.
+// squares in the control; kUpdate reads it there, so that several devices can add theirs in
+// between.
 enum class Phases { kMeasure, kUpdate, kBoth };
 
 // Everything that a pass over the tensors of one device reads and writes.

@@ -50,7 +50,8 @@ bool is_ordinary(const at::Tensor& grad, const Source& source) {
   const at::ScalarType dtype = grad.scalar_type();
   return grad.layout() == at::kStrided && grad.device() == source.device &&
          equal(grad.sizes(), source.sizes) &&
-         (dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf);
+         (dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
+          dtype == at::kHalf);
 }
 
 const void* base_of(const c10::StorageImpl* storage) {
@@ -147,9 +148,8 @@ void Plan::add_source(PyObject* object, uint32_t group) {
   if (!param.is_non_overlapping_and_dense()) {
     source.dense_strides = at::infer_dense_strides(param.sizes(), param.strides());
   }
-  auto partition = std::find_if(partitions_.begin(), partitions_.end(), [&](const Partition& it) {
-    return it.device == source.device;
-  });
+  auto partition = std::find_if(partitions_.begin(), partitions_.end(),
+                                [&](const Partition& it) { return it.device == source.device; });
   if (partition == partitions_.end()) {
     partition = partitions_.emplace(partition);
     partition->device = source.device;
@@ -255,7 +255,8 @@ bool Plan::same_state(const py::dict& state) const {
   PyObject *key, *value;
   Py_ssize_t at = 0;
   // Walking the dicts in their order spares hashing: Tensor.__hash__ is a call into Python.
-  for (size_t e = 0; e < state_entries_.size() && PyDict_Next(state.ptr(), &at, &key, &value); ++e) {
+  for (size_t e = 0; e < state_entries_.size() && PyDict_Next(state.ptr(), &at, &key, &value);
+       ++e) {
     if (e + kAhead < state_entries_.size()) {
       const StateEntry& next = state_entries_[e + kAhead];
       __builtin_prefetch(next.value);

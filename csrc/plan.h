@@ -87,14 +87,14 @@ struct Partition {
   std::vector<Chunk> chunks;
   std::vector<int64_t> first_chunk;  // of each tensor, and the end of the last
   std::vector<cpu::Span> spans;      // of chunks, for the CPU
-  std::vector<const void*> grads;  // null: no gradient at this step
+  std::vector<const void*> grads;    // null: no gradient at this step
   std::vector<Group> groups;
   std::vector<DenseParam> dense_params;
   std::vector<at::Tensor> dense_grads;  // of gradients laid out otherwise, at this step
   at::Tensor chunk_sums;
-  at::Tensor control;      // a StepControl
-  DeviceTables tables;     // CUDA only
-  at::Tensor moving;       // CUDA only: what doesn't fit in a kernel's arguments
+  at::Tensor control;   // a StepControl
+  DeviceTables tables;  // CUDA only
+  at::Tensor moving;    // CUDA only: what doesn't fit in a kernel's arguments
 };
 
 class Plan {
@@ -141,12 +141,12 @@ class Plan {
 
   const RuleInfo& rule_;
   const std::string backend_;
-  std::vector<PyObject*> names_;           // of the hyperparameters
-  std::vector<std::vector<int>> listed_;   // by group: the sources, in the order of its list
-  std::vector<uint32_t> states_used_;      // by group
-  std::vector<Source> sources_;            // each parameter once
+  std::vector<PyObject*> names_;          // of the hyperparameters
+  std::vector<std::vector<int>> listed_;  // by group: the sources, in the order of its list
+  std::vector<uint32_t> states_used_;     // by group
+  std::vector<Source> sources_;           // each parameter once
   std::vector<StateEntry> state_entries_;
-  std::vector<StateItem> items_;           // of all entries, in the order of their dicts
+  std::vector<StateItem> items_;  // of all entries, in the order of their dicts
   std::vector<Partition> partitions_;
 };
 

@@ -15,8 +15,8 @@ namespace fusedopt {
 struct RuleInfo {
   std::string name;
   std::vector<HyperparameterName> hyperparameters;  // in a param group
-  std::vector<std::string> scalars;          // in a parameter's state, 0-d float32
-  std::vector<std::string> states;           // in a parameter's state, shaped as the parameter
+  std::vector<std::string> scalars;                 // in a parameter's state, 0-d float32
+  std::vector<std::string> states;  // in a parameter's state, shaped as the parameter
   unsigned (*states_used)(const Group&);
   void (*run_cpu)(const Pass&, const cpu::Schedule&, Phases);
 #if FUSEDOPT_WITH_CUDA

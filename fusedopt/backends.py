@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fusedopt.reference import Group, Rule
+
+if TYPE_CHECKING:
+    from fusedopt._C import Plan
 
 try:
     from fusedopt import _C
@@ -67,7 +71,7 @@ def new_plan(
     rule: Rule,
     param_groups: list[Group],
     state: dict[Tensor, dict[str, Tensor]],
-) -> _C.Plan | None:
+) -> Plan | None:
     """What the compiled backends look up once and keep; None for the reference."""
     if backend == "reference" or _C is None:
         return None

@@ -1,4 +1,4 @@
-"""What is refused, and in which words. Every message names the parameter, what came, and what was expected."""
+"""What is refused, and in which words: the parameter, what came, and what was expected."""
 
 from __future__ import annotations
 
@@ -64,8 +64,7 @@ def check_param(param: Tensor, name: str, backend: str | None) -> None:
     """Refuses a parameter that no step can update, as far as that shows without a gradient."""
     if torch.nn.parameter.is_lazy(param):
         return  # no shape, no memory yet: the first step looks again
-    subclass = type(param).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
-    if subclass:
+    if _is_subclass(param):
         raise TypeError(
             f"{name} is a {type(param).__name__}, a tensor subclass with operations of its own; "
             "expected a plain tensor"
@@ -101,8 +100,10 @@ def check_grad(param: Tensor, grad: Tensor, name: str) -> None:
         raise RuntimeError(
             f"the gradient of {name} is sparse ({grad.layout}); sparse gradients are not supported"
         )
-    if type(grad).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
-        raise TypeError(f"the gradient of {name} is a {type(grad).__name__}; expected a plain tensor")
+    if _is_subclass(grad):
+        raise TypeError(
+            f"the gradient of {name} is a {type(grad).__name__}; expected a plain tensor"
+        )
     if grad.dtype not in DTYPES:
         raise TypeError(f"the gradient of {name} is {grad.dtype}; expected {DTYPE_NAMES}")
     if grad.device != param.device:
@@ -116,7 +117,9 @@ def check_grad(param: Tensor, grad: Tensor, name: str) -> None:
             f"{tuple(param.shape)}"
         )
     if grad.numel() > 0 and grad.untyped_storage().nbytes() == 0:
-        raise RuntimeError(f"the gradient of {name} has no storage; expected {grad.numel()} elements")
+        raise RuntimeError(
+            f"the gradient of {name} has no storage; expected {grad.numel()} elements"
+        )
 
 
 def check_state(rule: Rule, group: Group, param: Tensor, state: dict[str, Any], name: str) -> None:
@@ -128,13 +131,18 @@ def check_state(rule: Rule, group: Group, param: Tensor, state: dict[str, Any], 
             f"{', '.join(map(repr, state)) or 'nothing'}: is it another optimizer's?"
         )
     for key in rule.scalars:
-        if not isinstance(state[key], Tensor | float | int) or torch.as_tensor(state[key]).numel() != 1:
+        if (
+            not isinstance(state[key], Tensor | float | int)
+            or torch.as_tensor(state[key]).numel() != 1
+        ):
             raise RuntimeError(f"state {key!r} of {name} is {state[key]!r}; expected one number")
     dtypes = {param.dtype, compute_dtype(param.dtype)}
     for key in rule.states(group):
         value = state[key]
         if not isinstance(value, Tensor):
-            raise TypeError(f"state {key!r} of {name} is a {type(value).__name__}; expected a tensor")
+            raise TypeError(
+                f"state {key!r} of {name} is a {type(value).__name__}; expected a tensor"
+            )
         if value.shape != param.shape:
             raise RuntimeError(
                 f"state {key!r} of {name} has shape {tuple(value.shape)}; expected the parameter's "
@@ -148,8 +156,14 @@ def check_state(rule: Rule, group: Group, param: Tensor, state: dict[str, Any], 
         raise TypeError(f"the state of {name} mixes dtypes: {found}; expected one for all")
 
 
+def _is_subclass(tensor: Tensor) -> bool:
+    """Whether operations on this tensor are not torch's own: there may be no memory behind it."""
+    dispatch = getattr(type(tensor), "__torch_dispatch__", None)
+    return dispatch is not torch._C._disabled_torch_dispatch_impl
+
+
 def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two indices may name one location: some stride is shorter than what lies inside it."""
+    """Whether two indices may name one location: a stride is shorter than what lies inside it."""
     if tensor.numel() <= 1:
         return False
     dims = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1)

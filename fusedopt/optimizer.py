@@ -91,7 +91,7 @@ class FusedOptimizer(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """A stock scaler unscales before the step, then: trainers refuse to clip where this is set."""
+        """False: stock scalers unscale before the step, and no trainer refuses to clip."""
         return False
 
     @_step_supports_amp_scaling.setter
@@ -164,7 +164,7 @@ class FusedOptimizer(Optimizer):
             if self._plan is None:
                 reference.step(self.rule, self.param_groups, self.state, request, control)
             elif not self._plan.step(self.param_groups, self.state, **arguments):
-                raise RuntimeError("fusedopt: a new plan doesn't fit its own parameters; please report")
+                raise RuntimeError("fusedopt: a new plan doesn't fit its parameters; please report")
         raises = self.nonfinite == "raise"
         # State comes with a parameter's first step that was not skipped, where the host can know.
         if new_states and (raises or control.device.type == "cpu") and self.step_skipped:

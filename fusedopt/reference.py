@@ -1,14 +1,14 @@
-"""The step in plain torch: the executable specification that every compiled backend matches in bits.
+"""The step in plain torch: the specification that every compiled backend matches in bits.
 
 Every operation is a single one in float32 (float64 for float64 parameters), rounded once: no fused
 multiply-add, no `alpha=`, no `lerp`. Scalars are computed in float64 and rounded once.
 
-The order of the norm's sum is a part of the specification, as it is what makes the norm the same for
-any number of threads or blocks:
+The order of the norm's sum is a part of the specification: it makes the norm the same for any number
+of threads or blocks.
 
 1. A gradient, in its parameter's memory order, is cut into chunks of `CHUNK_SIZE` elements.
-2. The squares of a chunk's elements are summed in float64 in `ROW_BYTES // itemsize` lanes: element i
-   is added to lane i % lanes.
+2. The squares of a chunk's elements are summed in float64 in `ROW_BYTES // itemsize` lanes:
+   element i is added to lane i % lanes.
 3. Lanes are folded: neighbors are added, then neighbors of these sums, until one is left.
 4. The sums of all chunks of one device's parameters are summed likewise, in `TOTAL_LANES` lanes. A
    parameter without a gradient counts as zeros. Devices are added in the order of their parameters.

@@ -1,4 +1,4 @@
-"""A parameter's state: made at its first gradient, brought into place when it was loaded or replaced."""
+"""A parameter's state: made at its first gradient, brought into place when it was loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def complete(rule: Rule, group: Group, param: Tensor, states: dict[Tensor, dict[
         return False
     if not state:
         states[param] = {
-            **{name: torch.zeros((), dtype=torch.float32, device=param.device) for name in rule.scalars},
+            **{
+                name: torch.zeros((), dtype=torch.float32, device=param.device)
+                for name in rule.scalars
+            },
             **{name: torch.zeros_like(param) for name in rule.states(group)},
         }
         return True

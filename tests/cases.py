@@ -1,4 +1,4 @@
-"""The table of what is tested: every class with its torch twin and the options that change its formula."""
+"""The table of what is tested: classes, their torch twins, options that change the formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backends under test: "cpu", "emulated" (the CUDA sources, run on the CPU) and "cuda" (a real GPU)."""
+"""Backends under test: "cpu", "emulated" (the CUDA sources on the CPU), "cuda" (a real GPU)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def emulated() -> Any:
 
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
-    """Tests run in several processes at once, but a step is to meet a second thread all the same."""
+    """Tests run in several processes at once, but a step is to meet a second thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

@@ -63,7 +63,9 @@ def test_bits_of_large_tensors(backend, shape, dtype):
 def test_bits_of_many_tensors(backend):
     """More gradient pointers than fit in a kernel's arguments of either size."""
     for count in (450, 500, 4500):
-        run_both(backend, CASES[0], torch.float32, steps=2, shapes=[(5,)] * count, max_grad_norm=0.5)
+        run_both(
+            backend, CASES[0], torch.float32, steps=2, shapes=[(5,)] * count, max_grad_norm=0.5
+        )
         run_both(backend, CASES[0], torch.float32, steps=2, shapes=[(5,)] * count)
 
 
@@ -97,7 +99,9 @@ def test_bits_of_mixed_dtypes_and_groups(backend, case):
     """Several groups with options of their own, several dtypes in each."""
 
     def groups():
-        params = [make_params([(33,), (700,)], dtype=dtype, device=backend.device) for dtype in DTYPES]
+        params = [
+            make_params([(33,), (700,)], dtype=dtype, device=backend.device) for dtype in DTYPES
+        ]
         return [
             {"params": [p for of_dtype in params for p in of_dtype[:1]], "lr": 0.5},
             {"params": [p for of_dtype in params for p in of_dtype[1:]], "weight_decay": 0.3},
@@ -117,7 +121,9 @@ def test_bits_of_mixed_dtypes_and_groups(backend, case):
 @pytest.mark.parametrize("wide_state", [False, True])
 @pytest.mark.parametrize("wide_grad", [False, True])
 @pytest.mark.parametrize("case", CLASSES, ids=str)
-def test_bits_of_16_bits_with_float32_gradients_or_state(backend, case, half, wide_state, wide_grad):
+def test_bits_of_16_bits_with_float32_gradients_or_state(
+    backend, case, half, wide_state, wide_grad
+):
     params = make_params([(700,), (17000,)], dtype=half, device=backend.device)
     expected = [p.detach().clone().requires_grad_() for p in params]
     fused = backend.make(case.cls, params, max_grad_norm=1.0)

@@ -1,4 +1,4 @@
-"""The reference, and the compiled backend of the CPU, against torch.optim, within its tests' tolerances."""
+"""The reference and the CPU backend against torch.optim, within its tests' tolerances."""
 
 from __future__ import annotations
 

@@ -22,8 +22,9 @@ __attribute__((target("avx2,f16c,fma,bmi2"))) void run_avx2(Arguments... argumen
 }
 
 template <class Kernel, class... Arguments>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,fma,bmi2,"
-                      "prefer-vector-width=512"))) void
+__attribute__((
+    target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,fma,bmi2,"
+           "prefer-vector-width=512"))) void
 run_avx512(Arguments... arguments) {
   Kernel::run(arguments...);
 }

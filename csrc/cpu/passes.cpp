@@ -79,8 +79,9 @@ void prefetch(const Pass& pass, int64_t chunk, bool updates) {
   __builtin_prefetch(tensor.scalars[0]);
 }
 
-// Calls body(chunk index) for every chunk that has a gradient, each in one of the threads. Spans are
-// taken in turn, from the last one if reversed; within a span chunks follow each other in memory.
+// Calls body(chunk index) for every chunk that has a gradient, each in one of the threads. Spans
+// are taken in turn, from the last one if reversed; within a span chunks follow each other in
+// memory.
 template <class Body>
 void walk(const Pass& pass, const Schedule& schedule, std::atomic<int64_t>& next, bool reverse,
           Body body) {
@@ -132,9 +133,8 @@ void run(const Pass& pass, const Schedule& schedule, Phases phases) {
 #pragma omp parallel num_threads(schedule.threads)
   {
     if (measures) {
-      walk(pass, schedule, next_to_measure, false, [&](int64_t i) {
-        pass.chunk_sums[i] = sum_of_squares(pass, isa, pass.chunks[i]);
-      });
+      walk(pass, schedule, next_to_measure, false,
+           [&](int64_t i) { pass.chunk_sums[i] = sum_of_squares(pass, isa, pass.chunks[i]); });
 #pragma omp barrier
     }
 #pragma omp single
@@ -161,13 +161,11 @@ void run(const Pass& pass, const Schedule& schedule, Phases phases) {
   if (!pass.options.measure) {
     pass.control->sum_of_squares = total(pass.chunk_sums, pass.num_chunks);
     decision = decide(pass.options, pass.control->sum_of_squares);
-    
   }
   record(*pass.control, decision, pass.control->sum_of_squares);
 }
 
-#define FUSEDOPT_INSTANTIATE(Rule) \
-  template void run<Rule>(const Pass&, const Schedule&, Phases);
+#define FUSEDOPT_INSTANTIATE(Rule) template void run<Rule>(const Pass&, const Schedule&, Phases);
 FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_INSTANTIATE)
 
 }  // namespace fusedopt::cpu

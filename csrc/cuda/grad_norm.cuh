@@ -18,7 +18,8 @@ __device__ double sum_of_squares(const void* grad, Chunk chunk, int size) {
   SquareLanes<kVector> lanes;
   int first = threadIdx.x * kVector;
 #pragma unroll 1
-  for (; first + (kRowsInFlight - 1) * kRow + kVector <= aligned_size; first += kRowsInFlight * kRow) {
+  for (; first + (kRowsInFlight - 1) * kRow + kVector <= aligned_size;
+       first += kRowsInFlight * kRow) {
     Vector<grad_t, kVector> rows[kRowsInFlight];
 #pragma unroll
     for (int row = 0; row < kRowsInFlight; ++row) rows[row] = grads.load(first + row * kRow);

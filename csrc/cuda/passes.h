@@ -17,10 +17,10 @@ struct Launch {
   void* moving;       // moving_bytes(pass) of them, or null where 0 are needed
 };
 
-// What moves from step to step (gradient pointers, hyperparameters) travels in the kernels' arguments:
-// there is no copy to wait for, and a captured graph keeps its own. Up to about 450 tensors it stays
-// there; more need this many bytes of device memory, where the first launch leaves it for the second.
-// Beyond about 4,000 tensors one more launch per 4,000 carries it.
+// What moves from step to step (gradient pointers, hyperparameters) travels in the kernels'
+// arguments: there is no copy to wait for, and a captured graph keeps its own. Up to about 450
+// tensors it stays there; more need this many bytes of device memory, where the first launch leaves
+// it for the second. Beyond about 4,000 tensors one more launch per 4,000 carries it.
 size_t moving_bytes(const Pass& pass);
 
 // Of the pass, `groups` and `grads` lie in host memory, all else on the device.

@@ -131,7 +131,8 @@ struct Memo {
   Prepared<Rule> prepared;
 
   // By thread 0, between two barriers.
-  __device__ void prepare_for(const TensorEntry& tensor, const Group& its_group, double grad_factor) {
+  __device__ void prepare_for(const TensorEntry& tensor, const Group& its_group,
+                              double grad_factor) {
     float now[kMaxScalars] = {};
     load_scalars<Rule>(tensor, now);
     bool same = tensor.group == group;

@@ -14,7 +14,8 @@ inline constexpr int kVectorBytes = 16;
 template <class param_t>
 inline constexpr int vector_size = kVectorBytes / sizeof(param_t);
 
-static_assert(kThreads * kVectorBytes == kRowBytes, "a thread holds its own lanes of a chunk's sum");
+static_assert(kThreads * kVectorBytes == kRowBytes,
+              "a thread holds its own lanes of a chunk's sum");
 
 template <class scalar_t, int kVector>
 struct alignas(sizeof(scalar_t) * kVector < kVectorBytes ? sizeof(scalar_t) * kVector
@@ -34,9 +35,7 @@ struct Stretch {
   __device__ bool aligned() const {
     return reinterpret_cast<uintptr_t>(data) % alignof(Values) == 0;
   }
-  __device__ Values load(int first) const {
-    return *reinterpret_cast<const Values*>(data + first);
-  }
+  __device__ Values load(int first) const { return *reinterpret_cast<const Values*>(data + first); }
   __device__ void store(int first, const Values& values) const {
     *reinterpret_cast<Values*>(data + first) = values;
   }

@@ -17,9 +17,13 @@ struct Adam {
   struct Hyperparameters {
     double lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay;
   };
-  static constexpr HyperparameterName kHyperparameters[] = {
-      {"lr"},      {"betas", 2}, {"eps"}, {"weight_decay"}, {"amsgrad"},
-      {"maximize"}, {"decoupled_weight_decay"}};
+  static constexpr HyperparameterName kHyperparameters[] = {{"lr"},
+                                                            {"betas", 2},
+                                                            {"eps"},
+                                                            {"weight_decay"},
+                                                            {"amsgrad"},
+                                                            {"maximize"},
+                                                            {"decoupled_weight_decay"}};
 
   static constexpr const char* kScalars[] = {"step"};
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};

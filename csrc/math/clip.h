@@ -16,7 +16,8 @@ struct StepOptions {
   const float* found_inf;   // null, or non-zero when the caller asks for a skip
 };
 
-// What a step leaves behind. All are doubles, so that Python reads the struct as one float64 tensor.
+// What a step leaves behind. All are doubles, so that Python reads the struct as one float64
+// tensor.
 struct StepControl {
   double sum_of_squares;  // of the gradients as they are, before unscaling
   double grad_norm;       // after unscaling, before clipping
@@ -32,10 +33,12 @@ struct Decision {
   bool skip;
 };
 
-// Pascanu, Mikolov and Bengio (2013), as torch.nn.utils.clip_grad_norm_ does it. A sum of squares in
-// float64 can't overflow for finite float32 gradients, so that its finiteness is the inf/nan check.
+// Pascanu, Mikolov and Bengio (2013), as torch.nn.utils.clip_grad_norm_ does it. A sum of squares
+// in float64 can't overflow for finite float32 gradients, so that its finiteness is the inf/nan
+// check.
 FUSEDOPT_INLINE Decision decide(const StepOptions& options, double sum_of_squares) {
-  const double inv_scale = options.grad_scale ? 1.0 / static_cast<double>(*options.grad_scale) : 1.0;
+  const double inv_scale =
+      options.grad_scale ? 1.0 / static_cast<double>(*options.grad_scale) : 1.0;
   Decision decision;
   decision.grad_norm = std::sqrt(sum_of_squares) * inv_scale;
   decision.clip_coef = 1.0;

@@ -1,4 +1,5 @@
-// base ** exponent by repeated squaring: libm's pow differs between the host, the device and Python.
+// base ** exponent by repeated squaring: libm's pow differs between the host, the device and
+// Python.
 #pragma once
 
 #include <cstdint>

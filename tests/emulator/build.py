@@ -51,13 +51,20 @@ def build(sanitize: bool = False) -> None:
         extra_compile_args=FLAGS + extra,
         extra_link_args=["-fopenmp", *extra],
     )
-    extension.depends = [str(path) for top in ("csrc", "tests/emulator") for path in Path(top).rglob("*.*")]
+    extension.depends = [
+        str(path) for top in ("csrc", "tests/emulator") for path in Path(top).rglob("*.*")
+    ]
     setup(
         name=name,
         packages=[],
         ext_modules=[extension],
         cmdclass={"build_ext": BuildExtension},
-        script_args=["--quiet", "build_ext", f"--build-lib={BUILD}", f"--build-temp={BUILD / name}"],
+        script_args=[
+            "--quiet",
+            "build_ext",
+            f"--build-lib={BUILD}",
+            f"--build-temp={BUILD / name}",
+        ],
     )
 
 
