@@ -3,8 +3,8 @@
 Every operation is a single one in float32 (float64 for float64 parameters), rounded once: no fused
 multiply-add, no `alpha=`, no `lerp`. Scalars are computed in float64 and rounded once.
 
-The order of the norm's sum is a part of the specification: it makes the norm the same for any number
-of threads or blocks.
+The order of the norm's sum is a part of the specification: it makes the norm the same for any
+number of threads or blocks.
 
 1. A gradient, in its parameter's memory order, is cut into chunks of `CHUNK_SIZE` elements.
 2. The squares of a chunk's elements are summed in float64 in `ROW_BYTES // itemsize` lanes:

@@ -54,7 +54,7 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
 
     `centered=True` takes the variance s - a^2 in place of s, with a = alpha a + (1 - alpha) g
     (Graves, 2013, arXiv:1308.0850); a variance that rounding makes negative counts as 0, where
-    torch gives nan. With `momentum`, the quotients are summed up in a buffer b = momentum b + quotient.
+    torch gives nan. With `momentum`, the quotients add up in a buffer b = momentum b + quotient.
 
     State per parameter: `step` (0-d float32), `square_avg` and, where used, `grad_avg` and
     `momentum_buffer` (shape, dtype and device of the parameter).
