@@ -34,12 +34,6 @@ struct TensorEntry {
 };
 static_assert(sizeof(TensorEntry) == 64, "the CUDA table is to cost 64 bytes per tensor");
 
-// An option of a param group, and how many numbers it holds: `betas` is a pair.
-struct HyperparameterName {
-  const char* name;
-  int count = 1;
-};
-
 struct Chunk {
   uint32_t tensor;  // index into the table of tensors
   uint32_t index;   // of this chunk in its tensor

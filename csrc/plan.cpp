@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <unordered_map>
 
 #include "groups.h"
@@ -20,15 +19,6 @@ PyObject* find(PyObject* dict, PyObject* key) {
   PyObject* value = PyDict_GetItemWithError(dict, key);
   if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
   return value;
-}
-
-// For a handful of numbers a call of memcmp costs more than the loop.
-bool equal(c10::IntArrayRef a, c10::IntArrayRef b) {
-  if (a.size() != b.size()) return false;
-  for (size_t i = 0; i < a.size(); ++i) {
-    if (a[i] != b[i]) return false;
-  }
-  return true;
 }
 
 // Strides of dimensions of size 1 say nothing about the layout.
@@ -54,56 +44,16 @@ bool is_ordinary(const at::Tensor& grad, const Source& source) {
           dtype == at::kHalf);
 }
 
-const void* base_of(const c10::StorageImpl* storage) {
-  return storage == nullptr ? nullptr : storage->data();
-}
-
 // How many tensors ahead to prefetch: as many as are looked at while one comes from memory.
 constexpr size_t kAhead = 6;
 
 }  // namespace
-
-Sighting Sighting::of(PyObject* object) {
-  Sighting sighting;
-  sighting.object = object;
-  sighting.impl = unpack(object).unsafeGetTensorImpl();
-  sighting.storage = sighting.impl->unsafe_storage().unsafeGetStorageImpl();
-  sighting.base = base_of(sighting.storage);
-  return sighting;
-}
-
-void Sighting::prefetch() const {
-  __builtin_prefetch(object);
-  __builtin_prefetch(impl);
-  __builtin_prefetch(reinterpret_cast<const char*>(impl) + 64);  // sizes and strides
-  __builtin_prefetch(reinterpret_cast<const char*>(impl) + 128);
-  __builtin_prefetch(storage);
-}
-
-bool Sighting::still_holds(PyObject* tensor) const {
-  if (tensor != object || !THPVariable_Check(tensor)) return false;
-  const c10::TensorImpl* now = unpack(tensor).unsafeGetTensorImpl();
-  return now == impl && now->unsafe_storage().unsafeGetStorageImpl() == storage &&
-         base_of(storage) == base;
-}
 
 bool StateItem::laid_out_as(const Source* source) const {
   if (seen.impl->storage_offset() != storage_offset) return false;
   if (!is_tensor) return true;
   return equal(seen.impl->sizes(), source->sizes) &&
          equal(seen.impl->strides(), source->dense_strides);
-}
-
-DeviceTables::DeviceTables(const std::vector<TensorEntry>& tensors,
-                           const std::vector<Chunk>& chunks, c10::Device device) {
-  const size_t tensor_bytes = tensors.size() * sizeof(TensorEntry);
-  const size_t chunk_bytes = chunks.size() * sizeof(Chunk);
-  chunks_offset_ = kTicketBytes + static_cast<int64_t>(tensor_bytes);
-  at::Tensor host = at::zeros({chunks_offset_ + static_cast<int64_t>(chunk_bytes)}, at::kByte);
-  char* to = static_cast<char*>(host.data_ptr());
-  if (tensor_bytes > 0) memcpy(to + kTicketBytes, tensors.data(), tensor_bytes);
-  if (chunk_bytes > 0) memcpy(to + chunks_offset_, chunks.data(), chunk_bytes);
-  bytes_ = host.to(device);
 }
 
 Plan::Plan(const std::string& rule, const std::string& backend, const py::list& param_groups,
@@ -131,7 +81,9 @@ Plan::Plan(const std::string& rule, const std::string& backend, const py::list& 
     state_entries_.push_back({key, value, found == known.end() ? nullptr : &sources_[found->second],
                               first_item, static_cast<int>(items_.size())});
   }
-  lay_out();
+  for (Partition& partition : partitions_) {
+    partition.lay_out(listed_.size(), on_cuda(partition));
+  }
 }
 
 void Plan::add_source(PyObject* object, uint32_t group) {
@@ -198,28 +150,6 @@ void Plan::add_state(Source& source, PyObject* state) {
     }
   }
   source.has_state = found == rule_.scalars.size() + __builtin_popcount(states_used);
-}
-
-// Chunks, and memory for what the passes write.
-void Plan::lay_out() {
-  for (Partition& partition : partitions_) {
-    for (size_t t = 0; t < partition.tensors.size(); ++t) {
-      partition.first_chunk.push_back(static_cast<int64_t>(partition.chunks.size()));
-      for (int64_t i = 0; i * kChunkSize < partition.tensors[t].numel; ++i) {
-        partition.chunks.push_back({static_cast<uint32_t>(t), static_cast<uint32_t>(i)});
-      }
-    }
-    partition.first_chunk.push_back(static_cast<int64_t>(partition.chunks.size()));
-    partition.spans = cpu::make_spans(partition.tensors.data(), partition.chunks);
-    partition.grads.resize(partition.tensors.size());
-    partition.groups.resize(listed_.size());
-    const auto doubles = at::TensorOptions(partition.device).dtype(at::kDouble);
-    partition.chunk_sums = at::empty({static_cast<int64_t>(partition.chunks.size())}, doubles);
-    partition.control = at::zeros({sizeof(StepControl) / sizeof(double)}, doubles);
-    if (on_cuda(partition)) {
-      partition.tables = DeviceTables(partition.tensors, partition.chunks, partition.device);
-    }
-  }
 }
 
 bool Plan::refresh(const py::list& param_groups, const py::dict& state) {

@@ -7,26 +7,15 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/types.h>
 
-#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "partition.h"
 #include "registry.h"
+#include "sighting.h"
 
 namespace fusedopt {
-
-// Where a tensor was seen. Nothing is owned: the addresses are compared with what is there now, and
-// serve to prefetch it.
-struct Sighting {
-  PyObject* object = nullptr;
-  const c10::TensorImpl* impl = nullptr;
-  const c10::StorageImpl* storage = nullptr;
-  const void* base = nullptr;  // of the storage
-
-  static Sighting of(PyObject* tensor);
-  void prefetch() const;
-  bool still_holds(PyObject* tensor) const;
-};
 
 // One parameter.
 struct Source {
@@ -51,50 +40,6 @@ struct StateItem {
   bool is_tensor;
 
   bool laid_out_as(const Source* source) const;
-};
-
-// A parameter with gaps between its elements, and the dense copy that the kernels see.
-struct DenseParam {
-  PyObject* param;
-  int index;  // in the partition
-  at::Tensor dense;
-};
-
-// The tables that don't change while the plan lives, in the device's memory.
-class DeviceTables {
- public:
-  DeviceTables() = default;
-  DeviceTables(const std::vector<TensorEntry>& tensors, const std::vector<Chunk>& chunks,
-               c10::Device device);
-  unsigned* tickets() const { return reinterpret_cast<unsigned*>(bytes_.data_ptr()); }
-  const TensorEntry* tensors() const { return at<TensorEntry>(kTicketBytes); }
-  const Chunk* chunks() const { return at<Chunk>(chunks_offset_); }
-
- private:
-  static constexpr int64_t kTicketBytes = 16;
-  template <class T>
-  const T* at(int64_t offset) const {
-    return reinterpret_cast<const T*>(static_cast<const char*>(bytes_.data_ptr()) + offset);
-  }
-  at::Tensor bytes_;
-  int64_t chunks_offset_ = 0;
-};
-
-// The tensors of one device: what one pass walks over.
-struct Partition {
-  c10::Device device = at::kCPU;
-  std::vector<TensorEntry> tensors;
-  std::vector<Chunk> chunks;
-  std::vector<int64_t> first_chunk;  // of each tensor, and the end of the last
-  std::vector<cpu::Span> spans;      // of chunks, for the CPU
-  std::vector<const void*> grads;    // null: no gradient at this step
-  std::vector<Group> groups;
-  std::vector<DenseParam> dense_params;
-  std::vector<at::Tensor> dense_grads;  // of gradients laid out otherwise, at this step
-  at::Tensor chunk_sums;
-  at::Tensor control;   // a StepControl
-  DeviceTables tables;  // CUDA only
-  at::Tensor moving;    // CUDA only: what doesn't fit in a kernel's arguments
 };
 
 class Plan {
@@ -131,7 +76,6 @@ class Plan {
 
   void add_source(PyObject* param, uint32_t group);
   void add_state(Source& source, PyObject* state);
-  void lay_out();
 
   bool same_lists(const py::list& param_groups) const;
   bool same_state(const py::dict& state) const;

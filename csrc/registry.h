@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/passes.h"
+#include "math/hyperparameter_name.h"
 #include "params.h"
 #if FUSEDOPT_WITH_CUDA
 #include "cuda/passes.h"

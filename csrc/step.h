@@ -1,6 +1,8 @@
 // One step: the plan's tensors, packed into plain structs and handed to a backend's passes.
 #pragma once
 
+#include <optional>
+
 #include "plan.h"
 
 namespace fusedopt {

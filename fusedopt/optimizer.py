@@ -168,8 +168,7 @@ class FusedOptimizer(Optimizer):
         raises = self.nonfinite == "raise"
         # State comes with a parameter's first step that was not skipped, where the host can know.
         if new_states and (raises or control.device.type == "cpu") and self.step_skipped:
-            for param in new_states:
-                del self.state[param]
+            self._forget(new_states)
         if raises and self._met_nonfinite(request, control):
             raise checks.NonFiniteGradientError(self._nonfinite_names())
 
@@ -207,7 +206,16 @@ class FusedOptimizer(Optimizer):
         new_states = [
             param for group, param in pairs if state.complete(self.rule, group, param, self.state)
         ]
-        return backends.new_plan(backend, self.rule, self.param_groups, self.state), new_states
+        try:
+            plan = backends.new_plan(backend, self.rule, self.param_groups, self.state)
+        except Exception:
+            self._forget(new_states)
+            raise
+        return plan, new_states
+
+    def _forget(self, params: list[Tensor]) -> None:
+        for param in params:
+            del self.state[param]
 
     @staticmethod
     def _met_nonfinite(request: Request, control: Tensor) -> bool:

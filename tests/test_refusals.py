@@ -263,3 +263,13 @@ def test_checkpoint_of_another_class(backend):
     check_refusal(
         optimizer, RuntimeError, "parameter 0 of param group 0", "'exp_avg'", "'square_avg'"
     )
+
+
+def test_option_refused_at_the_first_step_leaves_no_state(backend):
+    params = make_params([(3,)], device=backend.device)
+    optimizer = backend.make(fusedopt.FusedAdam, params)
+    optimizer.param_groups[0]["betas"] = (0.9,)
+    params[0].grad = torch.ones_like(params[0])
+    with pytest.raises(ValueError, match=r"betas is \(0.9,\); expected 2 numbers"):
+        optimizer.step()
+    assert not optimizer.state

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "../params.h"
+#include "hyperparameter_name.h"
 #include "inline.h"
 #include "power.h"
 

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "../params.h"
+#include "hyperparameter_name.h"
 #include "inline.h"
 
 namespace fusedopt {

@@ -1,0 +1,11 @@
+// The names by which a rule finds its options in a param group.
+#pragma once
+
+namespace fusedopt {
+
+struct HyperparameterName {
+  const char* name;
+  int count = 1;  // how many numbers it holds: `betas` is a pair
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,61 @@
+// The tensors of one device, and the tables that one pass over them reads.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+#include <torch/types.h>
+
+#include <vector>
+
+#include "cpu/passes.h"
+#include "params.h"
+
+namespace fusedopt {
+
+// A parameter with gaps between its elements, and the dense copy that the kernels see.
+struct DenseParam {
+  PyObject* param;
+  int index;  // in the partition
+  at::Tensor dense;
+};
+
+// The tables that don't change while the plan lives, in the device's memory.
+class DeviceTables {
+ public:
+  DeviceTables() = default;
+  DeviceTables(const std::vector<TensorEntry>& tensors, const std::vector<Chunk>& chunks,
+               c10::Device device);
+  unsigned* tickets() const { return reinterpret_cast<unsigned*>(bytes_.data_ptr()); }
+  const TensorEntry* tensors() const { return at<TensorEntry>(kTicketBytes); }
+  const Chunk* chunks() const { return at<Chunk>(chunks_offset_); }
+
+ private:
+  static constexpr int64_t kTicketBytes = 16;
+  template <class T>
+  const T* at(int64_t offset) const {
+    return reinterpret_cast<const T*>(static_cast<const char*>(bytes_.data_ptr()) + offset);
+  }
+  at::Tensor bytes_;
+  int64_t chunks_offset_ = 0;
+};
+
+// The tensors of one device: what one pass walks over.
+struct Partition {
+  c10::Device device = at::kCPU;
+  std::vector<TensorEntry> tensors;
+  std::vector<Chunk> chunks;
+  std::vector<int64_t> first_chunk;  // of each tensor, and the end of the last
+  std::vector<cpu::Span> spans;      // of chunks, for the CPU
+  std::vector<const void*> grads;    // null: no gradient at this step
+  std::vector<Group> groups;
+  std::vector<DenseParam> dense_params;
+  std::vector<at::Tensor> dense_grads;  // of gradients laid out otherwise, at this step
+  at::Tensor chunk_sums;
+  at::Tensor control;   // a StepControl
+  DeviceTables tables;  // CUDA only
+  at::Tensor moving;    // CUDA only: what doesn't fit in a kernel's arguments
+
+  // Once all tensors are known: the chunks, and memory for what the passes write.
+  void lay_out(size_t num_groups, bool on_cuda);
+};
+
+}  // namespace fusedopt
