@@ -100,6 +100,20 @@ void walk(const Pass& pass, const Schedule& schedule, std::atomic<int64_t>& next
   }
 }
 
+// Once all elements are updated, or none.
+template <class Rule>
+void finish(const Pass& pass, Decision decision) {
+  for (int64_t i = 0; i < pass.num_tensors && !decision.skip; ++i) {
+    const TensorEntry& tensor = pass.tensors[i];
+    if (pass.grads[i] != nullptr) advance<Rule>(tensor, pass.groups[tensor.group]);
+  }
+  if (!pass.options.measure) {
+    pass.control->sum_of_squares = total(pass.chunk_sums, pass.num_chunks);
+    decision = decide(pass.options, pass.control->sum_of_squares);
+  }
+  record(*pass.control, decision, pass.control->sum_of_squares);
+}
+
 }  // namespace
 
 std::vector<Span> make_spans(const TensorEntry* tensors, const std::vector<Chunk>& chunks) {
@@ -150,19 +164,7 @@ void run(const Pass& pass, const Schedule& schedule, Phases phases) {
       });
     }
   }
-  if (!updates) return;
-
-  if (!decision.skip) {
-    for (int64_t i = 0; i < pass.num_tensors; ++i) {
-      const TensorEntry& tensor = pass.tensors[i];
-      if (pass.grads[i] != nullptr) advance<Rule>(tensor, pass.groups[tensor.group]);
-    }
-  }
-  if (!pass.options.measure) {
-    pass.control->sum_of_squares = total(pass.chunk_sums, pass.num_chunks);
-    decision = decide(pass.options, pass.control->sum_of_squares);
-  }
-  record(*pass.control, decision, pass.control->sum_of_squares);
+  if (updates) finish<Rule>(pass, decision);
 }
 
 #define FUSEDOPT_INSTANTIATE(Rule) template void run<Rule>(const Pass&, const Schedule&, Phases);
