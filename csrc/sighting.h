@@ -1,6 +1,7 @@
 // Where a Python object's tensor was seen, to tell at the next step whether it is still there.
 #pragma once
 
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/types.h>
 
@@ -13,9 +14,34 @@ struct Sighting {
   const c10::StorageImpl* storage = nullptr;
   const void* base = nullptr;  // of the storage
 
-  static Sighting of(PyObject* tensor);
-  void prefetch() const;
-  bool still_holds(PyObject* tensor) const;
+  static Sighting of(PyObject* tensor) {
+    Sighting sighting;
+    sighting.object = tensor;
+    sighting.impl = THPVariable_Unpack(tensor).unsafeGetTensorImpl();
+    sighting.storage = sighting.impl->unsafe_storage().unsafeGetStorageImpl();
+    sighting.base = base_of(sighting.storage);
+    return sighting;
+  }
+
+  void prefetch() const {
+    __builtin_prefetch(object);
+    __builtin_prefetch(impl);
+    __builtin_prefetch(reinterpret_cast<const char*>(impl) + 64);  // sizes and strides
+    __builtin_prefetch(reinterpret_cast<const char*>(impl) + 128);
+    __builtin_prefetch(storage);
+  }
+
+  bool still_holds(PyObject* tensor) const {
+    if (tensor != object || !THPVariable_Check(tensor)) return false;
+    const c10::TensorImpl* now = THPVariable_Unpack(tensor).unsafeGetTensorImpl();
+    return now == impl && now->unsafe_storage().unsafeGetStorageImpl() == storage &&
+           base_of(storage) == base;
+  }
+
+ private:
+  static const void* base_of(const c10::StorageImpl* storage) {
+    return storage == nullptr ? nullptr : storage->data();
+  }
 };
 
 // As c10's operator==, in place: for a handful of numbers a call of memcmp costs more than the
