@@ -9,15 +9,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedopt.optimizer import Backend, FusedOptimizer, NonFinite
-from fusedopt.reference import Group, Rule, power, sqrt
+from fusedopt.reference import Group, Rule, count_step, power, sqrt
 
 
 def _states(group: Group) -> tuple[str, ...]:
     return ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else []))
-
-
-def _advance(group: Group, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {"step": scalars["step"] + 1}
 
 
 def _update(
@@ -44,7 +40,7 @@ def _update(
     return param - (lr / bias_correction1) * (exp_avg / denom), new_state
 
 
-ADAM = Rule("adam", scalars=("step",), states=_states, advance=_advance, update=_update)
+ADAM = Rule("adam", scalars=("step",), states=_states, advance=count_step, update=_update)
 
 
 class FusedAdam(FusedOptimizer, torch.optim.Adam):

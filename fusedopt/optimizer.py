@@ -220,8 +220,8 @@ class FusedOptimizer(Optimizer):
     @staticmethod
     def _met_nonfinite(request: Request, control: Tensor) -> bool:
         """Whether the step was skipped for its gradients, not because a scaler asked for it."""
-        told_to_skip = request.found_inf is not None and float(request.found_inf) != 0
-        return not told_to_skip and not math.isfinite(control[Control.SUM_OF_SQUARES].item())
+        finite = math.isfinite(control[Control.SUM_OF_SQUARES].item())
+        return not finite and not request.asks_for_skip()
 
     def _nonfinite_names(self) -> list[str]:
         if self._plan is not None:

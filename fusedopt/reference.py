@@ -51,6 +51,11 @@ class Rule:
     ]
 
 
+def count_step(group: Group, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`advance` of a rule whose only scalar is the number of its steps."""
+    return {"step": scalars["step"] + 1}
+
+
 class Request(NamedTuple):
     """What one call of `step()` asks for, beside the hyperparameters in the groups."""
 
@@ -59,6 +64,9 @@ class Request(NamedTuple):
     skip_nonfinite: bool  # leave everything as it was when a gradient holds inf or nan
     grad_scale: Tensor | None  # one float32: the gradients are to be divided by it
     found_inf: Tensor | None  # one float32: anything but zero asks for a skip
+
+    def asks_for_skip(self) -> bool:
+        return self.found_inf is not None and self.found_inf.float().item() != 0
 
 
 class Decision(NamedTuple):
@@ -172,8 +180,8 @@ def decide(request: Request, sum_of_squares: float) -> Decision:
     if request.max_grad_norm != math.inf:
         coef = request.max_grad_norm / (grad_norm + 1e-6)
         clip_coef = 1.0 if coef > 1.0 else coef  # nan stays nan
-    told_to_skip = request.found_inf is not None and request.found_inf.float().item() != 0
-    skip = told_to_skip or (request.skip_nonfinite and not math.isfinite(sum_of_squares))
+    nonfinite = request.skip_nonfinite and not math.isfinite(sum_of_squares)
+    skip = nonfinite or request.asks_for_skip()
     return Decision(grad_norm, clip_coef, inv_scale * clip_coef, skip)
 
 

@@ -7,16 +7,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedopt.optimizer import Backend, FusedOptimizer, NonFinite
-from fusedopt.reference import Group, Rule, sqrt
+from fusedopt.reference import Group, Rule, count_step, sqrt
 
 
 def _states(group: Group) -> tuple[str, ...]:
     optional = {"grad_avg": group["centered"], "momentum_buffer": group["momentum"] > 0}
     return ("square_avg", *(name for name, used in optional.items() if used))
-
-
-def _advance(group: Group, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {"step": scalars["step"] + 1}
 
 
 def _update(
@@ -41,7 +37,7 @@ def _update(
     return param - group["lr"] * direction, new_state
 
 
-RMSPROP = Rule("rmsprop", scalars=("step",), states=_states, advance=_advance, update=_update)
+RMSPROP = Rule("rmsprop", scalars=("step",), states=_states, advance=count_step, update=_update)
 
 
 class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
