@@ -30,7 +30,8 @@ key := $(shell echo '$(abspath $(python)) $(torch) $(FUSEDOPT_CUDA) $(TORCH_CUDA
   | cksum | cut -d' ' -f1)
 extension := build/extension-$(key)
 emulator := build/emulator-$(key)
-pytest := $(python) -m pytest -n auto --maxprocesses 8 --dist worksteal
+# Passive: the tests' processes share the cores, and a thread that waits is not to spin.
+pytest := OMP_WAIT_POLICY=passive $(python) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 cpp := $(wildcard csrc/*.* csrc/*/*.*)
 emulation := $(wildcard tests/emulator/*.*)
