@@ -13,8 +13,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   // Local, so that a second build (the emulated one, for tests) can live beside this one.
   py::class_<Plan>(m, "Plan", py::module_local())
-      .def(py::init<const std::string&, const std::string&, const py::list&, const py::dict&>(),
-           py::arg("rule"), py::arg("backend"), py::arg("param_groups"), py::arg("state"))
+      .def(py::init<const std::string&, const std::string&, const py::list&, const py::dict&,
+                    const py::dict&>(),
+           py::arg("rule"), py::arg("backend"), py::arg("param_groups"), py::arg("state"),
+           py::arg("counters"))
       .def("nonfinite", &Plan::nonfinite)
       .def(
           "step",

@@ -43,7 +43,7 @@ Group read_group(const RuleInfo& rule, const std::vector<PyObject*>& names, PyOb
   Group result{};
   int at = 0;
   for (size_t i = 0; i < names.size(); ++i) {
-    const auto [name, count] = rule.hyperparameters[i];
+    const auto [name, count, on_host] = rule.hyperparameters[i];
     PyObject* value = PyDict_GetItemWithError(group, names[i]);
     if (value == nullptr) throw py::key_error(name);
     const bool is_sequence = PyTuple_Check(value) || PyList_Check(value);
@@ -62,7 +62,8 @@ Group read_group(const RuleInfo& rule, const std::vector<PyObject*>& names, PyOb
       result.lr_dtype = to_dtype(lr.scalar_type());
       ++at;
     } else {
-      result.values[at++] = to_double(value);
+      const double number = to_double(value);
+      result.values[at++] = on_host != nullptr ? on_host(number) : number;
     }
   }
   // Which states there are does not hang on lr, and lr may lie where the host can't read it.

@@ -57,7 +57,7 @@ bool StateItem::laid_out_as(const Source* source) const {
 }
 
 Plan::Plan(const std::string& rule, const std::string& backend, const py::list& param_groups,
-           const py::dict& state)
+           const py::dict& state, const py::dict& counters)
     : rule_(find_rule(rule)), backend_(backend) {
   for (const HyperparameterName& it : rule_.hyperparameters) {
     names_.push_back(PyUnicode_InternFromString(it.name));
@@ -80,6 +80,10 @@ Plan::Plan(const std::string& rule, const std::string& backend, const py::list& 
     if (found != known.end()) add_state(sources_[found->second], value);
     state_entries_.push_back({key, value, found == known.end() ? nullptr : &sources_[found->second],
                               first_item, static_cast<int>(items_.size())});
+  }
+  for (Source& source : sources_) {
+    PyObject* counter = find(counters.ptr(), source.seen.object);
+    if (counter != nullptr) add_counter(source, counter);
   }
   for (Partition& partition : partitions_) {
     partition.lay_out(listed_.size(), on_cuda(partition));
@@ -128,7 +132,6 @@ void Plan::add_source(PyObject* object, uint32_t group) {
 void Plan::add_state(Source& source, PyObject* state) {
   TensorEntry& entry = partitions_[source.partition].tensors[source.index];
   const uint32_t states_used = states_used_[source.group];
-  size_t found = 0;
   PyObject *key, *value;
   for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
     items_.push_back({key, {}, 0, false});
@@ -136,7 +139,7 @@ void Plan::add_state(Source& source, PyObject* state) {
     const auto use = [&] {
       items_.back().seen = Sighting::of(value);
       items_.back().storage_offset = unpack(value).storage_offset();
-      ++found;
+      ++source.items;
       return unpack(value).data_ptr();
     };
     for (size_t k = 0; k < rule_.scalars.size(); ++k) {
@@ -149,7 +152,18 @@ void Plan::add_state(Source& source, PyObject* state) {
       entry.state_dtype = to_dtype(unpack(value).scalar_type());
     }
   }
-  source.has_state = found == rule_.scalars.size() + __builtin_popcount(states_used);
+}
+
+// It is the first of the rule's scalars. Nobody else has it, so that it stays where it is.
+void Plan::add_counter(Source& source, PyObject* counter) {
+  TensorEntry& entry = partitions_[source.partition].tensors[source.index];
+  entry.scalars[0] = static_cast<float*>(unpack(counter).data_ptr());
+  ++source.items;
+}
+
+bool Plan::has_state(const Source& source) const {
+  const int states = __builtin_popcount(states_used_[source.group]);
+  return source.items == static_cast<int>(rule_.scalars.size()) + states;
 }
 
 bool Plan::refresh(const py::list& param_groups, const py::dict& state) {
@@ -239,7 +253,7 @@ bool Plan::gather_grad(Source& source) {
   if (!grad.defined()) return true;
   source.grad_seen.impl = grad.unsafeGetTensorImpl();
   source.grad_seen.storage = source.grad_seen.impl->unsafe_storage().unsafeGetStorageImpl();
-  if (!source.has_state || !is_ordinary(grad, source)) return false;
+  if (!has_state(source) || !is_ordinary(grad, source)) return false;
   const at::ScalarType dtype = grad_dtype_for(source.dtype, grad.scalar_type());
   if (to_dtype(dtype) != entry.grad_dtype) return false;
   // Autograd learns of the update as of any other in-place operation.

@@ -2,8 +2,12 @@
 #pragma once
 
 #include "math/adam.h"
+#include "math/nadam.h"
 #include "math/rmsprop.h"
+#include "math/sgd.h"
 
 #define FUSEDOPT_FOR_EACH_RULE(DO) \
   DO(Adam)                         \
-  DO(RMSprop)
+  DO(NAdam)                        \
+  DO(RMSprop)                      \
+  DO(SGD)

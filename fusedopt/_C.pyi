@@ -16,6 +16,7 @@ class Plan:
         backend: str,
         param_groups: list[dict[str, Any]],
         state: dict[Tensor, dict[str, Tensor]],
+        counters: dict[Tensor, Tensor],
     ) -> None: ...
     def step(
         self,

@@ -3,16 +3,22 @@
 from fusedopt import reference
 from fusedopt.adam import FusedAdam, FusedAdamW
 from fusedopt.checks import NonFiniteGradientError
+from fusedopt.grad_scaler import GradScaler
+from fusedopt.nadam import FusedNAdam
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.rmsprop import FusedRMSprop
+from fusedopt.sgd import FusedSGD
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FusedAdam",
     "FusedAdamW",
+    "FusedNAdam",
     "FusedOptimizer",
     "FusedRMSprop",
+    "FusedSGD",
+    "GradScaler",
     "NonFiniteGradientError",
     "reference",
 ]

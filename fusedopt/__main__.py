@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import platform
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,13 @@ import fusedopt
 from fusedopt import backends
 from fusedopt.checks import DTYPES
 
-CLASSES = (fusedopt.FusedAdam, fusedopt.FusedAdamW, fusedopt.FusedRMSprop)
+CLASSES = (
+    fusedopt.FusedAdam,
+    fusedopt.FusedAdamW,
+    fusedopt.FusedNAdam,
+    fusedopt.FusedRMSprop,
+    fusedopt.FusedSGD,
+)
 SHAPES = ((), (3,), (33, 41), (0,), (20011,))
 STEPS = 4
 
@@ -78,7 +85,8 @@ def run(cls: Any, backend: str, device: torch.device) -> list[Tensor]:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     params = [draw(shape, dtype).requires_grad_() for dtype in DTYPES for shape in SHAPES]
-    optimizer = cls(params, weight_decay=0.1, max_grad_norm=1.0, backend=backend)
+    momentum = {"momentum": 0.9} if "momentum" in inspect.signature(cls).parameters else {}
+    optimizer = cls(params, weight_decay=0.1, max_grad_norm=1.0, backend=backend, **momentum)
     for step in range(STEPS):
         for param in params:
             param.grad = draw(tuple(param.shape), param.dtype)

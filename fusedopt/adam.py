@@ -40,7 +40,7 @@ def _update(
     return param - (lr / bias_correction1) * (exp_avg / denom), new_state
 
 
-ADAM = Rule("adam", scalars=("step",), states=_states, advance=count_step, update=_update)
+ADAM = Rule("adam", scalars={"step": 0}, states=_states, advance=count_step, update=_update)
 
 
 class FusedAdam(FusedOptimizer, torch.optim.Adam):

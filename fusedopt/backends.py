@@ -71,11 +71,12 @@ def new_plan(
     rule: Rule,
     param_groups: list[Group],
     state: dict[Tensor, dict[str, Tensor]],
+    counters: dict[Tensor, Tensor],
 ) -> Plan | None:
     """What the compiled backends look up once and keep; None for the reference."""
     if backend == "reference" or _C is None:
         return None
-    return _C.Plan(rule.name, backend or "", param_groups, state)
+    return _C.Plan(rule.name, backend or "", param_groups, state, counters)
 
 
 def warn_once(message: str) -> None:

@@ -47,6 +47,13 @@ class FusedOptimizer(Optimizer):
 
     rule: ClassVar[Rule]
 
+    # Set by a scaler while it steps: the gradients are to be divided by the one, and the step is
+    # skipped if the other is not zero. Both are one float32.
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    # An overflow is a scaler's daily business: it skips, whatever `nonfinite` says.
+    skips_for_scaler = False
+
     def _configure(self, max_grad_norm: Any, nonfinite: Any, backend: Any) -> None:
         """Takes our own arguments. Comes before torch's __init__, which adds the param groups."""
         self.max_grad_norm = max_grad_norm
@@ -55,6 +62,8 @@ class FusedOptimizer(Optimizer):
         backends.choose(self._backend, [])
         self._control: Tensor | None = None
         self._plan: _C.Plan | None = None
+        self._counters: dict[Tensor, Tensor] = {}  # by parameter: see `Rule.counts_apart`
+        self._perhaps_unused: list[Tensor] = []
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -111,6 +120,18 @@ class FusedOptimizer(Optimizer):
             self._control = self._control.to(device)
         return self._control
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. Waits for the device where that has not yet said whether it used a state."""
+        self._forget([param for param in self._perhaps_unused if self._count_of(param) == 0])
+        self._perhaps_unused = []
+        return super().state_dict()
+
+    def _count_of(self, param: Tensor) -> Tensor | None:
+        """How many steps a parameter's state has been through."""
+        if self.rule.counts_apart:
+            return self._counters.get(param)
+        return self.state.get(param, {}).get(self.rule.counter)
+
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
         try:
@@ -162,29 +183,37 @@ class FusedOptimizer(Optimizer):
         if self._plan is None or not self._plan.step(self.param_groups, self.state, **arguments):
             self._plan, new_states = self._prepare()
             if self._plan is None:
-                reference.step(self.rule, self.param_groups, self.state, request, control)
+                reference.step(
+                    self.rule, self.param_groups, self.state, self._counters, request, control
+                )
             elif not self._plan.step(self.param_groups, self.state, **arguments):
                 raise RuntimeError("fusedopt: a new plan doesn't fit its parameters; please report")
-        raises = self.nonfinite == "raise"
-        # State comes with a parameter's first step that was not skipped, where the host can know.
-        if new_states and (raises or control.device.type == "cpu") and self.step_skipped:
+        raises = self._nonfinite_mode() == "raise"
+        # State comes with a parameter's first step that was not skipped, as far as the host knows.
+        if new_states and not (raises or control.device.type == "cpu"):
+            self._perhaps_unused += new_states
+        elif new_states and self.step_skipped:
             self._forget(new_states)
         if raises and self._met_nonfinite(request, control):
             raise checks.NonFiniteGradientError(self._nonfinite_names())
 
     def _request(self) -> Request:
         """What this step is to do. A scaler sets `grad_scale` and `found_inf`, as torch's do."""
-        mode = self.nonfinite or ("propagate" if self.max_grad_norm is None else "skip")
-        scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None)
-        clips = self.max_grad_norm is not None
+        mode = self._nonfinite_mode()
+        scaled = self.grad_scale is not None or self.found_inf is not None
+        clips = self._max_grad_norm is not None
         return Request(
             max_grad_norm=self._max_grad_norm or math.inf,
-            measure=clips or mode != "propagate" or scale is not None or found_inf is not None,
+            measure=clips or mode != "propagate" or scaled,
             skip_nonfinite=mode != "propagate",
-            grad_scale=scale,
-            found_inf=found_inf,
+            grad_scale=self.grad_scale,
+            found_inf=self.found_inf,
         )
+
+    def _nonfinite_mode(self) -> NonFinite:
+        if self.skips_for_scaler:
+            return "skip"
+        return self._nonfinite or ("propagate" if self._max_grad_norm is None else "skip")
 
     def _prepare(self) -> tuple[_C.Plan | None, list[Tensor]]:
         """Checks everything, then makes what is missing.
@@ -199,23 +228,30 @@ class FusedOptimizer(Optimizer):
                 name = checks.name_of(self.param_groups, index, position)
                 if param.grad is not None:
                     checks.check_grad(param, param.grad, name)
-                if self.state.get(param):
+                if not state.is_empty(self.state.get(param)):
                     checks.check_state(self.rule, group, param, self.state[param], name)
                 pairs.append((group, param))
         backend = backends.choose(self._backend, (param.device for _, param in pairs))
         new_states = [
-            param for group, param in pairs if state.complete(self.rule, group, param, self.state)
+            param
+            for group, param in pairs
+            if state.complete(self.rule, group, param, self.state, self._counters)
         ]
         try:
-            plan = backends.new_plan(backend, self.rule, self.param_groups, self.state)
+            plan = backends.new_plan(
+                backend, self.rule, self.param_groups, self.state, self._counters
+            )
         except Exception:
             self._forget(new_states)
             raise
         return plan, new_states
 
     def _forget(self, params: list[Tensor]) -> None:
+        if params:
+            self._plan = None
         for param in params:
-            del self.state[param]
+            self.state.pop(param, None)
+            self._counters.pop(param, None)
 
     @staticmethod
     def _met_nonfinite(request: Request, control: Tensor) -> bool:
@@ -237,9 +273,15 @@ class FusedOptimizer(Optimizer):
         return [checks.name_of(self.param_groups, g, i) for g, i in found]
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_max_grad_norm", "_nonfinite", "_backend", "_control")
+        own = (
+            *("_max_grad_norm", "_nonfinite", "_backend"),
+            *("_control", "_counters", "_perhaps_unused"),
+        )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._plan = None  # load_state_dict comes here too: everything has moved
+        # load_state_dict comes here too: everything has moved, and no loaded state is a new one.
+        self._plan = None
+        self._counters = {}
+        self._perhaps_unused = []
         super().__setstate__(state)

@@ -35,20 +35,28 @@ Group = dict[str, Any]
 class Rule:
     """An optimizer's formula, and what it keeps for every parameter.
 
-    `scalars` are the names of its 0-d float32 states, `states(group)` of those shaped as the
-    parameter. `update(group, scalars, param, grad, states)` returns the new parameter and the new
-    states; all tensors come and go in the type that is computed in. `advance(group, scalars)`
-    returns the scalars of this step, which `update` is given.
+    `scalars` are its 0-d float32 states with the values that they start from, `states(group)` the
+    names of those shaped as the parameter. `update(group, scalars, param, grad, states)` returns
+    the new parameter and the new states; all tensors come and go in the type that is computed in.
+    `advance(group, scalars)` returns the scalars of this step, which `update` is given.
+
+    `counter` names the scalar that counts a state's steps. Where torch's twin doesn't keep one, it
+    is not among `scalars` and is kept apart from the state; of a loaded state it starts from 1.
     """
 
     name: str
-    scalars: tuple[str, ...]
+    scalars: dict[str, float]
     states: Callable[[Group], tuple[str, ...]]
     advance: Callable[[Group, dict[str, Tensor]], dict[str, Tensor]]
     update: Callable[
         [Group, dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]],
         tuple[Tensor, dict[str, Tensor]],
     ]
+    counter: str = "step"
+
+    @property
+    def counts_apart(self) -> bool:
+        return self.counter not in self.scalars
 
 
 def count_step(group: Group, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -200,6 +208,7 @@ def step(
     rule: Rule,
     param_groups: list[Group],
     state: dict[Tensor, dict[str, Tensor]],
+    counters: dict[Tensor, Tensor],
     request: Request,
     control: Tensor,
 ) -> None:
@@ -210,7 +219,10 @@ def step(
     if not decision.skip:
         for group, param in pairs:
             if param.grad is not None:
-                update(rule, group, param, state[param], decision.grad_factor)
+                kept = dict(state.get(param, {}))
+                if rule.counts_apart:
+                    kept[rule.counter] = counters[param]
+                update(rule, group, param, kept, decision.grad_factor)
     if not request.measure:
         decision = decide(request, total)
     skipped = control[Control.SKIPPED_STEPS].item() + decision.skip
@@ -224,7 +236,8 @@ def update(
     """Applies a rule to one parameter, in place."""
     assert param.grad is not None
     dtype = compute_dtype(param.dtype)
-    scalars = rule.advance(group, {name: state[name] for name in rule.scalars})
+    names = {*rule.scalars, rule.counter}
+    scalars = rule.advance(group, {name: state[name] for name in names})
     factor = -grad_factor if group["maximize"] else grad_factor
     new_param, new_states = rule.update(
         {**group, "lr": float(group["lr"])},

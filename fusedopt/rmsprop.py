@@ -37,7 +37,7 @@ def _update(
     return param - group["lr"] * direction, new_state
 
 
-RMSPROP = Rule("rmsprop", scalars=("step",), states=_states, advance=count_step, update=_update)
+RMSPROP = Rule("rmsprop", scalars={"step": 0}, states=_states, advance=count_step, update=_update)
 
 
 class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):

@@ -9,25 +9,38 @@ from torch import Tensor
 
 from fusedopt.reference import Group, Rule
 
+States = dict[Tensor, dict[str, Any]]
 
-def complete(rule: Rule, group: Group, param: Tensor, states: dict[Tensor, dict[str, Any]]) -> bool:
+
+def is_empty(state: dict[str, Any] | None) -> bool:
+    """Whether there is nothing in it yet; torch's SGD also writes None for a missing buffer."""
+    return not state or all(value is None for value in state.values())
+
+
+def complete(
+    rule: Rule, group: Group, param: Tensor, states: States, counters: dict[Tensor, Tensor]
+) -> bool:
     """Makes sure that a parameter with a gradient has a state that a step can use.
 
     Returns:
         Whether the state is new.
     """
     state = states.get(param)
-    if not state and param.grad is None:
+    is_new = state is None or is_empty(state)
+    if is_new and param.grad is None:
         return False
-    if not state:
-        states[param] = {
-            **{
-                name: torch.zeros((), dtype=torch.float32, device=param.device)
-                for name in rule.scalars
-            },
+    if rule.counts_apart:
+        known = 0 if is_new else counters.get(param, 1)
+        counters[param] = _scalar_in_place(known, param)
+    if is_new:
+        new_state = {
+            **{name: _scalar_in_place(value, param) for name, value in rule.scalars.items()},
             **{name: torch.zeros_like(param) for name in rule.states(group)},
         }
+        if new_state:
+            states[param] = new_state
         return True
+    assert state is not None
     for name in rule.scalars:
         state[name] = _scalar_in_place(state[name], param)
     for name in rule.states(group):

@@ -45,6 +45,22 @@ CASES = [
         {"amsgrad": True, "maximize": True},
     ),
     *cases_of(
+        fusedopt.FusedNAdam,
+        torch.optim.NAdam,
+        {"weight_decay": 0.1, "maximize": True},
+        {"weight_decay": 0.1, "decoupled_weight_decay": True},
+        {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3, "momentum_decay": 0.5},
+        {"betas": (0.0, 0.0), "momentum_decay": 0.0},
+    ),
+    *cases_of(
+        fusedopt.FusedSGD,
+        torch.optim.SGD,
+        {"weight_decay": 0.1, "maximize": True},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1},
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "lr": 0.1},
+    ),
+    *cases_of(
         fusedopt.FusedRMSprop,
         torch.optim.RMSprop,
         {"weight_decay": 0.1},
@@ -54,7 +70,11 @@ CASES = [
         {"lr": 0.1, "alpha": 0.5, "eps": 1e-3},
     ),
 ]
-CLASSES = [case for case in CASES if not case.kwargs]
+# Each class once, with options under which it has a state to keep.
+TYPICAL = {fusedopt.FusedSGD: {"momentum": 0.9, "dampening": 0.5}}
+CLASSES = [
+    Case(case.cls, case.twin, TYPICAL.get(case.cls, {})) for case in CASES if not case.kwargs
+]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 # One element, odd sizes, a chunk and one more, several chunks; empty ones first, between and last.
@@ -83,6 +103,13 @@ def tensors_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         for key, value in optimizer.state.get(param, {}).items():
             found[f"{key} {i}"] = value
     return found
+
+
+def step_counts(optimizer: torch.optim.Optimizer) -> list[int]:
+    """How many steps each parameter has seen; of SGD, which keeps no count, whether any."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    counts = [optimizer.state.get(p, {"step": 0}) for p in params]
+    return [int(state.get("step", 1)) for state in counts]
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

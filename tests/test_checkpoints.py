@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -20,14 +21,20 @@ def train(optimizer, seeds):
         optimizer.step()
 
 
+def tensors_kept_by_torch(optimizer):
+    """All but mu_product, which torch casts to the parameter's dtype on loading."""
+    return {k: v for k, v in tensors_of(optimizer).items() if not k.startswith("mu_product")}
+
+
 @pytest.mark.parametrize(
     "flags", [{}, {"foreach": True}, {"fused": True}, {"capturable": True}], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_checkpoint_of_torch_and_back(backend, case, dtype, flags):
-    if "fused" in flags and case.cls is fusedopt.FusedRMSprop:
-        pytest.skip("torch has no fused RMSprop")
+    refused = flags.keys() - inspect.signature(case.twin).parameters.keys()
+    if refused:
+        pytest.skip(f"torch's {case.twin.__name__} has no {refused}")
     if "capturable" in flags and backend.device == "cpu":
         flags = {}  # torch refuses it here: only the states' device is of interest
     twins = make_params(SHAPES, dtype, backend.device)
@@ -36,7 +43,7 @@ def test_checkpoint_of_torch_and_back(backend, case, dtype, flags):
     params = [p.detach().clone().requires_grad_() for p in twins]
     fused = backend.make(case.cls, params)
     fused.load_state_dict(copy.deepcopy(twin.state_dict()))
-    assert_same_bits(tensors_of(fused), tensors_of(twin))
+    assert_same_bits(tensors_kept_by_torch(fused), tensors_kept_by_torch(twin))
     train(fused, [2])
     train(twin, [2])
     if dtype == torch.float32:  # of 16 bits, torch rounds every operation
@@ -44,7 +51,7 @@ def test_checkpoint_of_torch_and_back(backend, case, dtype, flags):
 
     back = case.twin([p.detach().clone().requires_grad_() for p in params])
     back.load_state_dict(fused.state_dict())
-    assert_same_bits(tensors_of(back), tensors_of(fused))
+    assert_same_bits(tensors_kept_by_torch(back), tensors_kept_by_torch(fused))
     assert back.state_dict().keys() == fused.state_dict().keys() == twin.state_dict().keys()
     assert fused.param_groups[0].keys() == twin.param_groups[0].keys()
     train(back, [3])
@@ -57,7 +64,9 @@ def test_old_checkpoint_with_the_step_as_a_number(backend, case):
     train(optimizer, range(3))
     checkpoint = copy.deepcopy(optimizer.state_dict())
     for state in checkpoint["state"].values():
-        state["step"] = int(state["step"])
+        for key, value in state.items():
+            if value.dim() == 0:
+                state[key] = value.item()
     others = [p.detach().clone().requires_grad_() for p in params]
     again = backend.make(case.cls, others)
     again.load_state_dict(checkpoint)

@@ -25,15 +25,17 @@ def test_report_and_self_check():
     assert lines[0].startswith(f"fusedopt {fusedopt.__version__}, torch {torch.__version__} ")
     assert lines[1].startswith("cpu: ")
     assert any(isa in lines[1] for isa in ("baseline", "avx2", "avx512"))
-    assert [line.split() for line in lines[2:5]] == [
+    assert [line.split() for line in lines[2:7]] == [
         ["FusedAdam", "ok"],
         ["FusedAdamW", "ok"],
+        ["FusedNAdam", "ok"],
         ["FusedRMSprop", "ok"],
+        ["FusedSGD", "ok"],
     ]
-    assert lines[5].startswith("cuda")
+    assert lines[7].startswith("cuda")
     reason = backends.why_missing("cuda")
     if reason is not None:
-        assert lines[5] == f"cuda: can't be used: {reason}"
+        assert lines[7] == f"cuda: can't be used: {reason}"
 
 
 def test_a_backend_that_was_asked_for_has_to_be_usable(monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -60,8 +61,11 @@ def test_norm_of_tiny_gradients_does_not_vanish(backend, value):
 def test_update_is_that_of_torch_after_clipping_in_float64(backend, case, limit):
     params = make_params(SMALL, torch.float64, backend.device)
     twins = make_params(SMALL, torch.float64, backend.device)
-    fused = backend.make(case.cls, params, max_grad_norm=limit, eps=1e-3)
-    twin = case.twin(twins, foreach=False, eps=1e-3)
+    kwargs = dict(case.kwargs)
+    if "eps" in inspect.signature(case.twin).parameters:
+        kwargs["eps"] = 1e-3
+    fused = backend.make(case.cls, params, max_grad_norm=limit, **kwargs)
+    twin = case.twin(twins, foreach=False, **kwargs)
     for seed in range(3):
         set_grads(params, seed, scale=0.01)
         set_grads(twins, seed, scale=0.01)
@@ -96,7 +100,7 @@ def test_a_norm_just_below_the_limit_is_not_scaled_up(backend):
 def test_huge_finite_gradients_are_clipped_not_skipped(backend, case, value, dtype):
     params = make_params([(3,), (555,)], dtype, backend.device)
     before = [p.detach().clone() for p in params]
-    optimizer = backend.make(case.cls, params, max_grad_norm=1.0, lr=0.1)
+    optimizer = backend.make(case.cls, params, max_grad_norm=1.0, lr=1.0, **case.kwargs)
     for p in params:
         p.grad = torch.full_like(p, value)
     optimizer.step()
@@ -129,8 +133,8 @@ def test_infinite_limit_measures_and_skips_but_never_clips(backend):
 def test_bits_below_the_limit_are_those_without_one(backend, case):
     params = make_params(SMALL, device=backend.device)
     twins = make_params(SMALL, device=backend.device)
-    limited = backend.make(case.cls, params, max_grad_norm=1e4)
-    plain = backend.make(case.cls, twins)
+    limited = backend.make(case.cls, params, max_grad_norm=1e4, **case.kwargs)
+    plain = backend.make(case.cls, twins, **case.kwargs)
     for seed in range(2):
         set_grads(params, seed)
         set_grads(twins, seed)

@@ -55,7 +55,7 @@ def optimizer_of(case, tensors, **kwargs):
     groups = [{"params": params[::2], "lr": 0.5}]
     if tensors > 1:
         groups.append({"params": params[1::2], "weight_decay": 0.3})
-    return case.cls(groups, backend="cuda", **kwargs)
+    return case.cls(groups, backend="cuda", **case.kwargs, **kwargs)
 
 
 @pytest.mark.parametrize("tensors", [1, 3, 400])

@@ -6,7 +6,15 @@ import warnings
 
 import pytest
 import torch
-from cases import CLASSES, assert_same_bits, make_params, set_grads, snapshot, tensors_of
+from cases import (
+    CLASSES,
+    assert_same_bits,
+    make_params,
+    set_grads,
+    snapshot,
+    step_counts,
+    tensors_of,
+)
 from torch.nn import Parameter
 
 import fusedopt
@@ -46,18 +54,13 @@ class Pair:
             function(optimizer, optimizer.param_groups[0]["params"])
 
 
-def step_counts(optimizer):
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return [int(optimizer.state[p]["step"]) if p in optimizer.state else 0 for p in params]
-
-
 @pytest.mark.parametrize("kwargs", [{}, {"max_grad_norm": 1.0}], ids=str)
 @pytest.mark.parametrize("case", CLASSES, ids=str)
 def test_missing_and_late_gradients(backend, case, kwargs):
-    pair = Pair(backend, case.cls, **kwargs)
+    pair = Pair(backend, case.cls, **case.kwargs, **kwargs)
     for without in ([0, 1, 2], [1], [0], [0, 1, 2], [], [2], []):
         pair.step(without)
-    assert step_counts(pair.fused) == [4, 4, 4]
+    assert set(step_counts(pair.fused)) == {1 if case.cls is fusedopt.FusedSGD else 4}
 
 
 def test_gradient_that_is_the_same_tensor_with_new_values(backend):

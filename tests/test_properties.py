@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
@@ -48,22 +49,31 @@ def lay_out(values, layout):
     return values.clone()
 
 
+OPTIONS = {
+    "lr": st.sampled_from([0.0, 1e-3, 0.3, 7.0]),
+    "eps": st.sampled_from([0.0, 1e-8, 1e-3]),
+    "weight_decay": st.sampled_from([0.0, 1e-2, 0.7]),
+    "maximize": st.booleans(),
+    "betas": st.tuples(FLOATS, FLOATS),
+    "amsgrad": st.booleans(),
+    "decoupled_weight_decay": st.booleans(),
+    "momentum_decay": st.sampled_from([0.0, 4e-3, 0.7, 30.0]),
+    "alpha": FLOATS,
+    "centered": st.booleans(),
+    "momentum": FLOATS,
+    "dampening": FLOATS,
+    "nesterov": st.booleans(),
+}
+
+
 @st.composite
 def options(draw, case):
     drawn = dict(case.kwargs)
-    maybe = {
-        "lr": st.sampled_from([0.0, 1e-3, 0.3, 7.0]),
-        "eps": st.sampled_from([0.0, 1e-8, 1e-3]),
-        "weight_decay": st.sampled_from([0.0, 1e-2, 0.7]),
-        "maximize": st.booleans(),
-    }
-    if case.cls is fusedopt.FusedRMSprop:
-        maybe |= {"alpha": FLOATS, "momentum": FLOATS, "centered": st.booleans()}
-    else:
-        maybe |= {"betas": st.tuples(FLOATS, FLOATS), "amsgrad": st.booleans()}
-    for name, values in maybe.items():
-        if draw(st.booleans()):
-            drawn[name] = draw(values)
+    for name in inspect.signature(case.twin).parameters:
+        if name in OPTIONS and draw(st.booleans()):
+            drawn[name] = draw(OPTIONS[name])
+    if drawn.get("nesterov") and (drawn.get("momentum", 0) <= 0 or drawn.get("dampening", 0) != 0):
+        del drawn["nesterov"]  # torch refuses it
     return drawn
 
 

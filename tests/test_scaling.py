@@ -21,8 +21,8 @@ def test_unscaling_equals_dividing_the_gradients(backend, case, scale, shape, kw
     """Powers of two: nothing is rounded."""
     params = make_params(SHAPES, device=backend.device)
     twins = make_params(SHAPES, device=backend.device)
-    scaled = backend.make(case.cls, params, **kwargs)
-    plain = backend.make(case.cls, twins, **kwargs)
+    scaled = backend.make(case.cls, params, **case.kwargs, **kwargs)
+    plain = backend.make(case.cls, twins, **case.kwargs, **kwargs)
     scaled.grad_scale = torch.full(shape, scale, device=backend.device)
     scaled.found_inf = torch.zeros(shape, device=backend.device)
     for seed in range(2):
