@@ -1,6 +1,7 @@
 #include <torch/extension.h>
 
 #include "cpu/isa.h"
+#include "huge_pages.h"
 #include "plan.h"
 #include "step.h"
 
@@ -10,6 +11,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("built_with_cuda") = built_with_cuda();
   m.attr("cuda_device_type") = cuda_device_type();
   m.def("cpu_isa", [] { return cpu::isa_name(cpu::best_isa()); });
+  m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("tensor"));
 
   // Local, so that a second build (the emulated one, for tests) can live beside this one.
   py::class_<Plan>(m, "Plan", py::module_local())
@@ -26,9 +28,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             return step(plan, param_groups, state,
                         {max_grad_norm, measure, skip_nonfinite, grad_scale, found_inf, control});
           },
-          py::arg("param_groups"), py::arg("state"), py::kw_only(), py::arg("max_grad_norm"),
-          py::arg("measure"), py::arg("skip_nonfinite"), py::arg("grad_scale"),
-          py::arg("found_inf"), py::arg("control"));
+          py::arg("param_groups"), py::arg("state"), py::arg("max_grad_norm"), py::arg("measure"),
+          py::arg("skip_nonfinite"), py::arg("grad_scale"), py::arg("found_inf"),
+          py::arg("control"));
 }
 
 }  // namespace fusedopt

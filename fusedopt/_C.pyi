@@ -8,6 +8,7 @@ built_with_cuda: bool
 cuda_device_type: str
 
 def cpu_isa() -> str: ...
+def prefer_huge_pages(tensor: Tensor) -> None: ...
 
 class Plan:
     def __init__(
@@ -22,7 +23,6 @@ class Plan:
         self,
         param_groups: list[dict[str, Any]],
         state: dict[Tensor, dict[str, Tensor]],
-        *,
         max_grad_norm: float,
         measure: bool,
         skip_nonfinite: bool,

@@ -79,6 +79,14 @@ def new_plan(
     return _C.Plan(rule.name, backend or "", param_groups, state, counters)
 
 
+def zeros_like(param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """As torch's, in memory that a step walks fast: a large state lies in huge pages."""
+    value = torch.empty_like(param, dtype=dtype, requires_grad=False)
+    if _C is not None and value.device.type == "cpu":
+        _C.prefer_huge_pages(value)
+    return value.zero_()
+
+
 def warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)

@@ -156,7 +156,6 @@ class FusedOptimizer(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Checks, unscales, measures, clips and updates all parameters, or skips the step.
 
@@ -178,15 +177,16 @@ class FusedOptimizer(Optimizer):
     def _fused_step(self) -> None:
         request = self._request()
         control = self._readings()
-        arguments = {**request._asdict(), "control": control}
         new_states: list[Tensor] = []
-        if self._plan is None or not self._plan.step(self.param_groups, self.state, **arguments):
+        if self._plan is None or not self._plan.step(
+            self.param_groups, self.state, *request, control
+        ):
             self._plan, new_states = self._prepare()
             if self._plan is None:
                 reference.step(
                     self.rule, self.param_groups, self.state, self._counters, request, control
                 )
-            elif not self._plan.step(self.param_groups, self.state, **arguments):
+            elif not self._plan.step(self.param_groups, self.state, *request, control):
                 raise RuntimeError("fusedopt: a new plan doesn't fit its parameters; please report")
         raises = self._nonfinite_mode() == "raise"
         # State comes with a parameter's first step that was not skipped, as far as the host knows.
@@ -215,6 +215,7 @@ class FusedOptimizer(Optimizer):
             return "skip"
         return self._nonfinite or ("propagate" if self._max_grad_norm is None else "skip")
 
+    @torch.no_grad()
     def _prepare(self) -> tuple[_C.Plan | None, list[Tensor]]:
         """Checks everything, then makes what is missing.
 

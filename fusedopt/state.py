@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt.backends import zeros_like
 from fusedopt.reference import Group, Rule
 
 States = dict[Tensor, dict[str, Any]]
@@ -35,7 +36,7 @@ def complete(
     if is_new:
         new_state = {
             **{name: _scalar_in_place(value, param) for name, value in rule.scalars.items()},
-            **{name: torch.zeros_like(param) for name in rule.states(group)},
+            **{name: zeros_like(param) for name in rule.states(group)},
         }
         if new_state:
             states[param] = new_state
@@ -60,4 +61,4 @@ def _tensor_in_place(value: Tensor, param: Tensor) -> Tensor:
     like = torch.empty_like(param, dtype=value.dtype, device="meta")
     if value.device == param.device and value.stride() == like.stride() and not value.is_neg():
         return value
-    return torch.empty_like(param, dtype=value.dtype).copy_(value)
+    return zeros_like(param, value.dtype).copy_(value)
