@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <exception>
 #include <unordered_map>
 
 #include "groups.h"
@@ -213,7 +214,11 @@ bool Plan::same_groups(const py::list& param_groups) {
   for (Partition& partition : partitions_) {
     for (size_t g = 0; g < listed_.size(); ++g) {
       PyObject* group = PyList_GET_ITEM(param_groups.ptr(), g);
-      partition.groups[g] = read_group(rule_, names_, group, partition.device);
+      try {
+        partition.groups[g] = read_group(rule_, names_, group, partition.device);
+      } catch (const std::exception&) {
+        return false;  // Python says what is wrong with it, and where
+      }
       if (partition.groups[g].states_used != states_used_[g]) return false;
     }
   }

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from fusedopt import backends, checks, reference, state
+from fusedopt import backends, checkpoint, checks, reference, state
 from fusedopt.reference import Control, Group, Request, Rule
 
 if TYPE_CHECKING:
@@ -105,10 +106,11 @@ class FusedOptimizer(Optimizer):
         """What the last step left (see `Control`), on the first parameter's device."""
         devices = (p.device for group in self.param_groups for p in group["params"])
         device = next(devices, torch.device("cpu"))
-        if self._control is None:
-            self._control = torch.zeros(Control.SIZE, dtype=torch.float64, device=device)
-        elif self._control.device != device:
-            self._control = self._control.to(device)
+        if self._control is None or self._control.device != device:
+            with torch.inference_mode(False):  # a step in that mode is not to be the last
+                if self._control is None:
+                    self._control = torch.zeros(Control.SIZE, dtype=torch.float64, device=device)
+                self._control = self._control.to(device)
         return self._control
 
     def add_param_group(self, param_group: Group) -> None:
@@ -121,10 +123,7 @@ class FusedOptimizer(Optimizer):
 
     def _check_group(self, index: int) -> None:
         group = self.param_groups[index]
-        if group.get("differentiable"):
-            raise RuntimeError(
-                "differentiable=True is not supported: autograd can't look into a fused step"
-            )
+        checks.check_options(index, group, self.defaults)
         for position, param in enumerate(group["params"]):
             name = checks.name_of(self.param_groups, index, position)
             checks.check_param(param, name, self._backend)
@@ -151,7 +150,10 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._fused_step()
+        if torch.compiler.is_compiling():
+            _untraced_step(self)
+        else:
+            self._fused_step()
         return loss
 
     def _fused_step(self) -> None:
@@ -186,6 +188,8 @@ class FusedOptimizer(Optimizer):
             found_inf=found_inf,
         )
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _prepare(self) -> tuple[_C.Plan | None, list[Tensor]]:
         """Checks everything, then makes what is missing.
 
@@ -201,6 +205,7 @@ class FusedOptimizer(Optimizer):
                     checks.check_grad(param, param.grad, name)
                 if self.state.get(param):
                     checks.check_state(self.rule, group, param, self.state[param], name)
+                    checks.check_state_dtypes(self.rule, group, param, self.state[param], name)
                 pairs.append((group, param))
         backend = backends.choose(self._backend, (param.device for _, param in pairs))
         new_states = [
@@ -236,6 +241,38 @@ class FusedOptimizer(Optimizer):
             ]
         return [checks.name_of(self.param_groups, g, i) for g, i in found]
 
+    @_disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict()` of this class, or of its torch twin, has returned.
+
+        As torch's, except that the state keeps its dtype (one that doesn't suit the parameter
+        becomes float32, or float64 for float64 parameters) and shares no memory with
+        `state_dict`; that `foreach`, `fused`, `capturable` and `differentiable` stay as
+        they were constructed; and that a checkpoint that doesn't fit changes nothing.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: it doesn't fit; the message says where.
+        """
+        state_dict = state_dict.copy() if isinstance(state_dict, dict) else state_dict
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        before = self.__dict__.copy()
+        try:
+            groups = checkpoint.load_groups(self.param_groups, state_dict)
+            # torch's classes fill in the options that older checkpoints lack.
+            self.__setstate__({"state": {}, "param_groups": groups})
+            for index, group in enumerate(groups):
+                checks.check_options(index, group, self.defaults)
+            loaded = checkpoint.load_state(self.rule, groups, state_dict)
+            self.__setstate__({"state": loaded, "param_groups": groups})
+        except Exception:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
     def __getstate__(self) -> dict[str, Any]:
         own = ("_max_grad_norm", "_nonfinite", "_backend", "_control")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
@@ -243,3 +280,7 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._plan = None  # load_state_dict comes here too: everything has moved
         super().__setstate__(state)
+
+
+# Where torch.compile meets a step, it breaks the graph instead of looking for one inside.
+_untraced_step = _disable_dynamo(FusedOptimizer._fused_step)

@@ -10,6 +10,11 @@ from torch import Tensor
 from fusedopt.reference import Group, Rule
 
 
+def is_empty(state: dict[str, Any] | None) -> bool:
+    """Whether there is nothing in it yet; torch's SGD also writes None for a missing buffer."""
+    return not state or all(value is None for value in state.values())
+
+
 def complete(rule: Rule, group: Group, param: Tensor, states: dict[Tensor, dict[str, Any]]) -> bool:
     """Makes sure that a parameter with a gradient has a state that a step can use.
 
@@ -39,7 +44,7 @@ def _scalar_in_place(value: Any, param: Tensor) -> Tensor:
     """0-d float32 on the parameter's device: torch also keeps it on the CPU, or as a number."""
     if isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.float32:
         return value if value.device == param.device else value.to(param.device)
-    return torch.as_tensor(value, dtype=torch.float32, device=param.device).reshape(()).clone()
+    return scalar_like(param, value)
 
 
 def _tensor_in_place(value: Tensor, param: Tensor) -> Tensor:
@@ -47,4 +52,14 @@ def _tensor_in_place(value: Tensor, param: Tensor) -> Tensor:
     like = torch.empty_like(param, dtype=value.dtype, device="meta")
     if value.device == param.device and value.stride() == like.stride() and not value.is_neg():
         return value
-    return torch.empty_like(param, dtype=value.dtype).copy_(value)
+    return tensor_like(param, value, value.dtype)
+
+
+def scalar_like(param: Tensor, value: Any) -> Tensor:
+    """A copy of one number, as a rule keeps it for a parameter."""
+    return torch.as_tensor(value, dtype=torch.float32, device=param.device).reshape(()).clone()
+
+
+def tensor_like(param: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of a tensor, on a parameter's device and laid out like it."""
+    return torch.empty_like(param, dtype=dtype).copy_(value)

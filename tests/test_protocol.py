@@ -1,14 +1,13 @@
-"""torch's protocol around a step: schedulers, closures, hooks, autograd, memory."""
+"""torch's protocol around a step: closures, hooks, autograd, memory."""
 
 from __future__ import annotations
 
-import copy
 import gc
 import weakref
 
 import pytest
 import torch
-from cases import CLASSES, make_params, set_grads, tensors_of
+from cases import CLASSES, make_params, set_grads
 from torch.nn import Parameter
 
 import fusedopt
@@ -20,32 +19,6 @@ def train(optimizer, seeds):
     for seed in seeds:
         set_grads([p for group in optimizer.param_groups for p in group["params"]], seed)
         optimizer.step()
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.1),
-        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9),
-        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
-    ],
-    ids=["step", "one cycle", "cosine"],
-)
-@pytest.mark.parametrize(
-    "lr", [0.1, torch.tensor(0.1, dtype=torch.float64)], ids=["float", "tensor"]
-)
-def test_schedulers(backend, make, lr):
-    params = make_params(SHAPES, torch.float64, backend.device)
-    twins = make_params(SHAPES, torch.float64, backend.device)
-    fused = backend.make(fusedopt.FusedAdam, params, lr=copy.deepcopy(lr))
-    twin = torch.optim.Adam(twins, lr=copy.deepcopy(lr), foreach=False)
-    schedulers = make(fused), make(twin)
-    for seed in range(5):
-        train(fused, [seed])
-        train(twin, [seed])
-        for scheduler in schedulers:
-            scheduler.step()
-    torch.testing.assert_close(tensors_of(fused), tensors_of(twin))
 
 
 @pytest.mark.parametrize("case", CLASSES, ids=str)
