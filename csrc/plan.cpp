@@ -264,14 +264,15 @@ bool Plan::gather_grad(Source& source) {
   return true;
 }
 
-std::vector<at::Tensor> Plan::tensors_in_use() const {
-  std::vector<at::Tensor> result;
+std::vector<c10::Storage> Plan::memory_in_use() const {
+  std::vector<c10::Storage> result;
   for (const Source& source : sources_) {
-    result.push_back(unpack(source.seen.object));
-    result.push_back(unpack(source.seen.object).grad());
+    const at::Tensor& param = unpack(source.seen.object);
+    result.push_back(param.storage());
+    if (param.grad().defined()) result.push_back(param.grad().storage());
   }
   for (const StateItem& item : items_) {
-    if (item.seen.object != nullptr) result.push_back(unpack(item.seen.object));
+    if (item.seen.object != nullptr) result.push_back(unpack(item.seen.object).storage());
   }
   return result;
 }

@@ -70,7 +70,7 @@ void run_on_cpu(Plan& plan, Partition& partition, const Pass& pass, Phases phase
                           : static_cast<int>(std::min<int64_t>(at::get_num_threads(), worthwhile));
   const cpu::Schedule schedule{partition.spans, threads};
   if (elements < kElementsToReleaseGil) return plan.rule().run_cpu(pass, schedule, phases);
-  const std::vector<at::Tensor> alive = plan.tensors_in_use();
+  const std::vector<c10::Storage> alive = plan.memory_in_use();
   const py::gil_scoped_release release;
   plan.rule().run_cpu(pass, schedule, phases);
 }

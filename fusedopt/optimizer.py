@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
@@ -56,6 +57,7 @@ class FusedOptimizer(Optimizer):
         backends.choose(self._backend, [])
         self._control: Tensor | None = None
         self._plan: _C.Plan | None = None
+        self._lock = threading.RLock()
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -153,8 +155,13 @@ class FusedOptimizer(Optimizer):
         if torch.compiler.is_compiling():
             _untraced_step(self)
         else:
-            self._fused_step()
+            self._step_alone()
         return loss
+
+    def _step_alone(self) -> None:
+        """While a large step lets other threads run, none of them enters this optimizer."""
+        with self._lock:
+            self._fused_step()
 
     def _fused_step(self) -> None:
         request = self._request()
@@ -257,6 +264,12 @@ class FusedOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        with self._lock:
+            self._load_state_dict(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
         before = self.__dict__.copy()
         try:
             groups = checkpoint.load_groups(self.param_groups, state_dict)
@@ -270,8 +283,6 @@ class FusedOptimizer(Optimizer):
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_max_grad_norm", "_nonfinite", "_backend", "_control")
@@ -279,8 +290,10 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._plan = None  # load_state_dict comes here too: everything has moved
+        if "_lock" not in self.__dict__:
+            self._lock = threading.RLock()
         super().__setstate__(state)
 
 
 # Where torch.compile meets a step, it breaks the graph instead of looking for one inside.
-_untraced_step = _disable_dynamo(FusedOptimizer._fused_step)
+_untraced_step = _disable_dynamo(FusedOptimizer._step_alone)
