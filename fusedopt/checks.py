@@ -63,6 +63,8 @@ def name_of(param_groups: list[Group], group: int, index: int) -> str:
 
 def check_param(param: Tensor, name: str, backend: str | None) -> None:
     """Refuses a parameter that no step can update, as far as that shows without a gradient."""
+    if not isinstance(param, Tensor):
+        raise TypeError(f"{name} is a {type(param).__name__}; expected a tensor")
     if torch.nn.parameter.is_lazy(param):
         return  # no shape, no memory yet: the first step looks again
     if _is_subclass(param):

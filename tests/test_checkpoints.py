@@ -48,6 +48,9 @@ def test_checkpoint_of_torch_and_back(backend, case, dtype, flags):
     assert back.state_dict().keys() == fused.state_dict().keys() == twin.state_dict().keys()
     assert fused.param_groups[0].keys() == twin.param_groups[0].keys()
     train(back, [3])
+    train(fused, [3])
+    if dtype == torch.float32:
+        torch.testing.assert_close(tensors_of(back), tensors_of(fused), rtol=1e-3, atol=1e-5)
 
 
 NUMBERS = {

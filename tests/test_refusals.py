@@ -284,6 +284,39 @@ def test_any_option_that_is_no_number_is_named(backend, case):
     optimizer.step()
 
 
+@pytest.mark.parametrize("thing", [None, "weight", 3.0, [torch.zeros(2)]], ids=repr)
+def test_parameter_that_is_no_tensor(trained, thing):
+    before = snapshot(trained)
+    trained.param_groups[0]["params"].append(thing)
+    trained.param_groups[0]["param_names"].append("thing")
+    with pytest.raises(
+        TypeError, match=rf"'thing' .*is a {type(thing).__name__}; expected a tensor"
+    ):
+        trained.step()
+    trained.param_groups[0]["params"].pop()
+    assert_same_bits(tensors_of(trained), before)
+
+
+def test_storage_that_was_freed_beneath_a_tensor(trained):
+    """Sharding and offloading libraries do this."""
+    first = params_of(trained)[0]
+    named = {
+        "'first'": first.data,
+        "the gradient of 'first'": first.grad,
+        "state 'exp_avg' of 'first'": trained.state[first]["exp_avg"],
+    }
+    before = snapshot(trained)
+    for name, tensor in named.items():
+        values = tensor.clone()
+        tensor.untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match=f"^{name} .*storage of 0 bytes; expected 80"):
+            trained.step()
+        tensor.untyped_storage().resize_(80)
+        tensor.copy_(values)
+    assert_same_bits(tensors_of(trained), before)
+    trained.step()
+
+
 def test_option_refused_at_the_first_step_leaves_no_state(backend):
     params = make_params([(3,)], device=backend.device)
     optimizer = backend.make(fusedopt.FusedAdam, params)
