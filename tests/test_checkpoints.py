@@ -10,6 +10,7 @@ import torch
 from cases import CASES, CLASSES, assert_same_bits, make_params, set_grads, tensors_of
 
 import fusedopt
+from fusedopt.checks import IMPLEMENTATION
 
 SHAPES = [(33,), (4, 5), (16385,)]
 
@@ -43,7 +44,7 @@ def test_checkpoint_of_torch_and_back(backend, case, dtype, flags):
         torch.testing.assert_close(tensors_of(fused), tensors_of(twin), rtol=1e-3, atol=1e-5)
 
     back = case.twin([p.detach().clone().requires_grad_() for p in params])
-    back.load_state_dict(fused.state_dict())
+    back.load_state_dict(copy.deepcopy(fused.state_dict()))  # torch's keeps the tensors
     assert_same_bits(tensors_of(back), tensors_of(fused))
     assert back.state_dict().keys() == fused.state_dict().keys() == twin.state_dict().keys()
     assert fused.param_groups[0].keys() == twin.param_groups[0].keys()
@@ -97,7 +98,7 @@ def test_checkpoint_without_the_options_of_later_versions(case):
     twin.load_state_dict(copy.deepcopy(checkpoint))
     fused.load_state_dict(checkpoint)
     ours, theirs = (
-        {key: value for key, value in o.param_groups[0].items() if key != "params"}
+        {k: v for k, v in o.param_groups[0].items() if k not in ("params", *IMPLEMENTATION)}
         for o in (fused, twin)
     )
     assert ours == theirs
@@ -106,12 +107,11 @@ def test_checkpoint_without_the_options_of_later_versions(case):
 
 @pytest.mark.parametrize("case", CLASSES, ids=str)
 def test_how_a_step_is_implemented_is_not_a_checkpoints_to_say(case):
-    flags = ("foreach", "fused", "capturable", "differentiable")
-    there = [flag for flag in flags if flag in case.twin([torch.zeros(1)]).defaults]
+    there = [flag for flag in IMPLEMENTATION if flag in case.twin([torch.zeros(1)]).defaults]
     source = case.cls(make_params(SHAPES))
     train(source, [0])
     checkpoint = source.state_dict()
-    checkpoint["param_groups"][0] |= dict.fromkeys(flags, True)
+    checkpoint["param_groups"][0] |= dict.fromkeys(IMPLEMENTATION, True)
     for own in ({}, {"foreach": True}):
         optimizer = case.cls(make_params(SHAPES), **own)
         before = {flag: optimizer.param_groups[0][flag] for flag in there}

@@ -42,6 +42,6 @@ def test_killed_and_resumed(tmp_path):
     assert resumed["step"] == uninterrupted["step"] == STEPS
     for case, ours, expected in zip(CASES, resumed["runs"], uninterrupted["runs"], strict=True):
         pairs = list(zip(tensors_in(ours), tensors_in(expected), strict=True))
-        assert len(pairs) > 4
+        assert len(pairs) >= 4
         assert all(same_bits(*pair) for pair in pairs), case
         assert ours["2"] == expected["2"]
