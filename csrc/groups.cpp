@@ -47,7 +47,7 @@ Group read_group(const RuleInfo& rule, const std::vector<PyObject*>& names, PyOb
     PyObject* value = PyDict_GetItemWithError(group, names[i]);
     if (value == nullptr) throw py::key_error(name);
     const bool is_sequence = PyTuple_Check(value) || PyList_Check(value);
-    if ((is_sequence ? PySequence_Fast_GET_SIZE(value) : 1) != count) {
+    if (is_sequence != (count > 1) || (is_sequence && PySequence_Fast_GET_SIZE(value) != count)) {
       throw py::value_error(std::string("a param group's ") + name + " is " +
                             py::cast<std::string>(py::repr(value)) + "; expected " +
                             (count == 1 ? "one number" : std::to_string(count) + " numbers"));

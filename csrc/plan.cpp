@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <exception>
 #include <unordered_map>
 
 #include "groups.h"
@@ -227,7 +228,11 @@ bool Plan::same_groups(const py::list& param_groups) {
   for (Partition& partition : partitions_) {
     for (size_t g = 0; g < listed_.size(); ++g) {
       PyObject* group = PyList_GET_ITEM(param_groups.ptr(), g);
-      partition.groups[g] = read_group(rule_, names_, group, partition.device);
+      try {
+        partition.groups[g] = read_group(rule_, names_, group, partition.device);
+      } catch (const std::exception&) {
+        return false;  // Python says what is wrong with it, and where
+      }
       if (partition.groups[g].states_used != states_used_[g]) return false;
     }
   }
@@ -273,14 +278,15 @@ bool Plan::gather_grad(Source& source) {
   return true;
 }
 
-std::vector<at::Tensor> Plan::tensors_in_use() const {
-  std::vector<at::Tensor> result;
+std::vector<c10::Storage> Plan::memory_in_use() const {
+  std::vector<c10::Storage> result;
   for (const Source& source : sources_) {
-    result.push_back(unpack(source.seen.object));
-    result.push_back(unpack(source.seen.object).grad());
+    const at::Tensor& param = unpack(source.seen.object);
+    result.push_back(param.storage());
+    if (param.grad().defined()) result.push_back(param.grad().storage());
   }
   for (const StateItem& item : items_) {
-    if (item.seen.object != nullptr) result.push_back(unpack(item.seen.object));
+    if (item.seen.object != nullptr) result.push_back(unpack(item.seen.object).storage());
   }
   return result;
 }

@@ -60,8 +60,9 @@ class Plan {
     return backend_ == "cuda" || partition.device.is_cuda();
   }
   std::vector<Partition>& partitions() { return partitions_; }
-  // Owners of all that a pass reads and writes, for as long as Python may run beside it.
-  std::vector<at::Tensor> tensors_in_use() const;
+  // Owners of all that a pass reads and writes, for as long as Python may run beside it. Not the
+  // tensors: another thread may give one of them other memory.
+  std::vector<c10::Storage> memory_in_use() const;
 
   // (group, index in the group) of the parameters whose gradients' squares don't sum up to a finite
   // number. Waits for the device.

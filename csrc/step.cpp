@@ -1,9 +1,11 @@
 #include "step.h"
 
 #include <ATen/Parallel.h>
+#include <pthread.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 
 namespace fusedopt {
@@ -16,6 +18,11 @@ namespace {
 
 // Under this many elements a thread costs more to wake than it saves.
 constexpr int64_t kElementsPerThread = 32768;
+
+// A forked child has none of its parent's threads, and GNU's OpenMP would wait for them forever.
+std::atomic<bool> in_forked_child{false};
+[[maybe_unused]] const int at_fork =
+    pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
 
 // Above this many elements a step is long enough to let other Python threads run meanwhile.
 constexpr int64_t kElementsToReleaseGil = 1 << 20;
@@ -58,12 +65,12 @@ Pass make_pass(Partition& partition, const StepRequest& request, std::vector<at:
 void run_on_cpu(Plan& plan, Partition& partition, const Pass& pass, Phases phases) {
   const int64_t elements = num_elements(partition);
   const int64_t worthwhile = std::max<int64_t>(1, elements / kElementsPerThread);
-  const int threads = at::in_parallel_region()
+  const int threads = at::in_parallel_region() || in_forked_child
                           ? 1
                           : static_cast<int>(std::min<int64_t>(at::get_num_threads(), worthwhile));
   const cpu::Schedule schedule{partition.spans, threads};
   if (elements < kElementsToReleaseGil) return plan.rule().run_cpu(pass, schedule, phases);
-  const std::vector<at::Tensor> alive = plan.tensors_in_use();
+  const std::vector<c10::Storage> alive = plan.memory_in_use();
   const py::gil_scoped_release release;
   plan.rule().run_cpu(pass, schedule, phases);
 }

@@ -15,6 +15,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPE_NAMES = "float32, float64, bfloat16 or float16"
 NONFINITE_MODES = ("skip", "raise", "propagate")
 BACKENDS = ("cuda", "cpu", "reference")
+IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")  # torch's flags of how
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -62,6 +63,8 @@ def name_of(param_groups: list[Group], group: int, index: int) -> str:
 
 def check_param(param: Tensor, name: str, backend: str | None) -> None:
     """Refuses a parameter that no step can update, as far as that shows without a gradient."""
+    if not isinstance(param, Tensor):
+        raise TypeError(f"{name} is a {type(param).__name__}; expected a tensor")
     if torch.nn.parameter.is_lazy(param):
         return  # no shape, no memory yet: the first step looks again
     if _is_subclass(param):
@@ -116,10 +119,36 @@ def check_grad(param: Tensor, grad: Tensor, name: str) -> None:
             f"the gradient of {name} has shape {tuple(grad.shape)}; expected the parameter's "
             f"{tuple(param.shape)}"
         )
-    if grad.numel() > 0 and grad.untyped_storage().nbytes() == 0:
-        raise RuntimeError(
-            f"the gradient of {name} has no storage; expected {grad.numel()} elements"
+    check_memory(grad, f"the gradient of {name}")
+    check_memory(param, name)
+
+
+def check_options(index: int, group: Group, defaults: dict[str, Any]) -> None:
+    """Refuses a param group that lacks an option, or has what can't be one."""
+    if missing := [key for key in defaults if key not in group]:
+        raise ValueError(
+            f"param group {index} has no {', '.join(map(repr, missing))}, only "
+            f"{', '.join(repr(key) for key in group if key not in ('params', *IMPLEMENTATION))}: "
+            "is it another optimizer's?"
         )
+    if group.get("differentiable"):
+        raise RuntimeError(
+            "differentiable=True is not supported: autograd can't look into a fused step"
+        )
+    for key, default in defaults.items():
+        expected_like = default if isinstance(default, tuple) else (default,)
+        if key in IMPLEMENTATION or not all(map(_is_number, expected_like)):
+            continue
+        value = group[key]
+        is_list = isinstance(value, list | tuple)
+        values = value if is_list else (value,)
+        fits = is_list == isinstance(default, tuple) and len(values) == len(expected_like)
+        if not fits or not all(map(_is_number, values)):
+            count = len(expected_like)
+            raise (ValueError if is_list or isinstance(value, Tensor) else TypeError)(
+                f"param group {index}'s {key} is {value!r}; expected "
+                f"{'one number' if count == 1 else f'{count} numbers'}"
+            )
 
 
 def check_state(rule: Rule, group: Group, param: Tensor, state: dict[str, Any], name: str) -> None:
@@ -131,29 +160,60 @@ def check_state(rule: Rule, group: Group, param: Tensor, state: dict[str, Any], 
             f"{', '.join(map(repr, state)) or 'nothing'}: is it another optimizer's?"
         )
     for key in rule.scalars:
-        if (
-            not isinstance(state[key], Tensor | float | int)
-            or torch.as_tensor(state[key]).numel() != 1
-        ):
+        if not _is_number(state[key]):
             raise RuntimeError(f"state {key!r} of {name} is {state[key]!r}; expected one number")
-    dtypes = {param.dtype, compute_dtype(param.dtype)}
     for key in rule.states(group):
         value = state[key]
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or _is_subclass(value):
             raise TypeError(
-                f"state {key!r} of {name} is a {type(value).__name__}; expected a tensor"
+                f"state {key!r} of {name} is a {type(value).__name__}; expected a plain tensor"
             )
+        if value.layout != torch.strided or value.device.type == "meta":
+            where = value.layout if value.layout != torch.strided else "on the meta device"
+            raise TypeError(f"state {key!r} of {name} is {where}; expected a dense tensor")
         if value.shape != param.shape:
             raise RuntimeError(
                 f"state {key!r} of {name} has shape {tuple(value.shape)}; expected the parameter's "
                 f"{tuple(param.shape)}"
             )
-        if value.dtype not in dtypes:
+        check_memory(value, f"state {key!r} of {name}")
+
+
+def check_state_dtypes(
+    rule: Rule, group: Group, param: Tensor, state: dict[str, Any], name: str
+) -> None:
+    """Refuses a state that no kernel takes. One that is being loaded is converted instead."""
+    dtypes = {param.dtype, compute_dtype(param.dtype)}
+    for key in rule.states(group):
+        if state[key].dtype not in dtypes:
             expected = " or ".join(sorted(map(str, dtypes)))
-            raise TypeError(f"state {key!r} of {name} is {value.dtype}; expected {expected}")
+            raise TypeError(f"state {key!r} of {name} is {state[key].dtype}; expected {expected}")
     if len({state[key].dtype for key in rule.states(group)}) > 1:
         found = ", ".join(f"{key!r} is {state[key].dtype}" for key in rule.states(group))
         raise TypeError(f"the state of {name} mixes dtypes: {found}; expected one for all")
+
+
+def check_memory(tensor: Tensor, name: str) -> None:
+    """Refuses a tensor whose storage was freed or cut, as libraries that shard or offload do."""
+    if tensor.numel() == 0:
+        return
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    if tensor.untyped_storage().nbytes() < needed:
+        raise RuntimeError(
+            f"{name} has a storage of {tensor.untyped_storage().nbytes()} bytes; expected {needed}"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one real number, or a tensor of one."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and value.device.type != "meta"
+    try:
+        float(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return not isinstance(value, str | bytes)
 
 
 def _is_subclass(tensor: Tensor) -> bool:

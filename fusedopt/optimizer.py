@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from fusedopt import backends, checks, reference, state
+from fusedopt import backends, checkpoint, checks, reference, state
 from fusedopt.reference import Control, Group, Request, Rule
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ class FusedOptimizer(Optimizer):
         self._plan: _C.Plan | None = None
         self._counters: dict[Tensor, Tensor] = {}  # by parameter: see `Rule.counts_apart`
         self._perhaps_unused: list[Tensor] = []
+        self._lock = threading.RLock()
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -114,16 +117,19 @@ class FusedOptimizer(Optimizer):
         """What the last step left (see `Control`), on the first parameter's device."""
         devices = (p.device for group in self.param_groups for p in group["params"])
         device = next(devices, torch.device("cpu"))
-        if self._control is None:
-            self._control = torch.zeros(Control.SIZE, dtype=torch.float64, device=device)
-        elif self._control.device != device:
-            self._control = self._control.to(device)
+        if self._control is None or self._control.device != device:
+            with torch.inference_mode(False):  # a step in that mode is not to be the last
+                if self._control is None:
+                    self._control = torch.zeros(Control.SIZE, dtype=torch.float64, device=device)
+                self._control = self._control.to(device)
         return self._control
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Waits for the device where that has not yet said whether it used a state."""
-        self._forget([param for param in self._perhaps_unused if self._count_of(param) == 0])
-        self._perhaps_unused = []
+        with self._lock:
+            unsure = [param for param in self._perhaps_unused if param in self.state]
+            self._forget([param for param in unsure if self._count_of(param) == 0])
+            self._perhaps_unused.clear()
         return super().state_dict()
 
     def _count_of(self, param: Tensor) -> Tensor | None:
@@ -142,10 +148,7 @@ class FusedOptimizer(Optimizer):
 
     def _check_group(self, index: int) -> None:
         group = self.param_groups[index]
-        if group.get("differentiable"):
-            raise RuntimeError(
-                "differentiable=True is not supported: autograd can't look into a fused step"
-            )
+        checks.check_options(index, group, self.defaults)
         for position, param in enumerate(group["params"]):
             name = checks.name_of(self.param_groups, index, position)
             checks.check_param(param, name, self._backend)
@@ -171,8 +174,16 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._fused_step()
+        if torch.compiler.is_compiling():
+            _untraced_step(self)
+        else:
+            self._step_alone()
         return loss
+
+    def _step_alone(self) -> None:
+        """While a large step lets other threads run, none of them enters this optimizer."""
+        with self._lock:
+            self._fused_step()
 
     def _fused_step(self) -> None:
         request = self._request()
@@ -215,6 +226,7 @@ class FusedOptimizer(Optimizer):
             return "skip"
         return self._nonfinite or ("propagate" if self._max_grad_norm is None else "skip")
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _prepare(self) -> tuple[_C.Plan | None, list[Tensor]]:
         """Checks everything, then makes what is missing.
@@ -231,6 +243,7 @@ class FusedOptimizer(Optimizer):
                     checks.check_grad(param, param.grad, name)
                 if not state.is_empty(self.state.get(param)):
                     checks.check_state(self.rule, group, param, self.state[param], name)
+                    checks.check_state_dtypes(self.rule, group, param, self.state[param], name)
                 pairs.append((group, param))
         backend = backends.choose(self._backend, (param.device for _, param in pairs))
         new_states = [
@@ -273,6 +286,42 @@ class FusedOptimizer(Optimizer):
             ]
         return [checks.name_of(self.param_groups, g, i) for g, i in found]
 
+    @_disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict()` of this class, or of its torch twin, has returned.
+
+        As torch's, except that the state keeps its dtype (one that doesn't suit the parameter
+        becomes float32, or float64 for float64 parameters) and shares no memory with
+        `state_dict`; that `foreach`, `fused`, `capturable` and `differentiable` stay as
+        they were constructed; and that a checkpoint that doesn't fit changes nothing.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: it doesn't fit; the message says where.
+        """
+        state_dict = state_dict.copy() if isinstance(state_dict, dict) else state_dict
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        with self._lock:
+            self._load_state_dict(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        before = self.__dict__.copy()
+        try:
+            groups = checkpoint.load_groups(self.param_groups, state_dict)
+            # torch's classes fill in the options that older checkpoints lack.
+            self.__setstate__({"state": {}, "param_groups": groups})
+            for index, group in enumerate(groups):
+                checks.check_options(index, group, self.defaults)
+            loaded = checkpoint.load_state(self.rule, groups, state_dict)
+            self.__setstate__({"state": loaded, "param_groups": groups})
+        except Exception:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+
     def __getstate__(self) -> dict[str, Any]:
         own = (
             *("_max_grad_norm", "_nonfinite", "_backend"),
@@ -285,4 +334,10 @@ class FusedOptimizer(Optimizer):
         self._plan = None
         self._counters = {}
         self._perhaps_unused = []
+        if "_lock" not in self.__dict__:
+            self._lock = threading.RLock()
         super().__setstate__(state)
+
+
+# Where torch.compile meets a step, it breaks the graph instead of looking for one inside.
+_untraced_step = _disable_dynamo(FusedOptimizer._step_alone)

@@ -53,7 +53,7 @@ def _scalar_in_place(value: Any, param: Tensor) -> Tensor:
     """0-d float32 on the parameter's device: torch also keeps it on the CPU, or as a number."""
     if isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.float32:
         return value if value.device == param.device else value.to(param.device)
-    return torch.as_tensor(value, dtype=torch.float32, device=param.device).reshape(()).clone()
+    return scalar_like(param, value)
 
 
 def _tensor_in_place(value: Tensor, param: Tensor) -> Tensor:
@@ -61,4 +61,14 @@ def _tensor_in_place(value: Tensor, param: Tensor) -> Tensor:
     like = torch.empty_like(param, dtype=value.dtype, device="meta")
     if value.device == param.device and value.stride() == like.stride() and not value.is_neg():
         return value
-    return zeros_like(param, value.dtype).copy_(value)
+    return tensor_like(param, value, value.dtype)
+
+
+def scalar_like(param: Tensor, value: Any) -> Tensor:
+    """A copy of one number, as a rule keeps it for a parameter."""
+    return torch.as_tensor(value, dtype=torch.float32, device=param.device).reshape(()).clone()
+
+
+def tensor_like(param: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of a tensor, on a parameter's device and laid out like it."""
+    return zeros_like(param, dtype).copy_(value)

@@ -70,6 +70,8 @@ BAD_FOR_TORCH = [
     {"decoupled_weight_decay": True},
     {"fused": True},
     {"nesterov": True},
+    {"nesterov": True, "momentum": 0.9, "dampening": 0.5},
+    {"momentum_decay": -0.1},
 ]
 
 

@@ -1,15 +1,18 @@
-"""torch's protocol around a step: schedulers, closures, hooks, autograd, memory."""
+"""torch's protocol around a step: closures, hooks, autograd, memory."""
 
 from __future__ import annotations
 
-import copy
 import gc
 import weakref
 
 import pytest
 import torch
-from cases import CLASSES, make_params, set_grads, tensors_of
+from cases import CLASSES, make_params, set_grads
 from torch.nn import Parameter
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 import fusedopt
 
@@ -20,32 +23,6 @@ def train(optimizer, seeds):
     for seed in seeds:
         set_grads([p for group in optimizer.param_groups for p in group["params"]], seed)
         optimizer.step()
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.1),
-        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9),
-        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
-    ],
-    ids=["step", "one cycle", "cosine"],
-)
-@pytest.mark.parametrize(
-    "lr", [0.1, torch.tensor(0.1, dtype=torch.float64)], ids=["float", "tensor"]
-)
-def test_schedulers(backend, make, lr):
-    params = make_params(SHAPES, torch.float64, backend.device)
-    twins = make_params(SHAPES, torch.float64, backend.device)
-    fused = backend.make(fusedopt.FusedAdam, params, lr=copy.deepcopy(lr))
-    twin = torch.optim.Adam(twins, lr=copy.deepcopy(lr), foreach=False)
-    schedulers = make(fused), make(twin)
-    for seed in range(5):
-        train(fused, [seed])
-        train(twin, [seed])
-        for scheduler in schedulers:
-            scheduler.step()
-    torch.testing.assert_close(tensors_of(fused), tensors_of(twin))
 
 
 @pytest.mark.parametrize("case", CLASSES, ids=str)
@@ -68,18 +45,45 @@ def test_closure_runs_with_gradients_and_its_loss_is_returned(backend, case):
     assert optimizer.step() is None
 
 
-def test_hooks_run_around_the_step_once_each(backend):
-    param = Parameter(torch.ones(3, device=backend.device))
-    optimizer = backend.make(fusedopt.FusedAdam, [param])
-    param.grad = torch.ones_like(param)
-    seen = []
-    optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append(("pre", param[0].item())))
-    optimizer.register_step_post_hook(
-        lambda o, args, kwargs: seen.append(("post", param[0].item()))
-    )
-    optimizer.step()
-    assert [name for name, _ in seen] == ["pre", "post"]
-    assert seen[0][1] == 1.0 > seen[1][1]
+@pytest.mark.parametrize("case", CLASSES, ids=str)
+def test_hooks_run_around_the_step_as_around_torchs(case):
+    def calls_of(cls):
+        param = Parameter(torch.ones(3))
+        optimizer = cls([param], lr=0.1)
+        param.grad = torch.ones_like(param)
+        calls = []
+
+        def hook(name):
+            def record(o, args, kwargs):
+                moved = param[0].item() < 1
+                calls.append((name, o is optimizer, args == (optimizer,), [*kwargs], moved))
+
+            return record
+
+        def replace(o, args, kwargs):
+            return (optimizer, lambda: 5.0), {}
+
+        handles = [
+            optimizer.register_step_post_hook(hook("post")),
+            register_optimizer_step_post_hook(hook("global post")),
+            optimizer.register_step_pre_hook(hook("pre")),
+            register_optimizer_step_pre_hook(hook("global pre")),
+        ]
+        try:
+            optimizer.step()
+            assert optimizer.step(closure=lambda: 1.0) == 1.0
+            handles.append(optimizer.register_step_pre_hook(replace))
+            assert optimizer.step() == 5.0
+        finally:
+            for handle in handles:
+                handle.remove()
+        optimizer.step()
+        return calls
+
+    calls = calls_of(case.cls)
+    assert calls == calls_of(case.twin)
+    assert [name for name, *_ in calls] == ["global pre", "pre", "post", "global post"] * 3
+    assert [moved for *_, moved in calls[:4]] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("case", CLASSES, ids=str)

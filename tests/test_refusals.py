@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from cases import assert_same_bits, make_params, set_grads, snapshot, tensors_of
+from cases import CLASSES, assert_same_bits, make_params, set_grads, snapshot, tensors_of
 
 import fusedopt
 from fusedopt import checks
@@ -196,7 +196,7 @@ def test_groups_that_torch_refuses_leave_the_optimizer_as_it_was(trained):
             ["float64", "torch.float32"],
         ),
         (lambda s: s.update(exp_avg=s["exp_avg"].half()), TypeError, ["float16", "torch.float32"]),
-        (lambda s: s.update(exp_avg=0.5), TypeError, ["'exp_avg'", "float", "a tensor"]),
+        (lambda s: s.update(exp_avg=0.5), TypeError, ["'exp_avg'", "float", "a plain tensor"]),
         (lambda s: s.update(step="3"), RuntimeError, ["'step'", "one number"]),
         (lambda s: s.update(step=torch.zeros(2)), RuntimeError, ["'step'", "one number"]),
         (lambda s: s.pop("exp_avg_sq"), RuntimeError, ["has no 'exp_avg_sq'", "'exp_avg'"]),
@@ -229,40 +229,92 @@ def test_option_that_asks_for_state_that_is_not_there(trained):
     check_refusal(trained, RuntimeError, "'first'", "has no 'max_exp_avg_sq'")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"betas": (0.9,)},
-        {"betas": (0.9, 0.99, 0.999)},
-        {"betas": 0.9},
-        {"lr": (0.1, 0.2)},
-        {"lr": None},
-        {"lr": torch.tensor([0.1, 0.2])},
-        {"eps": "small"},
-    ],
-    ids=str,
-)
-def test_option_changed_to_what_it_can_not_be(trained, change):
-    """Nothing may be read as another option; which error it is matters less."""
+BAD_OPTIONS = [
+    ({"betas": (0.9,)}, ValueError, r"betas is \(0.9,\); expected 2 numbers"),
+    ({"betas": (0.9, 0.99, 0.999)}, ValueError, "betas is .*expected 2 numbers"),
+    ({"betas": 0.9}, TypeError, "betas is 0.9; expected 2 numbers"),
+    ({"betas": (0.9, None)}, ValueError, "betas is .*expected 2 numbers"),
+    ({"lr": (0.1, 0.2)}, ValueError, "lr is .*expected one number"),
+    ({"lr": [0.1]}, ValueError, r"lr is \[0.1\]; expected one number"),
+    ({"lr": None}, TypeError, "lr is None; expected one number"),
+    ({"lr": "0.1"}, TypeError, "lr is '0.1'; expected one number"),
+    ({"lr": 1j}, TypeError, "lr is 1j; expected one number"),
+    ({"lr": torch.tensor([0.1, 0.2])}, ValueError, "lr is .*expected one number"),
+    ({"lr": torch.tensor(0.1, device="meta")}, ValueError, "lr is .*expected one number"),
+    ({"lr": 10**400}, TypeError, "lr is 1000.*expected one number"),
+    ({"eps": "small"}, TypeError, "eps is 'small'; expected one number"),
+    ({"maximize": "no"}, TypeError, "maximize is 'no'; expected one number"),
+    ({"weight_decay": {}}, TypeError, "weight_decay is {}; expected one number"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "words"), BAD_OPTIONS, ids=str)
+@pytest.mark.parametrize("backend_name", [None, "reference"])
+def test_option_changed_to_what_it_can_not_be(trained, change, error, words, backend_name):
+    if backend_name is not None:
+        trained._backend = backend_name
+        trained._plan = None
     before = snapshot(trained)
     trained.param_groups[1].update(change)
-    with pytest.raises((TypeError, ValueError, RuntimeError)):
-        trained.step()
+    for _ in range(2):
+        with pytest.raises(error, match=f"param group 1's {words}"):
+            trained.step()
     assert_same_bits(tensors_of(trained), before)
 
 
-def test_checkpoint_of_another_class(backend):
-    sources = make_params([(5,)], device=backend.device)
-    other = torch.optim.RMSprop(sources)
-    set_grads(sources, 0)
-    other.step()
-    params = make_params([(5,)], device=backend.device)
-    optimizer = backend.make(fusedopt.FusedAdam, params)
-    optimizer.load_state_dict(other.state_dict())
+@pytest.mark.parametrize("case", CLASSES, ids=str)
+def test_any_option_that_is_no_number_is_named(backend, case):
+    params = make_params([(3,), (4,)], device=backend.device)
+    optimizer = backend.make(case.cls, [{"params": p} for p in params])
     set_grads(params, 0)
-    check_refusal(
-        optimizer, RuntimeError, "parameter 0 of param group 0", "'exp_avg'", "'square_avg'"
-    )
+    optimizer.step()
+    before = snapshot(optimizer)
+    group = optimizer.param_groups[1]
+    for key in optimizer.defaults.keys() - set(checks.IMPLEMENTATION):
+        kept = group[key]
+        for value in (None, "x", [], object()):
+            group[key] = value
+            with pytest.raises((TypeError, ValueError), match=f"param group 1's {key} is "):
+                optimizer.step()
+        del group[key]
+        with pytest.raises(ValueError, match=f"param group 1 has no '{key}'"):
+            optimizer.step()
+        group[key] = kept
+    assert_same_bits(tensors_of(optimizer), before)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("thing", [None, "weight", 3.0, [torch.zeros(2)]], ids=repr)
+def test_parameter_that_is_no_tensor(trained, thing):
+    before = snapshot(trained)
+    trained.param_groups[0]["params"].append(thing)
+    trained.param_groups[0]["param_names"].append("thing")
+    with pytest.raises(
+        TypeError, match=rf"'thing' .*is a {type(thing).__name__}; expected a tensor"
+    ):
+        trained.step()
+    trained.param_groups[0]["params"].pop()
+    assert_same_bits(tensors_of(trained), before)
+
+
+def test_storage_that_was_freed_beneath_a_tensor(trained):
+    """Sharding and offloading libraries do this."""
+    first = params_of(trained)[0]
+    named = {
+        "'first'": first.data,
+        "the gradient of 'first'": first.grad,
+        "state 'exp_avg' of 'first'": trained.state[first]["exp_avg"],
+    }
+    before = snapshot(trained)
+    for name, tensor in named.items():
+        values = tensor.clone()
+        tensor.untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match=f"^{name} .*storage of 0 bytes; expected 80"):
+            trained.step()
+        tensor.untyped_storage().resize_(80)
+        tensor.copy_(values)
+    assert_same_bits(tensors_of(trained), before)
+    trained.step()
 
 
 def test_option_refused_at_the_first_step_leaves_no_state(backend):
