@@ -49,30 +49,32 @@ class FusedOptimizer(Optimizer):
 
     def _configure(self, max_grad_norm: Any, nonfinite: Any, backend: Any) -> None:
         """Takes our own arguments. Comes before torch's __init__, which adds the param groups."""
+        # What can be set after construction lies in a dict: a trainer's wrapper, whose class derives
+        # from ours and which delegates what it lacks, then writes to the optimizer, not to itself.
+        self._own: dict[str, Any] = {"control": None}
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
         self._backend = checks.check_choice("backend", backend, checks.BACKENDS)
         backends.choose(self._backend, [])
-        self._control: Tensor | None = None
         self._plan: _C.Plan | None = None
 
     @property
     def max_grad_norm(self) -> float | None:
         """The largest global norm that is not clipped, or None."""
-        return self._max_grad_norm
+        return self._own["max_grad_norm"]
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        self._max_grad_norm = checks.check_max_grad_norm(value)
+        self._own["max_grad_norm"] = checks.check_max_grad_norm(value)
 
     @property
     def nonfinite(self) -> NonFinite | None:
         """What a gradient with inf or nan does: "skip", "raise", "propagate", or None."""
-        return self._nonfinite
+        return self._own["nonfinite"]
 
     @nonfinite.setter
     def nonfinite(self, value: NonFinite | None) -> None:
-        self._nonfinite = checks.check_choice("nonfinite", value, checks.NONFINITE_MODES)
+        self._own["nonfinite"] = checks.check_choice("nonfinite", value, checks.NONFINITE_MODES)
 
     @property
     def grad_norm(self) -> Tensor:
@@ -105,11 +107,13 @@ class FusedOptimizer(Optimizer):
         """What the last step left (see `Control`), on the first parameter's device."""
         devices = (p.device for group in self.param_groups for p in group["params"])
         device = next(devices, torch.device("cpu"))
-        if self._control is None:
-            self._control = torch.zeros(Control.SIZE, dtype=torch.float64, device=device)
-        elif self._control.device != device:
-            self._control = self._control.to(device)
-        return self._control
+        control = self._own["control"]
+        if control is None:
+            control = torch.zeros(Control.SIZE, dtype=torch.float64, device=device)
+        elif control.device != device:
+            control = control.to(device)
+        self._own["control"] = control
+        return control
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
@@ -179,7 +183,7 @@ class FusedOptimizer(Optimizer):
         found_inf = getattr(self, "found_inf", None)
         clips = self.max_grad_norm is not None
         return Request(
-            max_grad_norm=self._max_grad_norm or math.inf,
+            max_grad_norm=self.max_grad_norm or math.inf,
             measure=clips or mode != "propagate" or scale is not None or found_inf is not None,
             skip_nonfinite=mode != "propagate",
             grad_scale=scale,
@@ -237,8 +241,7 @@ class FusedOptimizer(Optimizer):
         return [checks.name_of(self.param_groups, g, i) for g, i in found]
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_max_grad_norm", "_nonfinite", "_backend", "_control")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        return {**super().__getstate__(), "_own": {**self._own}, "_backend": self._backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._plan = None  # load_state_dict comes here too: everything has moved
