@@ -49,8 +49,8 @@ class FusedOptimizer(Optimizer):
 
     def _configure(self, max_grad_norm: Any, nonfinite: Any, backend: Any) -> None:
         """Takes our own arguments. Comes before torch's __init__, which adds the param groups."""
-        # What can be set after construction lies in a dict: a trainer's wrapper, whose class derives
-        # from ours and which delegates what it lacks, then writes to the optimizer, not to itself.
+        # What can be set after construction lies in a dict: the wrapper that a trainer makes, of a
+        # class derived from ours and delegating what it lacks, then writes here and not to itself.
         self._own: dict[str, Any] = {"control": None}
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
