@@ -146,6 +146,18 @@ def test_lightning_clips_as_with_torchs_optimizer(precision, fused):
     torch.testing.assert_close(*map(params_of, results), rtol=1e-4, atol=1e-5)
 
 
+def test_lightning_still_refuses_to_clip_for_torchs_fused_optimizer():
+    """What docs/migrating.md says, and why `_step_supports_amp_scaling` is False in ours."""
+    example("lightning_digits", "pytorch_lightning")
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        lightning_fit(
+            lambda params: torch.optim.AdamW(params, fused=True),
+            digit_batches(),
+            gradient_clip_val=0.1,
+            precision="bf16-mixed",
+        )
+
+
 @pytest.mark.parametrize("clips", [None, 1.0], ids=["own clipping", "trainer's"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_lightning_goes_on_after_a_nan(precision, clips):
