@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -65,8 +66,7 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 def numbers_after(word: str, printed: str) -> list[float]:
     """What an example prints behind a word, line by line."""
-    lines = [line for line in printed.splitlines() if word in line]
-    return [float(line.split(word)[1].strip(" ':,%").split("%")[0].split("'")[0]) for line in lines]
+    return [float(number) for number in re.findall(rf"{word}\W+([\d.]+)", printed)]
 
 
 # Lightning
