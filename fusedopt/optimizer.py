@@ -58,11 +58,13 @@ class FusedOptimizer(Optimizer):
 
     def _configure(self, max_grad_norm: Any, nonfinite: Any, backend: Any) -> None:
         """Takes our own arguments. Comes before torch's __init__, which adds the param groups."""
+        # What can be set after construction lies in a dict: the wrapper that a trainer makes, of a
+        # class derived from ours and delegating what it lacks, then writes here and not to itself.
+        self._own: dict[str, Any] = {"control": None}
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
         self._backend = checks.check_choice("backend", backend, checks.BACKENDS)
         backends.choose(self._backend, [])
-        self._control: Tensor | None = None
         self._plan: _C.Plan | None = None
         self._counters: dict[Tensor, Tensor] = {}  # by parameter: see `Rule.counts_apart`
         self._perhaps_unused: list[Tensor] = []
@@ -71,20 +73,20 @@ class FusedOptimizer(Optimizer):
     @property
     def max_grad_norm(self) -> float | None:
         """The largest global norm that is not clipped, or None."""
-        return self._max_grad_norm
+        return self._own["max_grad_norm"]
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        self._max_grad_norm = checks.check_max_grad_norm(value)
+        self._own["max_grad_norm"] = checks.check_max_grad_norm(value)
 
     @property
     def nonfinite(self) -> NonFinite | None:
         """What a gradient with inf or nan does: "skip", "raise", "propagate", or None."""
-        return self._nonfinite
+        return self._own["nonfinite"]
 
     @nonfinite.setter
     def nonfinite(self, value: NonFinite | None) -> None:
-        self._nonfinite = checks.check_choice("nonfinite", value, checks.NONFINITE_MODES)
+        self._own["nonfinite"] = checks.check_choice("nonfinite", value, checks.NONFINITE_MODES)
 
     @property
     def grad_norm(self) -> Tensor:
@@ -117,12 +119,13 @@ class FusedOptimizer(Optimizer):
         """What the last step left (see `Control`), on the first parameter's device."""
         devices = (p.device for group in self.param_groups for p in group["params"])
         device = next(devices, torch.device("cpu"))
-        if self._control is None or self._control.device != device:
+        control = self._own["control"]
+        if control is None or control.device != device:
             with torch.inference_mode(False):  # a step in that mode is not to be the last
-                if self._control is None:
-                    self._control = torch.zeros(Control.SIZE, dtype=torch.float64, device=device)
-                self._control = self._control.to(device)
-        return self._control
+                if control is None:
+                    control = torch.zeros(Control.SIZE, dtype=torch.float64, device=device)
+                self._own["control"] = control = control.to(device)
+        return control
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Waits for the device where that has not yet said whether it used a state."""
@@ -212,9 +215,9 @@ class FusedOptimizer(Optimizer):
         """What this step is to do. A scaler sets `grad_scale` and `found_inf`, as torch's do."""
         mode = self._nonfinite_mode()
         scaled = self.grad_scale is not None or self.found_inf is not None
-        clips = self._max_grad_norm is not None
+        clips = self.max_grad_norm is not None
         return Request(
-            max_grad_norm=self._max_grad_norm or math.inf,
+            max_grad_norm=self.max_grad_norm or math.inf,
             measure=clips or mode != "propagate" or scaled,
             skip_nonfinite=mode != "propagate",
             grad_scale=self.grad_scale,
@@ -224,7 +227,7 @@ class FusedOptimizer(Optimizer):
     def _nonfinite_mode(self) -> NonFinite:
         if self.skips_for_scaler:
             return "skip"
-        return self._nonfinite or ("propagate" if self._max_grad_norm is None else "skip")
+        return self.nonfinite or ("propagate" if self.max_grad_norm is None else "skip")
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -323,11 +326,9 @@ class FusedOptimizer(Optimizer):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        own = (
-            *("_max_grad_norm", "_nonfinite", "_backend"),
-            *("_control", "_counters", "_perhaps_unused"),
-        )
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        own = {"_own": dict(self._own)}
+        kept = ("_backend", "_counters", "_perhaps_unused")
+        return {**super().__getstate__(), **own, **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # load_state_dict comes here too: everything has moved, and no loaded state is a new one.

@@ -207,3 +207,27 @@ def test_two_hundred_steps_leave_no_tensors_behind(backend):
         if step == 10:
             before = count()
     assert count() <= before
+
+
+def test_wrapper_of_a_derived_class_reads_and_sets_the_optimizer_it_wraps(backend):
+    """Lightning and Fabric wrap an optimizer so: our properties then meet an object not ours."""
+
+    class Wrapper:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+            self.__class__ = type("Wrapper", (Wrapper, type(optimizer)), {})
+
+        def __getattr__(self, name):
+            return getattr(self.optimizer, name)
+
+    params = make_params(SHAPES, device=backend.device)
+    optimizer = backend.make(fusedopt.FusedAdam, params)
+    wrapper = Wrapper(optimizer)
+    assert wrapper.grad_norm == 0 and wrapper.skipped_steps == 0  # no step yet
+    wrapper.max_grad_norm, wrapper.nonfinite = 0.5, "skip"
+    assert optimizer.max_grad_norm == 0.5 and optimizer.nonfinite == "skip"
+    train(optimizer, [0])
+    assert wrapper.grad_norm == optimizer.grad_norm > 0
+    set_grads(params, 1, scale=float("nan"))
+    optimizer.step()
+    assert wrapper.step_skipped and wrapper.skipped_steps == 1

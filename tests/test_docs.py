@@ -1,0 +1,134 @@
+"""The code in README.md and docs/ runs. Blocks marked "before" show other libraries and don't."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import fusedopt
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# Described, and not merged yet: a block that uses one of these can't run.
+NOT_YET = {"clip_grad_norm_"}
+
+
+def sections(path: Path) -> list[tuple[str, list[str]]]:
+    """Each section's heading and its blocks of Python."""
+    found = []
+    for section in re.split(r"^(?=##? )", path.read_text(), flags=re.MULTILINE):
+        heading = section.splitlines()[0].lstrip("# ") if section else ""
+        blocks = re.findall(r"^```python\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+        if blocks:
+            found.append((heading, blocks))
+    return found
+
+
+SECTIONS = [
+    pytest.param(heading, blocks, id=f"{path.name}: {heading}")
+    for path in FILES
+    for heading, blocks in sections(path)
+]
+
+
+def apex_checkpoint(model: torch.nn.Module) -> dict[str, Any]:
+    """As apex's FusedAdam writes it: the step is the group's."""
+    params = list(model.parameters())
+    group = {"lr": 1e-3, "bias_correction": True, "betas": (0.9, 0.999), "eps": 1e-8}
+    state = {
+        index: {"exp_avg": torch.ones_like(p), "exp_avg_sq": torch.ones_like(p)}
+        for index, p in enumerate(params)
+    }
+    groups = [{**group, "weight_decay": 0.1, "step": 7, "params": list(range(len(params)))}]
+    return {"state": state, "param_groups": groups}
+
+
+def bitsandbytes_checkpoint(model: torch.nn.Module) -> dict[str, Any]:
+    """As its 32-bit AdamW writes it."""
+    params = list(model.parameters())
+    state = {
+        index: {"step": 7, "state1": torch.ones_like(p), "state2": torch.ones_like(p)}
+        for index, p in enumerate(params)
+    }
+    return {"state": state, "param_groups": [{"lr": 1e-3, "params": list(range(len(params)))}]}
+
+
+def names_for(heading: str, folder: Path) -> dict[str, Any]:
+    """What a block may use without having made it."""
+    torch.manual_seed(0)
+    model, inputs = torch.nn.Linear(8, 4), torch.randn(16, 8)
+    names: dict[str, Any] = {
+        "torch": torch,
+        "fusedopt": fusedopt,
+        "model": model,
+        "device": "cpu",
+        "inputs": inputs,
+        "batches": DataLoader(TensorDataset(inputs, torch.arange(16) % 4), 4),
+        "loss_function": torch.nn.functional.cross_entropy,
+        "folder": str(folder),
+        "apex_checkpoint": apex_checkpoint(model),
+        "bitsandbytes_checkpoint": bitsandbytes_checkpoint(model),
+    }
+    if "Hugging Face" in heading:
+        pytest.importorskip("transformers")
+        sys.path.insert(0, str(ROOT / "examples"))
+        example = importlib.import_module("transformers_gpt2")
+        names |= {"gpt2": example.make_model(), "dataset": example.make_data()[:32]}
+    if heading == "Lightning":
+        pytest.importorskip("pytorch_lightning")
+    if heading == "Accelerate":
+        state = pytest.importorskip("accelerate.state")
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+    return names
+
+
+# Lightning walks batches with a function that torch deprecated, and advises on small data.
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
+@pytest.mark.parametrize(("heading", "blocks"), SECTIONS)
+def test_code_runs(heading, blocks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = names_for(heading, tmp_path / "output")
+    for block in blocks:
+        if not NOT_YET.isdisjoint(re.findall(r"fusedopt\.(\w+)", block)):
+            continue
+        names["loss"] = names["model"](names["inputs"]).square().mean()
+        exec(compile(block, f"<{heading}>", "exec"), names)
+        if "apex_checkpoint" in block or "bitsandbytes_checkpoint" in block:
+            opt = names["opt"]
+            names["loss"].backward()
+            opt.step()
+            assert opt.grad_norm > 0 and not opt.step_skipped
+            states = opt.state_dict()["state"]
+            assert [state["step"] for state in states.values()] == [8, 8]
+            assert all((state["exp_avg"] > 0.5).all() for state in states.values())
+
+
+def test_nothing_that_exists_is_left_out():
+    assert not [name for name in NOT_YET if hasattr(fusedopt, name)]
+
+
+def test_every_name_in_the_docs_exists():
+    for path in FILES:
+        used = set(re.findall(r"fusedopt\.(\w+)", path.read_text()))
+        modules = {"egg", "reference"}
+        missing = {name for name in used - modules - NOT_YET if not hasattr(fusedopt, name)}
+        assert not missing, f"{path.name} speaks of {missing}"
+
+
+def test_links_within_the_docs_lead_somewhere():
+    for path in FILES:
+        text = path.read_text()
+        headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+        anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+        for target in re.findall(r"\]\(#([^)]*)\)", text):
+            assert target in anchors, f"{path.name} links to #{target}"
