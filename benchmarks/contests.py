@@ -50,8 +50,8 @@ class Contest(Protocol):
 class StepContest:
     """A step of an optimizer, between sides that share parameters and gradients.
 
-    The state is each side's own. Where the tensors don't fit into the cache, they are evicted from
-    it before every step, as a backward pass of such a size does.
+    Ours comes first, the ceiling last. The state is each side's own. Where the tensors don't fit
+    into the cache, they are evicted from it before every step, as by a backward pass of that size.
     """
 
     case: Case
@@ -71,21 +71,36 @@ class StepContest:
         torch.compiler.reset()  # what was compiled for another number of threads, or other tensors
         torch.manual_seed(0)
         params = make_params(self.case, device)
-        steps: dict[str, Step] = {}
         outcome = Outcome({}, {})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whatever others warn of
+            steps = self.make_steps(sides, params, outcome)
+            memory = self.case.elements * self.case.dtype.itemsize * 4
+            evict = make_evict(device) if memory > cache_bytes(device) else None
+            outcome.samples = interleaved(steps, device, effort, evict)
+        return outcome
+
+    def make_steps(
+        self, sides: list[str], params: list[Parameter], outcome: Outcome
+    ) -> dict[str, Step]:
+        """A step of each side that can run here; none of any side where ours can't."""
+        steps: dict[str, Step] = {}
         states = 0
         for side in sides:
             if side == CEILING:
+                elements = self.case.elements * self.case.dtype.itemsize // 4
+                measure = self.case.mode != "plain"
+                device = params[0].device.type
+                steps[side] = ceiling.make_ceiling(elements, 1 + states, measure, device)
+                outcome.bytes[side] = self.least_bytes(states)
                 continue
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # whatever others warn of
-                    step, optimizer = make_step(side, self.case, params)
-                    step()
+                step, optimizer = make_step(side, self.case, params)
+                step()
             except Unavailable as reason:
                 outcome.skipped[side] = str(reason)
                 if side == OURS:
-                    return outcome
+                    return {}
                 continue
             except Exception as error:  # of a library that doesn't take such tensors
                 if side == OURS:
@@ -98,18 +113,7 @@ class StepContest:
                 outcome.bytes[side] = self.least_bytes(states)
             elif SIDES[side].counted:
                 outcome.bytes[side] = traffic.count(step)
-        if CEILING in sides and OURS in steps:
-            itemsize = self.case.dtype.itemsize
-            elements = self.case.elements * itemsize // 4
-            measure = self.case.mode != "plain"
-            steps[CEILING] = ceiling.make_ceiling(elements, 1 + states, measure, device)
-            outcome.bytes[CEILING] = outcome.bytes[OURS]
-        memory = self.case.elements * self.case.dtype.itemsize * (2 + states)
-        evict = make_evict(device) if memory > cache_bytes(device) else None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            outcome.samples = interleaved(steps, device, effort, evict)
-        return outcome
+        return steps
 
     def least_bytes(self, states: int) -> int:
         """What a step moves that reads the gradient for a norm, then everything once.

@@ -35,6 +35,8 @@ def interleaved(
     """
     samples: dict[str, list[float]] = {side: [] for side in steps}
     sides = list(steps)
+    if not sides:
+        return samples
     for _ in range(effort.warm_up):
         for step in steps.values():
             step()
