@@ -4,6 +4,9 @@
 ## make lint       check style and types
 ## make format     bring the style in order
 ## make sanitize   run the CUDA kernels, emulated on the CPU, under ASan and UBSan
+## make bench      compare the step's speed with torch's and others'; BENCH=... for pytest
+## make peers      install the others: DeepSpeed, bitsandbytes, optimi, torchao
+## make bench-report   draw the charts, write the tables, from benchmarks/results
 ## make clean      remove everything that was built, and .venv
 ##
 ## PYTHON=path     use this interpreter and its torch, and install nothing
@@ -35,8 +38,9 @@ pytest := OMP_WAIT_POLICY=passive $(python) -m pytest -n auto --maxprocesses 8 -
 
 cpp := $(wildcard csrc/*.* csrc/*/*.*)
 emulation := $(wildcard tests/emulator/*.*)
+measuring := benchmarks/ceiling.cpp $(wildcard tests/guard/*.c)
 
-.PHONY: help demo test lint format sanitize clean tools
+.PHONY: help demo test lint format sanitize bench bench-report peers clean tools
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -50,13 +54,13 @@ test: $(extension) $(emulator)
 lint: $(tools) $(lint-tools)
 	$(bin)/ruff check
 	$(bin)/ruff format --check
-	$(bin)/clang-format --dry-run -Werror $(cpp) $(filter-out %.py,$(emulation))
+	$(bin)/clang-format --dry-run -Werror $(cpp) $(filter-out %.py,$(emulation)) $(measuring)
 	$(bin)/pyright --project . --pythonpath $(python)
 
 format: $(lint-tools)
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
-	$(bin)/clang-format -i $(cpp) $(filter-out %.py,$(emulation))
+	$(bin)/clang-format -i $(cpp) $(filter-out %.py,$(emulation)) $(measuring)
 
 sanitize: $(tools)
 	rm -f build/emulator/_C_sanitized.*
@@ -64,6 +68,17 @@ sanitize: $(tools)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 FUSEDOPT_TEST_SANITIZED=1 \
 	$(pytest) -k emulated
+
+# Quiet: pytest-benchmark's own tables repeat what is shown. BENCH=--save keeps the samples.
+bench: $(extension)
+	$(python) -m pytest benchmarks --benchmark-only --benchmark-quiet -rs $(BENCH)
+
+bench-report: $(extension)
+	$(python) -m benchmarks.report
+
+peers: $(tools)
+	FUSEDOPT_PURE_PYTHON=1 $(python) -m pip install --no-build-isolation --editable '.[peers]' \
+	  'torch==$(shell $(python) -c 'from importlib.metadata import version as v; print(v("torch"))')'
 
 clean:
 	rm -rf .venv build fusedopt/*.so *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -83,7 +98,7 @@ clean:
 
 tools:
 	@$(python) -c "import importlib.util, sys; \
-	needed = 'torch setuptools ninja pytest xdist hypothesis numpy sklearn matplotlib tqdm'.split(); \
+	needed = 'torch setuptools ninja pytest xdist pytest_benchmark hypothesis numpy sklearn matplotlib tqdm'.split(); \
 	missing = [name for name in needed if importlib.util.find_spec(name) is None]; \
 	missing and sys.exit(f'$(PYTHON) lacks {missing}: see the extra \'test\' in pyproject.toml')"
 

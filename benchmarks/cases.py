@@ -1,0 +1,140 @@
+"""What is measured: an optimizer, the tensors it updates, and what comes with the update.
+
+A new class of fusedopt takes one entry in `OPTIMIZERS`; the rest of the tables follow from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal
+
+import torch
+
+Shapes = tuple[tuple[int, ...], ...]
+Mode = Literal["plain", "clip", "amp"]
+
+# By the names of torch.optim, with the arguments that every side is given. Ours is Fused<name>.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "AdamW": {"lr": 1e-3, "weight_decay": 1e-2},
+    "Adam": {"lr": 1e-3},
+    "RMSprop": {"lr": 1e-3},
+    "NAdam": {"lr": 1e-3},
+    "SGD": {"lr": 1e-3, "momentum": 0.9},
+}
+
+MODES: dict[Mode, str] = {
+    "plain": "",
+    "clip": "clipped",  # to a global norm of 1
+    "amp": "scaler and clipped",  # unscale, clip, step or skip, update the scale
+}
+
+
+def gpt2_small() -> Shapes:
+    """The parameters of GPT-2 with 124M (Radford et al., 2019), in the order of its modules."""
+    width, vocabulary, context, layers = 768, 50257, 1024, 12
+    norm = [(width,), (width,)]
+    attention = [(width, 3 * width), (3 * width,), (width, width), (width,)]
+    mlp = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+    block = [*norm, *attention, *norm, *mlp]
+    return ((vocabulary, width), (context, width), *block * layers, *norm)
+
+
+def resnet50() -> Shapes:
+    """The parameters of ResNet-50 (He et al., 2015) for 1,000 classes, in the order of modules."""
+
+    def conv(outputs: int, inputs: int, side: int) -> list[tuple[int, ...]]:
+        return [(outputs, inputs, side, side), (outputs,), (outputs,)]  # with its batch norm
+
+    shapes = conv(64, 3, 7)
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += conv(width, inputs, 1) + conv(width, width, 3) + conv(4 * width, width, 1)
+            if block == 0:
+                shapes += conv(4 * width, inputs, 1)
+            inputs = 4 * width
+    return (*shapes, (1000, inputs), (1000,))
+
+
+WORKLOADS: dict[str, Shapes] = {
+    "one tensor of 25M": ((25_000_000,),),
+    "GPT-2 small": gpt2_small(),
+    "ResNet-50": resnet50(),
+    "1,000 tensors of 64": ((64,),) * 1000,
+    "300 tensors of 4,096": ((4096,),) * 300,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step to be taken by every side.
+
+    Attributes:
+        optimizer: a name in `OPTIMIZERS`.
+        workload: what the tensors are, in words.
+        any_threads: measured with every number of threads, not only the largest.
+    """
+
+    optimizer: str
+    workload: str
+    shapes: Shapes
+    mode: Mode = "clip"
+    dtype: torch.dtype = torch.float32
+    any_threads: bool = False
+
+    @property
+    def elements(self) -> int:
+        return sum(map(prod, self.shapes))
+
+    @property
+    def title(self) -> str:
+        dtype = "" if self.dtype == torch.float32 else str(self.dtype).removeprefix("torch.")
+        return ", ".join(filter(None, (self.optimizer, self.workload, dtype, MODES[self.mode])))
+
+    def facts(self) -> dict[str, Any]:
+        """What a result says about its case."""
+        return {
+            "case": self.title,
+            "optimizer": self.optimizer,
+            "workload": self.workload,
+            "mode": self.mode,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "tensors": len(self.shapes),
+            "elements": self.elements,
+        }
+
+
+def step_cases() -> list[Case]:
+    large = "one tensor of 25M"
+    cases = []
+    for optimizer in OPTIMIZERS:
+        if optimizer != "AdamW":  # what is the same for all optimizers is measured with one
+            cases.append(Case(optimizer, large, WORKLOADS[large], "plain"))
+            for workload in (large, "ResNet-50", "1,000 tensors of 64"):
+                cases.append(Case(optimizer, workload, WORKLOADS[workload]))
+            continue
+        for workload, shapes in WORKLOADS.items():
+            modes = MODES if workload in (large, "ResNet-50") else ("plain", "clip")
+            cases += [Case(optimizer, workload, shapes, it, any_threads=True) for it in modes]
+        for mode in ("plain", "clip"):
+            cases.append(
+                Case(optimizer, large, WORKLOADS[large], mode, torch.bfloat16, any_threads=True)
+            )
+    return cases
+
+
+def size_cases() -> list[Case]:
+    """One tensor, from a thousand elements to a hundred million."""
+    sizes = [10**k for k in range(3, 9)]
+    return [Case("AdamW", f"one tensor of {size:,}", ((size,),)) for size in sizes]
+
+
+def count_cases() -> list[Case]:
+    """The same elements in ever more tensors: what a tensor costs by itself."""
+    total = 640_000
+    counts = [10**k for k in range(5)]
+    return [
+        Case("AdamW", f"{total:,} elements in {count:,}", ((total // count,),) * count)
+        for count in counts
+    ]

@@ -1,0 +1,134 @@
+"""Runs contests for pytest-benchmark: measured side by side, then reported one by one.
+
+    pytest benchmarks --benchmark-only [--device cuda] [--threads 1,2] [--seconds 4] [--save]
+
+All sides of a case are measured in turn by the first of its tests; every test then hands its own
+side's samples to pytest-benchmark, whose tables, JSON and --benchmark-compare work as ever.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import results, tables
+from benchmarks.contests import Contest, Outcome
+from benchmarks.peers import OURS
+from benchmarks.timing import Effort, replay
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fusedopt")
+    group.addoption("--device", default="cpu", choices=["cpu", "cuda"])
+    group.addoption("--threads", help="numbers of threads, as in 1,2 (default: 1 and all)")
+    group.addoption("--seconds", type=float, default=4.0, help="per case")
+    group.addoption("--rounds", type=int, default=15, help="per case, at least")
+    group.addoption("--save", nargs="?", const=results.FOLDER, type=Path, metavar="FOLDER",
+                    help="write the samples here (default: benchmarks/results)")  # fmt: skip
+
+
+def thread_counts(config: pytest.Config) -> list[int]:
+    if config.option.device != "cpu":
+        return [torch.get_num_threads()]
+    asked = config.option.threads
+    counts = map(int, asked.split(",")) if asked else (1, torch.get_num_threads())
+    return sorted(set(counts))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "entry" not in metafunc.fixturenames:
+        return
+    module: Any = metafunc.module
+    counts = thread_counts(metafunc.config)
+    entries = [
+        pytest.param((contest, threads, side), id=f"{contest.title}, {threads} threads: {side}")
+        for contest in module.CONTESTS
+        for threads in counts
+        if threads == counts[-1] or contest.any_threads
+        for side in module.CONTEST_SIDES
+    ]
+    metafunc.parametrize("entry", entries, indirect=True)
+
+
+class Board:
+    """All that this session has measured."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.device: str = config.option.device
+        self.effort = Effort(config.option.seconds, config.option.rounds)
+        self.save_to: Path | None = config.option.save
+        self.all_threads = torch.get_num_threads()
+        self.outcomes: dict[tuple[Contest, int], Outcome] = {}
+        self.report: dict[str, Any] | None = None
+
+    def outcome(self, suite: str, contest: Contest, threads: int, sides: list[str]) -> Outcome:
+        if (contest, threads) not in self.outcomes:
+            self.report = self.report or results.new_report(self.device)
+            torch.set_num_threads(threads)
+            try:
+                outcome = contest.run(sides, self.device, self.effort)
+            finally:
+                torch.set_num_threads(self.all_threads)
+            self.outcomes[contest, threads] = outcome
+            for side, samples in outcome.samples.items():
+                self.report["rows"].append(
+                    {"suite": suite, **contest.facts(), "threads": threads, "side": side,
+                     "bytes": outcome.bytes.get(side), "samples_ns": results.kept(samples)}
+                )  # fmt: skip
+        return self.outcomes[contest, threads]
+
+
+@dataclass
+class Entry:
+    """One side of one contest."""
+
+    board: Board
+    suite: str
+    contest: Contest
+    threads: int
+    side: str
+    sides: list[str]
+
+    def record(self, benchmark: Any) -> None:
+        """Measures, if that was not done yet, and hands this side's samples over."""
+        outcome = self.board.outcome(self.suite, self.contest, self.threads, self.sides)
+        if self.side not in outcome.samples:
+            whose = self.side if self.side in outcome.skipped else OURS  # without us, nobody runs
+            pytest.skip(f"{whose}: {outcome.skipped[whose]}")
+        samples = outcome.samples[self.side]
+        benchmark.group = f"{self.contest.title}, {self.threads} threads"
+        benchmark.extra_info.update(self.contest.facts(), threads=self.threads, side=self.side)
+        benchmark.pedantic(replay(samples), rounds=len(samples))
+
+
+@pytest.fixture
+def entry(request: pytest.FixtureRequest) -> Entry:
+    contest, threads, side = request.param
+    module: Any = request.module
+    board = request.config.stash[BOARD]
+    return Entry(board, module.SUITE, contest, threads, side, module.CONTEST_SIDES)
+
+
+BOARD = pytest.StashKey[Board]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[BOARD] = Board(config)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    board = config.stash[BOARD]
+    if board.report is None:
+        return
+    for line in tables.as_text(board.report):
+        terminalreporter.write_line(line)
+    if board.save_to is not None:
+        suites = {row["suite"] for row in board.report["rows"]}
+        path = results.save(board.report, suites, board.save_to)
+        terminalreporter.write_line(f"samples: {path}")

@@ -1,0 +1,137 @@
+"""One measurement: the sides of a case, built on the same tensors and timed in turn."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch.nn import Parameter
+
+from benchmarks import ceiling, traffic
+from benchmarks.cases import Case
+from benchmarks.peers import OURS, SIDES, Unavailable, make_step
+from benchmarks.timing import Effort, Step, cache_bytes, interleaved, make_evict
+
+CEILING = "ceiling"
+
+
+@dataclass
+class Outcome:
+    """What a measurement found.
+
+    Attributes:
+        samples: by side, seconds of each round; the same round of two sides makes a pair.
+        skipped: by side, why it was not measured.
+        bytes: by side, what a step moves, where that is known.
+    """
+
+    samples: dict[str, list[float]]
+    skipped: dict[str, str]
+    bytes: dict[str, int] = field(default_factory=dict)
+
+
+class Contest(Protocol):
+    """Something that several sides do, with every number of threads or only the largest."""
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def any_threads(self) -> bool: ...
+
+    def facts(self) -> dict[str, Any]: ...
+
+    def run(self, sides: list[str], device: str, effort: Effort) -> Outcome: ...
+
+
+@dataclass(frozen=True)
+class StepContest:
+    """A step of an optimizer, between sides that share parameters and gradients.
+
+    Ours comes first, the ceiling last. The state is each side's own. Where the tensors don't fit
+    into the cache, they are evicted from it before every step, as by a backward pass of that size.
+    """
+
+    case: Case
+
+    @property
+    def title(self) -> str:
+        return self.case.title
+
+    @property
+    def any_threads(self) -> bool:
+        return self.case.any_threads
+
+    def facts(self) -> dict[str, Any]:
+        return self.case.facts()
+
+    def run(self, sides: list[str], device: str, effort: Effort) -> Outcome:
+        torch.compiler.reset()  # what was compiled for another number of threads, or other tensors
+        torch.manual_seed(0)
+        params = make_params(self.case, device)
+        outcome = Outcome({}, {})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whatever others warn of
+            steps = self.make_steps(sides, params, outcome)
+            memory = self.case.elements * self.case.dtype.itemsize * 4
+            evict = make_evict(device) if memory > cache_bytes(device) else None
+            outcome.samples = interleaved(steps, device, effort, evict)
+        return outcome
+
+    def make_steps(
+        self, sides: list[str], params: list[Parameter], outcome: Outcome
+    ) -> dict[str, Step]:
+        """A step of each side that can run here; none of any side where ours can't."""
+        steps: dict[str, Step] = {}
+        states = 0
+        for side in sides:
+            if side == CEILING:
+                elements = self.case.elements * self.case.dtype.itemsize // 4
+                measure = self.case.mode != "plain"
+                device = params[0].device.type
+                steps[side] = ceiling.make_ceiling(elements, 1 + states, measure, device)
+                outcome.bytes[side] = self.least_bytes(states)
+                continue
+            try:
+                step, optimizer = make_step(side, self.case, params)
+                step()
+            except Unavailable as reason:
+                outcome.skipped[side] = str(reason)
+                if side == OURS:
+                    return {}
+                continue
+            except Exception as error:  # of a library that doesn't take such tensors
+                if side == OURS:
+                    raise
+                outcome.skipped[side] = f"failed: {error}"
+                continue
+            steps[side] = step
+            if side == OURS:
+                states = states_per_param(optimizer, params[0])
+                outcome.bytes[side] = self.least_bytes(states)
+            elif SIDES[side].counted:
+                outcome.bytes[side] = traffic.count(step)
+        return steps
+
+    def least_bytes(self, states: int) -> int:
+        """What a step moves that reads the gradient for a norm, then everything once.
+
+        The parameter and its states are read and written; ours does this and no more.
+        """
+        passes = 2 * (1 + states) + 1 + (self.case.mode != "plain")
+        return passes * self.case.elements * self.case.dtype.itemsize
+
+
+def make_params(case: Case, device: str) -> list[Parameter]:
+    params = [Parameter(torch.randn(shape, device=device).to(case.dtype)) for shape in case.shapes]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    return params
+
+
+def states_per_param(optimizer: torch.optim.Optimizer, param: Parameter) -> int:
+    """How many tensors of the parameter's size an optimizer keeps for it."""
+    state = optimizer.state[param].values()
+    return sum(isinstance(value, torch.Tensor) and value.dim() > 0 for value in state)

@@ -1,0 +1,101 @@
+"""Draws the charts and writes the tables of README.md and docs/performance.md from the results.
+
+    python -m benchmarks.report
+
+What stands between `<!-- bench:NAME -->` and `<!-- /bench -->` is written by this program, from
+benchmarks/results/*.json alone. For each device and suite, the newest file counts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import charts, results, tables
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/performance.md")
+IMAGES = Path("docs/images")
+
+Report = dict[str, Any]
+
+
+def main(root: Path = ROOT, folder: Path = results.FOLDER) -> None:
+    reports = newest(results.load_all(folder))
+    for page in PAGES:
+        path = root / page
+        path.write_text(fill_in(path.read_text(), reports, path.parent, root / IMAGES))
+
+
+def newest(reports: list[Report]) -> dict[tuple[str, str], Report]:
+    """By suite and device: the newest report, with the rows of that suite only."""
+    found: dict[tuple[str, str], Report] = {}
+    for report in reports:
+        for suite in {row["suite"] for row in report["rows"]}:
+            rows = [row for row in report["rows"] if row["suite"] == suite]
+            found[suite, report["device"]] = {**report, "rows": rows}
+    return found
+
+
+def fill_in(
+    text: str, reports: dict[tuple[str, str], Report], page_folder: Path, images: Path
+) -> str:
+    """The page with every block written anew.
+
+    Raises:
+        ValueError: a block has a name that nothing here writes.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in BLOCKS:
+            raise ValueError(f"unknown block {name!r}; there are {', '.join(BLOCKS)}")
+        suite, write = BLOCKS[name]
+        parts = []
+        for device in ("cpu", "cuda"):
+            report = reports.get((suite, device))
+            if report is None:
+                parts.append(f"{device.upper()}: not measured yet.")
+            else:
+                parts.append(write(report, page_folder, images / f"{name}_{device}.svg"))
+        return f"<!-- bench:{name} -->\n" + "\n\n".join(parts) + "\n<!-- /bench -->"
+
+    return re.sub(r"<!-- bench:(\S+) -->.*?<!-- /bench -->", block, text, flags=re.DOTALL)
+
+
+def summary(report: Report, page_folder: Path, image: Path) -> str:
+    return tables.origin(report) + "\n\n" + tables.summary(report)
+
+
+def all_steps(report: Report, page_folder: Path, image: Path) -> str:
+    return tables.origin(report) + "\n\n" + tables.steps(report)
+
+
+def training(report: Report, page_folder: Path, image: Path) -> str:
+    return tables.origin(report) + "\n\n" + tables.training(report)
+
+
+def chart(
+    draw: Callable[[Report, Path], bool | None], alt: str
+) -> Callable[[Report, Path, Path], str]:
+    def write(report: Report, page_folder: Path, image: Path) -> str:
+        if draw(report, image) is False:
+            return f"{report['device'].upper()}: not measured yet."
+        return f"![{alt}]({image.relative_to(page_folder).as_posix()})"
+
+    return write
+
+
+BLOCKS: dict[str, tuple[str, Callable[[Report, Path, Path], str]]] = {
+    "summary": ("step", summary),
+    "steps": ("step", all_steps),
+    "ratios": ("step", chart(charts.draw_ratios, "time of a step against fusedopt's, by case")),
+    "ceiling": ("step", chart(charts.draw_ceiling, "share of the memory ceiling, by case")),
+    "sweep": ("sweep", chart(charts.draw_sweep, "time against elements and against tensors")),
+    "training": ("training", training),
+}
+
+if __name__ == "__main__":
+    main()

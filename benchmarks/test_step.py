@@ -1,0 +1,17 @@
+"""The step of every optimizer, in the cases that a reader may recognize, against every peer."""
+
+import pytest
+
+from benchmarks import cases
+from benchmarks.contests import CEILING, StepContest
+from benchmarks.peers import SIDES
+from benchmarks.timing import replay_clock
+
+SUITE = "step"
+CONTESTS = [StepContest(case) for case in cases.step_cases()]
+CONTEST_SIDES = [*SIDES, CEILING]
+
+
+@pytest.mark.benchmark(timer=replay_clock)
+def test_step(entry, benchmark):
+    entry.record(benchmark)

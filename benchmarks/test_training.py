@@ -1,0 +1,16 @@
+"""What the step is worth in a training run: tokens and images a second."""
+
+import pytest
+
+from benchmarks.peers import OURS
+from benchmarks.timing import replay_clock
+from benchmarks.training import TORCHS, training_contests
+
+SUITE = "training"
+CONTESTS = training_contests()
+CONTEST_SIDES = [OURS, TORCHS]
+
+
+@pytest.mark.benchmark(timer=replay_clock)
+def test_training(entry, benchmark):
+    entry.record(benchmark)

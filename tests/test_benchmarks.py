@@ -1,0 +1,212 @@
+"""The benchmarks measure what they say: order, bytes, ceilings, reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import cases, ceiling, charts, report, results, tables, timing, traffic
+from benchmarks.cases import Case
+from benchmarks.contests import CEILING, StepContest, make_params
+from benchmarks.peers import OURS, SIDES, Unavailable, make_step
+
+BRIEF = timing.Effort(seconds=0, rounds=2, warm_up=1)
+SMALL = ((1000,), (24, 10))
+
+
+def test_the_models_have_their_parameters():
+    assert len(cases.gpt2_small()) == 148
+    assert sum(map(prod, cases.gpt2_small())) == 124_439_808
+    assert len(cases.resnet50()) == 161
+    assert sum(map(prod, cases.resnet50())) == 25_557_032
+
+
+def test_no_two_cases_share_a_title():
+    titles = [case.title for case in cases.step_cases()]
+    assert len(set(titles)) == len(titles)
+
+
+def test_sides_alternate_each_beginning_in_its_turn():
+    log = []
+    steps = {name: (lambda name=name: log.append(name)) for name in "abc"}
+    samples = timing.interleaved(
+        steps, "cpu", timing.Effort(0, rounds=3, warm_up=1), lambda: log.append("-")
+    )
+    assert "".join(log) == "abc" + "-a-b-c" + "-b-c-a" + "-c-a-b"
+    assert {side: len(times) for side, times in samples.items()} == dict.fromkeys("abc", 3)
+
+
+def test_the_replayed_clock_gives_back_the_samples():
+    step = timing.replay([0.5, 0.25])
+    times = []
+    for _ in range(2):
+        start = timing.replay_clock()
+        step()
+        times.append(timing.replay_clock() - start)
+    assert times == [0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("side", "mode", "per_element"),
+    [
+        ("torch fused", "plain", 28),
+        ("torch fused", "clip", 28 + 4 + 8),  # the norm, and the scaled gradients
+        ("torch fused", "amp", 28 + 4 + 8 + 8),  # and the unscaled ones
+    ],
+)
+def test_bytes_of_a_step(side, mode, per_element):
+    case = Case("AdamW", "small", ((100_000,),), mode)
+    step, _ = make_step(side, case, make_params(case, "cpu"))
+    step()
+    assert traffic.count(step) / case.elements == pytest.approx(per_element, rel=1e-3)
+
+
+@pytest.mark.parametrize(("optimizer", "plain"), [("AdamW", 28), ("RMSprop", 20)])
+def test_our_bytes(optimizer, plain):
+    for mode, per_element in (("plain", plain), ("clip", plain + 4)):
+        case = Case(optimizer, "small", SMALL, mode)
+        outcome = StepContest(case).run([OURS, CEILING], "cpu", BRIEF)
+        assert outcome.bytes == dict.fromkeys((OURS, CEILING), per_element * case.elements)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize(
+    ("make", "written"),
+    [(ceiling.on_cpu, 1), (ceiling.on_cpu, 3), (ceiling.on_cpu, 5), (ceiling.compiled, 3)],
+)
+def test_the_ceiling_touches_every_element(make, written):
+    # Not a multiple of a block or a vector; -ffast-math contracts, hence the tolerance.
+    arrays = [torch.randn(300_007) for _ in range(written + 1)]
+    step = make(arrays, measure=True)
+    before = [array.clone() for array in arrays]
+    step()
+    for k in range(written):
+        torch.testing.assert_close(arrays[k], before[k] * 0.5 + arrays[-1])
+    assert torch.equal(arrays[-1], before[-1])
+
+
+@pytest.mark.parametrize("mode", cases.MODES)
+@pytest.mark.parametrize("optimizer", cases.OPTIMIZERS)
+def test_ours_and_torchs_take_the_same_steps(optimizer, mode):
+    """A comparison of speed is one only if both sides do the same."""
+    results_by_side = {}
+    for side in (OURS, "torch foreach"):
+        torch.manual_seed(0)
+        case = Case(optimizer, "small", SMALL, mode)
+        params = make_params(case, "cpu")
+        try:
+            step, _ = make_step(side, case, params)
+        except Unavailable as reason:
+            pytest.skip(str(reason))
+        for _ in range(3):
+            step()
+        results_by_side[side] = params
+    torch.testing.assert_close(results_by_side[OURS], results_by_side["torch foreach"])
+
+
+def test_a_side_that_is_not_there_is_skipped_by_name():
+    case = Case("RMSprop", "small", SMALL)
+    outcome = StepContest(case).run([OURS, "torch fused", "DeepSpeed"], "cpu", BRIEF)
+    assert list(outcome.samples) == [OURS]
+    assert outcome.skipped["torch fused"] == "torch.optim.RMSprop has no fused"
+    assert "DeepSpeed" in outcome.skipped["DeepSpeed"]
+
+
+def made_up_report(device: str = "cpu") -> dict:
+    """Times that no machine gave, for the form alone."""
+    made_up = results.new_report("cpu")
+    made_up |= {"device": device, "hardware": "made up"}
+    contests = {
+        "step": cases.step_cases()[:2],
+        "sweep": [*cases.size_cases(), *cases.count_cases()],
+    }
+    for suite, suite_cases in contests.items():
+        for case in suite_cases:
+            for side, ns in ((OURS, 1_000_000), ("torch fused", 3_000_000), (CEILING, 500_000)):
+                made_up["rows"].append(
+                    {"suite": suite, **case.facts(), "threads": 2, "side": side,
+                     "bytes": 32 * case.elements, "samples_ns": [ns, ns + 1000, ns + 2000]}
+                )  # fmt: skip
+    return made_up
+
+
+def test_ratios_are_of_pairs():
+    slow_machine = {"samples_ns": [10, 20, 1000]}
+    assert results.ratio({"samples_ns": [30, 60, 3000]}, slow_machine) == (3, 3, 3)
+
+
+def test_a_saved_report_comes_back_and_few_samples_are_kept(tmp_path):
+    made_up = made_up_report()
+    path = results.save(made_up, ["step"], tmp_path)
+    assert results.load_all(tmp_path) == [made_up]
+    assert path.name == f"step_cpu_{made_up['date'][:10]}.json"
+    kept = results.kept([k * 1e-9 for k in range(1000)])
+    assert len(kept) <= results.MAX_SAMPLES and kept[0] == 0 and kept[-1] > 900
+
+
+def test_the_report_writes_pages_and_charts_from_results(tmp_path):
+    (tmp_path / "docs").mkdir()
+    for page in report.PAGES:
+        (tmp_path / page).write_text((report.ROOT / page).read_text())
+    results.save(made_up_report(), ["step", "sweep"], tmp_path / "results")
+    report.main(tmp_path, tmp_path / "results")
+    readme, page = ((tmp_path / name).read_text() for name in report.PAGES)
+    assert "| AdamW, one tensor of 25M, clipped | 3 | 50% |" in readme
+    assert "made up" in page and "CUDA: not measured yet." in page
+    images = sorted(path.name for path in (tmp_path / report.IMAGES).iterdir())
+    assert images == ["ceiling_cpu.svg", "ratios_cpu.svg", "sweep_cpu.svg"]
+    for image in images:
+        assert f"images/{image}" in page
+        assert "made up" in (tmp_path / report.IMAGES / image).read_text()
+    report.main(tmp_path, tmp_path / "results")
+    assert (tmp_path / "README.md").read_text() == readme  # again: the same
+
+
+def test_the_committed_pages_are_those_of_the_committed_results(tmp_path):
+    (tmp_path / "docs").mkdir()
+    for page in report.PAGES:
+        (tmp_path / page).write_text((report.ROOT / page).read_text())
+    report.main(tmp_path)
+    for page in report.PAGES:
+        current = (report.ROOT / page).read_text()
+        assert (tmp_path / page).read_text() == current, "run: make bench-report"
+
+
+def test_an_unknown_block_is_refused():
+    with pytest.raises(ValueError, match="unknown block 'nonsense'"):
+        report.fill_in("<!-- bench:nonsense -->\n<!-- /bench -->", {}, Path(), Path())
+
+
+def test_every_side_has_a_style():
+    assert set(SIDES) - set(charts.STYLES) == {"fusedopt with its own scaler"}
+
+
+def test_the_suite_hands_its_samples_to_pytest_benchmark(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    chosen = "elements and (fusedopt or ceiling) and 100"
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_sweep.py", "--benchmark-only",
+               "-p", "no:cacheprovider", "-k", chosen, "--threads", "1", "--seconds", "0",
+               "--rounds", "2", "--save", tmp_path / "saved",
+               "--benchmark-json", tmp_path / "pytest.json"]  # fmt: skip
+    # Not as a worker of this very run: pytest-benchmark measures nothing in one.
+    env = {name: value for name, value in os.environ.items() if "XDIST" not in name}
+    run = subprocess.run(command, cwd=report.ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    theirs = json.loads((tmp_path / "pytest.json").read_text())["benchmarks"]
+    [saved] = results.load_all(tmp_path / "saved")
+    for entry in theirs:
+        facts = entry["extra_info"]
+        [row] = [row for row in saved["rows"]
+                 if (row["case"], row["side"]) == (facts["case"], facts["side"])]  # fmt: skip
+        assert row["samples_ns"] == [round(1e9 * s) for s in entry["stats"]["data"]]
+    assert len(theirs) >= 2
+    assert tables.as_text(saved)[0] in run.stdout
