@@ -189,7 +189,8 @@ class FusedOptimizer(Optimizer):
             self._fused_step()
 
     def _fused_step(self) -> None:
-        request = self._request()
+        mode = self._nonfinite_mode()
+        request = self._request(mode)
         control = self._readings()
         new_states: list[Tensor] = []
         if self._plan is None or not self._plan.step(
@@ -202,7 +203,7 @@ class FusedOptimizer(Optimizer):
                 )
             elif not self._plan.step(self.param_groups, self.state, *request, control):
                 raise RuntimeError("fusedopt: a new plan doesn't fit its parameters; please report")
-        raises = self._nonfinite_mode() == "raise"
+        raises = mode == "raise"
         # State comes with a parameter's first step that was not skipped, as far as the host knows.
         if new_states and not (raises or control.device.type == "cpu"):
             self._perhaps_unused += new_states
@@ -211,14 +212,13 @@ class FusedOptimizer(Optimizer):
         if raises and self._met_nonfinite(request, control):
             raise checks.NonFiniteGradientError(self._nonfinite_names())
 
-    def _request(self) -> Request:
+    def _request(self, mode: NonFinite) -> Request:
         """What this step is to do. A scaler sets `grad_scale` and `found_inf`, as torch's do."""
-        mode = self._nonfinite_mode()
         scaled = self.grad_scale is not None or self.found_inf is not None
-        clips = self.max_grad_norm is not None
+        limit = self.max_grad_norm
         return Request(
-            max_grad_norm=self.max_grad_norm or math.inf,
-            measure=clips or mode != "propagate" or scaled,
+            max_grad_norm=math.inf if limit is None else limit,
+            measure=limit is not None or mode != "propagate" or scaled,
             skip_nonfinite=mode != "propagate",
             grad_scale=self.grad_scale,
             found_inf=self.found_inf,
