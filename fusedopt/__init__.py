@@ -3,6 +3,7 @@
 from fusedopt import reference
 from fusedopt.adam import FusedAdam, FusedAdamW
 from fusedopt.checks import NonFiniteGradientError
+from fusedopt.clip_grad import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.rmsprop import FusedRMSprop
 
@@ -14,5 +15,8 @@ __all__ = [
     "FusedOptimizer",
     "FusedRMSprop",
     "NonFiniteGradientError",
+    "clip_grad_norm_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
     "reference",
 ]
