@@ -73,10 +73,8 @@ def check_param(param: Tensor, name: str, backend: str | None) -> None:
         raise TypeError(f"{name} has layout {param.layout}; expected a dense tensor")
     if param.dtype not in DTYPES:
         raise TypeError(f"{name} is {param.dtype}; expected {DTYPE_NAMES}")
-    if param.device.type == "meta":
-        raise RuntimeError(f"{name} is on the meta device, without data; expected cpu or cuda")
-    check_writable(param, name)
     check_device(param, name, backend)
+    check_writable(param, name)
 
 
 def check_writable(tensor: Tensor, name: str) -> None:
@@ -89,9 +87,11 @@ def check_writable(tensor: Tensor, name: str) -> None:
 
 
 def check_device(tensor: Tensor, name: str, backend: str | None) -> None:
-    """Refuses a tensor that is not where the backend that was asked for runs."""
+    """Refuses a tensor without data, or not where the backend that was asked for runs."""
     from fusedopt.backends import device_type_of
 
+    if tensor.device.type == "meta":
+        raise RuntimeError(f"{name} is on the meta device, without data; expected cpu or cuda")
     if backend in ("cpu", "cuda") and tensor.device.type != device_type_of(backend):
         raise RuntimeError(
             f"{name} is on {tensor.device}, and backend={backend!r} was asked for; expected all "
@@ -109,8 +109,6 @@ def check_readable(grad: Any, name: str) -> None:
         raise TypeError(f"{name} is a {type(grad).__name__}; expected a plain tensor")
     if grad.dtype not in DTYPES:
         raise TypeError(f"{name} is {grad.dtype}; expected {DTYPE_NAMES}")
-    if grad.device.type == "meta":
-        raise RuntimeError(f"{name} is on the meta device, without data; expected cpu or cuda")
     if grad.numel() > 0 and grad.untyped_storage().nbytes() == 0:
         raise RuntimeError(f"{name} has no storage; expected {grad.numel()} elements")
 
