@@ -1,17 +1,30 @@
 #include <torch/extension.h>
 
+#include "clip_grads.h"
 #include "cpu/isa.h"
 #include "huge_pages.h"
 #include "plan.h"
+#include "run.h"
 #include "step.h"
 
 namespace fusedopt {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("built_with_cuda") = built_with_cuda();
-  m.attr("cuda_device_type") = cuda_device_type();
+  m.attr("cuda_device_type") = c10::DeviceTypeName(cuda_device_type(), true);
   m.def("cpu_isa", [] { return cpu::isa_name(cpu::best_isa()); });
   m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("tensor"));
+
+  m.def(
+      "clip_grads",
+      [](const py::list& tensors, bool of_params, bool checked, const std::string& backend,
+         double max_norm, double norm_type, bool skip_nonfinite,
+         std::optional<std::variant<at::Tensor, double>> total_norm) {
+        return clip_grads(tensors, of_params, checked, backend,
+                          {max_norm, norm_type, skip_nonfinite, std::move(total_norm)});
+      },
+      py::arg("tensors"), py::arg("of_params"), py::arg("checked"), py::arg("backend"),
+      py::arg("max_norm"), py::arg("norm_type"), py::arg("skip_nonfinite"), py::arg("total_norm"));
 
   // Local, so that a second build (the emulated one, for tests) can live beside this one.
   py::class_<Plan>(m, "Plan", py::module_local())

@@ -1,10 +1,12 @@
-// From run-time values to compile-time types: dtypes, and which states a rule uses.
+// From run-time values to compile-time types: dtypes, norms, and which states a rule uses.
 #pragma once
 
 #include <cstring>
+#include <iterator>
 #include <type_traits>
 
 #include "math/convert.h"
+#include "math/norm.h"
 #include "params.h"
 
 namespace fusedopt {
@@ -43,6 +45,12 @@ FUSEDOPT_INLINE void visit_types(const TensorEntry& tensor, Body&& body) {
   }
 }
 
+// Calls body(SumOfSquares{}) or body(Largest{}), and returns what it returns.
+template <class Body>
+FUSEDOPT_INLINE auto visit_norm(NormType type, Body&& body) {
+  return type == NormType::kL2 ? body(SumOfSquares{}) : body(Largest{});
+}
+
 // Calls body(std::integral_constant<unsigned, used>{}) for the variant of the rule that uses these.
 template <class Rule, int k = 0, class Body>
 FUSEDOPT_INLINE void visit_variant(unsigned states_used, Body&& body) {
@@ -54,18 +62,24 @@ FUSEDOPT_INLINE void visit_variant(unsigned states_used, Body&& body) {
 }
 
 template <class Rule>
-inline constexpr int num_states = sizeof(Rule::kStates) / sizeof(const char*);
+inline constexpr int num_states = std::size(Rule::kStates);
 template <class Rule>
-inline constexpr int num_scalars = sizeof(Rule::kScalars) / sizeof(const char*);
+inline constexpr int num_scalars = std::size(Rule::kScalars);
+
+// The length of an array with an element per state: there are no arrays without elements.
+template <class Rule>
+inline constexpr int state_slots = num_states<Rule> > 0 ? num_states<Rule> : 1;
 
 template <class Rule>
 FUSEDOPT_INLINE typename Rule::Hyperparameters hyperparameters(const Group& group) {
   typename Rule::Hyperparameters h;
-  static_assert(sizeof(h) <= sizeof(group.values), "raise kMaxHyperparameters");
-  memcpy(&h, group.values, sizeof(h));
-  if (group.lr != nullptr) {
-    h.lr = group.lr_dtype == Dtype::kFloat64 ? *static_cast<const double*>(group.lr)
-                                             : *static_cast<const float*>(group.lr);
+  if constexpr (!std::is_empty_v<decltype(h)>) {
+    static_assert(sizeof(h) <= sizeof(group.values), "raise kMaxHyperparameters");
+    memcpy(&h, group.values, sizeof(h));
+    if (group.lr != nullptr) {
+      h.lr = group.lr_dtype == Dtype::kFloat64 ? *static_cast<const double*>(group.lr)
+                                               : *static_cast<const float*>(group.lr);
+    }
   }
   return h;
 }
@@ -86,7 +100,10 @@ template <class Rule>
 FUSEDOPT_INLINE Prepared<Rule> prepare(const Group& group, float* scalars, double grad_factor) {
   const auto h = hyperparameters<Rule>(group);
   Rule::advance(h, scalars);
-  return {Rule::coefficients(h, scalars), h.maximize != 0 ? -grad_factor : grad_factor};
+  if constexpr (!std::is_empty_v<decltype(h)>) {
+    if (h.maximize != 0) grad_factor = -grad_factor;
+  }
+  return {Rule::coefficients(h, scalars), grad_factor};
 }
 
 // The counters of a tensor, once all of its elements are updated.
@@ -102,14 +119,16 @@ FUSEDOPT_INLINE void advance(const TensorEntry& tensor, const Group& group) {
 template <class Rule, class T>
 FUSEDOPT_INLINE typename Rule::template Coefficients<T> rounded(
     const typename Rule::template Coefficients<double>& coefficients) {
-  constexpr int kCount = sizeof(coefficients) / sizeof(double);
   typename Rule::template Coefficients<T> result;
-  static_assert(sizeof(result) == kCount * sizeof(T), "a Coefficients<T> holds nothing but Ts");
-  double from[kCount];
-  T to[kCount];
-  memcpy(from, &coefficients, sizeof(from));
-  for (int k = 0; k < kCount; ++k) to[k] = static_cast<T>(from[k]);
-  memcpy(&result, to, sizeof(to));
+  if constexpr (!std::is_empty_v<decltype(result)>) {
+    constexpr int kCount = sizeof(coefficients) / sizeof(double);
+    static_assert(sizeof(result) == kCount * sizeof(T), "a Coefficients<T> holds nothing but Ts");
+    double from[kCount];
+    T to[kCount];
+    memcpy(from, &coefficients, sizeof(from));
+    for (int k = 0; k < kCount; ++k) to[k] = static_cast<T>(from[k]);
+    memcpy(&result, to, sizeof(to));
+  }
   return result;
 }
 

@@ -23,6 +23,10 @@ bool stays_on_device(PyObject* value, c10::Device device) {
 
 }  // namespace
 
+bool has_kernels(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
+}
+
 Dtype to_dtype(at::ScalarType type) {
   switch (type) {
     case at::kFloat:

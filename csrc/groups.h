@@ -8,7 +8,8 @@
 
 namespace fusedopt {
 
-Dtype to_dtype(at::ScalarType type);
+bool has_kernels(at::ScalarType type);
+Dtype to_dtype(at::ScalarType type);  // one that has kernels
 
 // Reads the hyperparameters that the rule names. A tensor lr on `device` is left there: only its
 // address is taken, so that reading it waits for nothing. Any other tensor is read here and now.

@@ -1,22 +1,28 @@
 #include "partition.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace fusedopt {
 
 DeviceTables::DeviceTables(const std::vector<TensorEntry>& tensors,
                            const std::vector<Chunk>& chunks, c10::Device device) {
+#if FUSEDOPT_WITH_CUDA
   const size_t tensor_bytes = tensors.size() * sizeof(TensorEntry);
   const size_t chunk_bytes = chunks.size() * sizeof(Chunk);
   chunks_offset_ = kTicketBytes + static_cast<int64_t>(tensor_bytes);
-  at::Tensor host = at::zeros({chunks_offset_ + static_cast<int64_t>(chunk_bytes)}, at::kByte);
-  char* to = static_cast<char*>(host.data_ptr());
-  if (tensor_bytes > 0) memcpy(to + kTicketBytes, tensors.data(), tensor_bytes);
-  if (chunk_bytes > 0) memcpy(to + chunks_offset_, chunks.data(), chunk_bytes);
-  bytes_ = host.to(device);
+  std::vector<char> host(chunks_offset_ + chunk_bytes);
+  if (tensor_bytes > 0) memcpy(&host[kTicketBytes], tensors.data(), tensor_bytes);
+  if (chunk_bytes > 0) memcpy(&host[chunks_offset_], chunks.data(), chunk_bytes);
+  bytes_ =
+      at::empty({static_cast<int64_t>(host.size())}, at::TensorOptions(device).dtype(at::kByte));
+  check_launch(cuda::upload(device_index(device), current_stream(device), bytes_.data_ptr(),
+                            host.data(), host.size()),
+               device);
+#endif
 }
 
-void Partition::lay_out(size_t num_groups, bool on_cuda) {
+void Partition::lay_out(size_t num_groups, bool runs_on_cuda) {
   for (size_t t = 0; t < tensors.size(); ++t) {
     first_chunk.push_back(static_cast<int64_t>(chunks.size()));
     for (int64_t i = 0; i * kChunkSize < tensors[t].numel; ++i) {
@@ -30,7 +36,46 @@ void Partition::lay_out(size_t num_groups, bool on_cuda) {
   const auto doubles = at::TensorOptions(device).dtype(at::kDouble);
   chunk_sums = at::empty({static_cast<int64_t>(chunks.size())}, doubles);
   control = at::zeros({sizeof(StepControl) / sizeof(double)}, doubles);
+  on_cuda = runs_on_cuda;
   if (on_cuda) tables = DeviceTables(tensors, chunks, device);
 }
+
+Pass Partition::pass() {
+  Pass pass{};
+  pass.tensors = on_cuda ? tables.tensors() : tensors.data();
+  pass.chunks = on_cuda ? tables.chunks() : chunks.data();
+  pass.groups = groups.data();
+  pass.grads = grads.data();
+  pass.chunk_sums = chunk_sums.data_ptr<double>();
+  pass.control = static_cast<StepControl*>(control.data_ptr());
+  pass.num_tensors = static_cast<int64_t>(tensors.size());
+  pass.num_chunks = static_cast<int64_t>(chunks.size());
+  pass.num_groups = static_cast<int64_t>(groups.size());
+  return pass;
+}
+
+size_t partition_on(c10::Device device, std::vector<Partition>& partitions) {
+  const auto found = std::find_if(partitions.begin(), partitions.end(),
+                                  [&](const Partition& it) { return it.device == device; });
+  if (found != partitions.end()) return found - partitions.begin();
+  partitions.emplace_back().device = device;
+  return partitions.size() - 1;
+}
+
+#if FUSEDOPT_WITH_CUDA
+int device_index(c10::Device device) { return std::max<int>(0, device.index()); }
+
+cudaStream_t current_stream(c10::Device device) {
+  if (!device.is_cuda()) return nullptr;
+  static const py::object* const get =
+      new py::object(py::module_::import("torch._C").attr("_cuda_getCurrentRawStream"));
+  return reinterpret_cast<cudaStream_t>(py::cast<uintptr_t>((*get)(device.index())));
+}
+
+void check_launch(cudaError_t error, c10::Device device) {
+  TORCH_CHECK(error == cudaSuccess, "fusedopt: launching the step on ", device, " failed with ",
+              cudaGetErrorName(error), ": ", cudaGetErrorString(error));
+}
+#endif
 
 }  // namespace fusedopt

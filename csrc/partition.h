@@ -8,6 +8,9 @@
 
 #include "cpu/passes.h"
 #include "params.h"
+#if FUSEDOPT_WITH_CUDA
+#include "cuda/passes.h"
+#endif
 
 namespace fusedopt {
 
@@ -18,7 +21,7 @@ struct DenseParam {
   at::Tensor dense;
 };
 
-// The tables that don't change while the plan lives, in the device's memory.
+// The tables that don't change from step to step, in the device's memory.
 class DeviceTables {
  public:
   DeviceTables() = default;
@@ -53,9 +56,22 @@ struct Partition {
   at::Tensor control;   // a StepControl
   DeviceTables tables;  // CUDA only
   at::Tensor moving;    // CUDA only: what doesn't fit in a kernel's arguments
+  bool on_cuda = false;
 
   // Once all tensors are known: the chunks, and memory for what the passes write.
-  void lay_out(size_t num_groups, bool on_cuda);
+  void lay_out(size_t num_groups, bool runs_on_cuda);
+
+  // A pass over these tensors; its options are the caller's.
+  Pass pass();
 };
+
+// Which of the partitions is that of this device: a new one for the first tensor on it.
+size_t partition_on(c10::Device device, std::vector<Partition>& partitions);
+
+#if FUSEDOPT_WITH_CUDA
+int device_index(c10::Device device);
+cudaStream_t current_stream(c10::Device device);
+void check_launch(cudaError_t error, c10::Device device);
+#endif
 
 }  // namespace fusedopt

@@ -3,7 +3,6 @@
 #include <ATen/ExpandUtils.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <algorithm>
 #include <cmath>
 #include <exception>
 #include <unordered_map>
@@ -38,11 +37,8 @@ at::ScalarType grad_dtype_for(at::ScalarType param, at::ScalarType grad) {
 
 // Anything else is for Python to refuse by name.
 bool is_ordinary(const at::Tensor& grad, const Source& source) {
-  const at::ScalarType dtype = grad.scalar_type();
   return grad.layout() == at::kStrided && grad.device() == source.device &&
-         equal(grad.sizes(), source.sizes) &&
-         (dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
-          dtype == at::kHalf);
+         equal(grad.sizes(), source.sizes) && has_kernels(grad.scalar_type());
 }
 
 // How many tensors ahead to prefetch: as many as are looked at while one comes from memory.
@@ -59,7 +55,7 @@ bool StateItem::laid_out_as(const Source* source) const {
 
 Plan::Plan(const std::string& rule, const std::string& backend, const py::list& param_groups,
            const py::dict& state, const py::dict& counters)
-    : rule_(find_rule(rule)), backend_(backend) {
+    : rule_(find_rule(rule)) {
   for (const HyperparameterName& it : rule_.hyperparameters) {
     names_.push_back(PyUnicode_InternFromString(it.name));
   }
@@ -87,7 +83,7 @@ Plan::Plan(const std::string& rule, const std::string& backend, const py::list& 
     if (counter != nullptr) add_counter(source, counter);
   }
   for (Partition& partition : partitions_) {
-    partition.lay_out(listed_.size(), on_cuda(partition));
+    partition.lay_out(listed_.size(), backend == "cuda" || partition.device.is_cuda());
   }
 }
 
@@ -105,14 +101,9 @@ void Plan::add_source(PyObject* object, uint32_t group) {
   if (!param.is_non_overlapping_and_dense()) {
     source.dense_strides = at::infer_dense_strides(param.sizes(), param.strides());
   }
-  auto partition = std::find_if(partitions_.begin(), partitions_.end(),
-                                [&](const Partition& it) { return it.device == source.device; });
-  if (partition == partitions_.end()) {
-    partition = partitions_.emplace(partition);
-    partition->device = source.device;
-  }
-  source.partition = static_cast<int>(partition - partitions_.begin());
-  source.index = static_cast<int>(partition->tensors.size());
+  source.partition = static_cast<int>(partition_on(source.device, partitions_));
+  Partition& partition = partitions_[source.partition];
+  source.index = static_cast<int>(partition.tensors.size());
 
   TensorEntry entry{};
   entry.param = param.data_ptr();
@@ -124,9 +115,9 @@ void Plan::add_source(PyObject* object, uint32_t group) {
   if (!same_layout(param.sizes(), param.strides(), source.dense_strides) || param.is_neg()) {
     at::Tensor dense = at::empty_strided(param.sizes(), source.dense_strides, param.options());
     entry.param = dense.data_ptr();
-    partition->dense_params.push_back({object, source.index, dense});
+    partition.dense_params.push_back({object, source.index, dense});
   }
-  partition->tensors.push_back(entry);
+  partition.tensors.push_back(entry);
   sources_.push_back(std::move(source));
 }
 

@@ -55,10 +55,6 @@ class Plan {
   bool refresh(const py::list& param_groups, const py::dict& state);
 
   const RuleInfo& rule() const { return rule_; }
-  // Without a backend of the caller's choice, a device's own.
-  bool on_cuda(const Partition& partition) const {
-    return backend_ == "cuda" || partition.device.is_cuda();
-  }
   std::vector<Partition>& partitions() { return partitions_; }
   // Owners of all that a pass reads and writes, for as long as Python may run beside it. Not the
   // tensors: another thread may give one of them other memory.
@@ -89,7 +85,6 @@ class Plan {
   bool gather_grad(Source& source);
 
   const RuleInfo& rule_;
-  const std::string backend_;
   std::vector<PyObject*> names_;          // of the hyperparameters
   std::vector<std::vector<int>> listed_;  // by group: the sources, in the order of its list
   std::vector<uint32_t> states_used_;     // by group

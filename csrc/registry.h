@@ -21,7 +21,7 @@ struct RuleInfo {
   unsigned (*states_used)(const Group&);
   void (*run_cpu)(const Pass&, const cpu::Schedule&, Phases);
 #if FUSEDOPT_WITH_CUDA
-  cudaError_t (*run_cuda)(const Pass&, const cuda::Launch&, Phases);
+  cudaError_t (*run_cuda)(const Pass&, cuda::Launch, Phases);
 #endif
 };
 

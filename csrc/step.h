@@ -21,10 +21,4 @@ struct StepRequest {
 bool step(Plan& plan, const py::list& param_groups, const py::dict& state,
           const StepRequest& request);
 
-// CUDA kernels are in this build. Whether there is a device to run them is torch's to say.
-bool built_with_cuda();
-
-// The device type that backend "cuda" runs on: "cpu" where CUDA is emulated, for tests.
-const char* cuda_device_type();
-
 }  // namespace fusedopt

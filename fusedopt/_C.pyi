@@ -9,6 +9,16 @@ cuda_device_type: str
 
 def cpu_isa() -> str: ...
 def prefer_huge_pages(tensor: Tensor) -> None: ...
+def clip_grads(
+    tensors: list[Tensor],
+    of_params: bool,
+    checked: bool,
+    backend: str,
+    max_norm: float,
+    norm_type: float,
+    skip_nonfinite: bool,
+    total_norm: Tensor | float | None,
+) -> tuple[Tensor | None, bool] | None: ...
 
 class Plan:
     def __init__(

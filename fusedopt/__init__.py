@@ -3,6 +3,7 @@
 from fusedopt import reference
 from fusedopt.adam import FusedAdam, FusedAdamW
 from fusedopt.checks import NonFiniteGradientError
+from fusedopt.clip_grad import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 from fusedopt.grad_scaler import GradScaler
 from fusedopt.nadam import FusedNAdam
 from fusedopt.optimizer import FusedOptimizer
@@ -20,5 +21,8 @@ __all__ = [
     "FusedSGD",
     "GradScaler",
     "NonFiniteGradientError",
+    "clip_grad_norm_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
     "reference",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import platform
 from collections.abc import Sequence
 from typing import Any
@@ -48,9 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         for device in devices_of(backend):
             print(f"{device}: {describe(device)}")
-            for cls in CLASSES:
-                ok = same_as_reference(cls, backend, device)
-                print(f"    {cls.__name__:12} {'ok' if ok else 'FAILED'}")
+            results = {cls.__name__: same_as_reference(cls, backend, device) for cls in CLASSES}
+            results["clip_grad_norm_"] = clips_as_reference(backend, device)
+            for name, ok in results.items():
+                print(f"    {name:15} {'ok' if ok else 'FAILED'}")
                 passed = passed and ok
     return 0 if passed else 1
 
@@ -75,6 +77,29 @@ def same_as_reference(
     actual = run(cls, backend, device)
     expected = run(cls, "reference", torch.device("cpu"))
     return all(torch.equal(a.cpu(), b) for a, b in zip(actual, expected, strict=True))
+
+
+def clips_as_reference(backend: Any, device: torch.device) -> bool:
+    """Whether clipping by itself gives the bits that the reference gives on the CPU."""
+    actual = clip(backend, device)
+    expected = clip("reference", torch.device("cpu"))
+    return all(torch.equal(a.cpu(), b) for a, b in zip(actual, expected, strict=True))
+
+
+def clip(backend: Any, device: torch.device) -> list[Tensor]:
+    """Norms of both fused orders and gradients clipped by them, as integers."""
+    results = []
+    for norm_type in (2.0, math.inf):
+        generator = torch.Generator().manual_seed(0)
+        params = []
+        for dtype in DTYPES:
+            for shape in SHAPES:
+                grad = torch.randn(shape, generator=generator).to(device, dtype)
+                params.append(torch.zeros_like(grad, requires_grad=True))
+                params[-1].grad = grad
+        results.append(fusedopt.clip_grad_norm_(params, 1.0, norm_type, backend=backend))
+        results += [param.grad for param in params]
+    return [bits(tensor) for tensor in results]
 
 
 def run(cls: Any, backend: str, device: torch.device) -> list[Tensor]:

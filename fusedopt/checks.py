@@ -76,39 +76,48 @@ def check_param(param: Tensor, name: str, backend: str | None) -> None:
         raise TypeError(f"{name} has layout {param.layout}; expected a dense tensor")
     if param.dtype not in DTYPES:
         raise TypeError(f"{name} is {param.dtype}; expected {DTYPE_NAMES}")
-    if param.device.type == "meta":
-        raise RuntimeError(f"{name} is on the meta device, without data; expected cpu or cuda")
-    if _overlaps_itself(param):
+    check_device(param, name, backend)
+    check_writable(param, name)
+
+
+def check_writable(tensor: Tensor, name: str) -> None:
+    """Refuses a tensor of which two elements are one."""
+    if _overlaps_itself(tensor):
         raise RuntimeError(
-            f"{name} has several elements in one memory location (shape {tuple(param.shape)}, "
-            f"strides {param.stride()}); expected a tensor that is not expanded: .contiguous()"
+            f"{name} has several elements in one memory location (shape {tuple(tensor.shape)}, "
+            f"strides {tensor.stride()}); expected a tensor that is not expanded: .contiguous()"
         )
-    if backend in ("cpu", "cuda"):
-        check_device(param, name, backend)
 
 
-def check_device(param: Tensor, name: str, backend: str) -> None:
+def check_device(tensor: Tensor, name: str, backend: str | None) -> None:
+    """Refuses a tensor without data, or not where the backend that was asked for runs."""
     from fusedopt.backends import device_type_of
 
-    if param.device.type != device_type_of(backend):
+    if tensor.device.type == "meta":
+        raise RuntimeError(f"{name} is on the meta device, without data; expected cpu or cuda")
+    if backend in ("cpu", "cuda") and tensor.device.type != device_type_of(backend):
         raise RuntimeError(
-            f"{name} is on {param.device}, and backend={backend!r} was asked for; expected all "
-            f"parameters on {device_type_of(backend)}"
+            f"{name} is on {tensor.device}, and backend={backend!r} was asked for; expected all "
+            f"tensors on {device_type_of(backend)}"
         )
+
+
+def check_readable(grad: Any, name: str) -> None:
+    """Refuses what is no gradient that a kernel can read. `name`: "the gradient of ..."."""
+    if not isinstance(grad, Tensor):
+        raise TypeError(f"{name} is a {type(grad).__name__}; expected a tensor")
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"{name} is sparse ({grad.layout}); sparse gradients are not supported")
+    if _is_subclass(grad):
+        raise TypeError(f"{name} is a {type(grad).__name__}; expected a plain tensor")
+    if grad.dtype not in DTYPES:
+        raise TypeError(f"{name} is {grad.dtype}; expected {DTYPE_NAMES}")
+    check_memory(grad, name)
 
 
 def check_grad(param: Tensor, grad: Tensor, name: str) -> None:
     """Refuses a gradient that the step can't read."""
-    if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"the gradient of {name} is sparse ({grad.layout}); sparse gradients are not supported"
-        )
-    if _is_subclass(grad):
-        raise TypeError(
-            f"the gradient of {name} is a {type(grad).__name__}; expected a plain tensor"
-        )
-    if grad.dtype not in DTYPES:
-        raise TypeError(f"the gradient of {name} is {grad.dtype}; expected {DTYPE_NAMES}")
+    check_readable(grad, f"the gradient of {name}")
     if grad.device != param.device:
         raise RuntimeError(
             f"the gradient of {name} is on {grad.device}; expected it on the parameter's "
@@ -119,7 +128,6 @@ def check_grad(param: Tensor, grad: Tensor, name: str) -> None:
             f"the gradient of {name} has shape {tuple(grad.shape)}; expected the parameter's "
             f"{tuple(param.shape)}"
         )
-    check_memory(grad, f"the gradient of {name}")
     check_memory(param, name)
 
 

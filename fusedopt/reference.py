@@ -163,19 +163,27 @@ def chunk_sums(param: Tensor, grad: Tensor | None) -> Tensor:
     return sum_in_lanes(squares.view(chunks, -1), ROW_BYTES // param.element_size())
 
 
-def sum_of_squares(params: Iterable[Tensor]) -> float:
-    """Of all gradients of these parameters, summed as the module's docstring says."""
+def sum_of_squares(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> float:
+    """Of all gradients of pairs (parameter, gradient), summed as the module's docstring says."""
     sums_by_device: dict[torch.device, list[Tensor]] = {}
-    for param in params:
-        sums_by_device.setdefault(param.device, []).append(chunk_sums(param, param.grad))
+    for param, grad in pairs:
+        sums_by_device.setdefault(param.device, []).append(chunk_sums(param, grad))
     total = 0.0
     for sums in sums_by_device.values():
         total += sum_in_lanes(torch.cat(sums), TOTAL_LANES).item()
     return total
 
 
+def clip_coefficient(max_norm: float, norm: float) -> float:
+    """What `torch.nn.utils.clip_grad_norm_` multiplies gradients by (Pascanu et al., 2013)."""
+    if max_norm == math.inf:
+        return 1.0
+    coef = max_norm / (norm + 1e-6)
+    return 1.0 if coef > 1.0 else coef  # nan stays nan
+
+
 def decide(request: Request, sum_of_squares: float) -> Decision:
-    """Clipping as `torch.nn.utils.clip_grad_norm_` does it (Pascanu et al., 2013), or a skip.
+    """Unscaling and clipping, or a skip.
 
     A float32 squared is exact in float64 and can't overflow: the sum is finite exactly when all
     gradients are (float64 gradients above 1e154 count as overflow).
@@ -184,10 +192,7 @@ def decide(request: Request, sum_of_squares: float) -> Decision:
     if request.grad_scale is not None:  # in a tensor, as Python's floats refuse to divide by zero
         inv_scale = request.grad_scale.float().double().reciprocal().item()
     grad_norm = math.sqrt(sum_of_squares) * inv_scale
-    clip_coef = 1.0
-    if request.max_grad_norm != math.inf:
-        coef = request.max_grad_norm / (grad_norm + 1e-6)
-        clip_coef = 1.0 if coef > 1.0 else coef  # nan stays nan
+    clip_coef = clip_coefficient(request.max_grad_norm, grad_norm)
     nonfinite = request.skip_nonfinite and not math.isfinite(sum_of_squares)
     skip = nonfinite or request.asks_for_skip()
     return Decision(grad_norm, clip_coef, inv_scale * clip_coef, skip)
@@ -214,7 +219,7 @@ def step(
 ) -> None:
     """One whole step. `control` (float64, shape (5,)) takes the readings; see `Control`."""
     pairs = list(distinct_params(param_groups))
-    total = sum_of_squares(param for _, param in pairs)
+    total = sum_of_squares((param, param.grad) for _, param in pairs)
     decision = decide(request, total if request.measure else 0.0)
     if not decision.skip:
         for group, param in pairs:
@@ -249,3 +254,47 @@ def update(
     param.copy_(new_param)
     for name, value in {**new_states, **scalars}.items():
         state[name].copy_(value)
+
+
+@torch.no_grad()
+def total_norm(grads: list[Tensor], norm_type: float) -> Tensor:
+    """The norm of the norms of all gradients: 0-d float64 on the first one's device.
+
+    Of order 2 it is summed as the module's docstring says. An empty gradient counts as zeros, but
+    with a negative order, where there is no such norm: torch raises a RuntimeError.
+    """
+    if norm_type == 2.0:
+        norm = math.sqrt(sum_of_squares((grad, grad) for grad in grads))
+        return torch.tensor(norm, dtype=torch.float64, device=grads[0].device)
+    norms = [
+        torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64).to(grads[0].device)
+        for grad in grads
+        if grad.numel() > 0 or norm_type < 0
+    ]
+    if not norms:
+        return torch.zeros((), dtype=torch.float64, device=grads[0].device)
+    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+
+
+@torch.no_grad()
+def clip_grads(
+    grads: list[Tensor],
+    max_norm: float,
+    norm_type: float,
+    skip_nonfinite: bool,
+    known_norm: Tensor | float | None,
+) -> tuple[Tensor | None, bool]:
+    """Clips gradients in place, each once however often it is listed.
+
+    Returns:
+        Their norm (0-d float64; None where there is no gradient), and whether one is float64.
+    """
+    if not grads:
+        return None, False
+    norm = total_norm(grads, norm_type) if known_norm is None else torch.as_tensor(known_norm)
+    norm = norm.to(grads[0].device, torch.float64).reshape(())
+    factor = clip_coefficient(max_norm, norm.item())
+    if factor != 1.0 and (norm.isfinite() or not skip_nonfinite):
+        for grad in {(grad.data_ptr(), grad.numel()): grad for grad in grads}.values():
+            grad.copy_(grad.to(compute_dtype(grad.dtype)) * factor)
+    return norm, any(grad.dtype == torch.float64 for grad in grads)

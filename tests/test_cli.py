@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -25,17 +26,18 @@ def test_report_and_self_check():
     assert lines[0].startswith(f"fusedopt {fusedopt.__version__}, torch {torch.__version__} ")
     assert lines[1].startswith("cpu: ")
     assert any(isa in lines[1] for isa in ("baseline", "avx2", "avx512"))
-    assert [line.split() for line in lines[2:7]] == [
+    assert [line.split() for line in lines[2:8]] == [
         ["FusedAdam", "ok"],
         ["FusedAdamW", "ok"],
         ["FusedNAdam", "ok"],
         ["FusedRMSprop", "ok"],
         ["FusedSGD", "ok"],
+        ["clip_grad_norm_", "ok"],
     ]
-    assert lines[7].startswith("cuda")
+    assert lines[8].startswith("cuda")
     reason = backends.why_missing("cuda")
     if reason is not None:
-        assert lines[7] == f"cuda: can't be used: {reason}"
+        assert lines[8] == f"cuda: can't be used: {reason}"
 
 
 def test_a_backend_that_was_asked_for_has_to_be_usable(monkeypatch, capsys):
@@ -57,7 +59,21 @@ def test_one_wrong_bit_is_reported(monkeypatch, capsys, cls):
     monkeypatch.setattr(reference, "update", off_by_one_bit)
     monkeypatch.setattr(cli, "CLASSES", (cls,))
     assert cli.main(["--backend", "cpu"]) == 1
-    assert f"    {cls.__name__:12} FAILED" in capsys.readouterr().out.splitlines()
+    assert f"    {cls.__name__:15} FAILED" in capsys.readouterr().out.splitlines()
+
+
+def test_one_wrong_bit_of_clipping_is_reported(monkeypatch, capsys):
+    clip_grads = reference.clip_grads
+
+    def off_by_one_bit(grads, max_norm, norm_type, *rest):
+        result = clip_grads(grads, max_norm, norm_type, *rest)
+        if norm_type == math.inf:
+            grads[2].view(torch.int32)[-1, -1] ^= 1
+        return result
+
+    monkeypatch.setattr(reference, "clip_grads", off_by_one_bit)
+    assert cli.main(["--backend", "cpu"]) == 1
+    assert "    clip_grad_norm_ FAILED" in capsys.readouterr().out.splitlines()
 
 
 def test_every_optimizer_is_checked():

@@ -17,9 +17,6 @@ import fusedopt
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-# Described, and not merged yet: a block that uses one of these can't run.
-NOT_YET = {"clip_grad_norm_"}
-
 
 def sections(path: Path) -> list[tuple[str, list[str]]]:
     """Each section's heading and its blocks of Python."""
@@ -99,8 +96,6 @@ def test_code_runs(heading, blocks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = names_for(heading, tmp_path / "output")
     for block in blocks:
-        if not NOT_YET.isdisjoint(re.findall(r"fusedopt\.(\w+)", block)):
-            continue
         names["loss"] = names["model"](names["inputs"]).square().mean()
         exec(compile(block, f"<{heading}>", "exec"), names)
         if "apex_checkpoint" in block or "bitsandbytes_checkpoint" in block:
@@ -113,15 +108,11 @@ def test_code_runs(heading, blocks, tmp_path, monkeypatch):
             assert all((state["exp_avg"] > 0.5).all() for state in states.values())
 
 
-def test_nothing_that_exists_is_left_out():
-    assert not [name for name in NOT_YET if hasattr(fusedopt, name)]
-
-
 def test_every_name_in_the_docs_exists():
     for path in FILES:
         used = set(re.findall(r"fusedopt\.(\w+)", path.read_text()))
         modules = {"egg", "reference"}
-        missing = {name for name in used - modules - NOT_YET if not hasattr(fusedopt, name)}
+        missing = {name for name in used - modules if not hasattr(fusedopt, name)}
         assert not missing, f"{path.name} speaks of {missing}"
 
 

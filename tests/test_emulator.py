@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import shlex
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from cases import CLASSES, DTYPES, make_params, set_grads
 from conftest import emulated
 
+import fusedopt
 from fusedopt import backends
 
 EMULATOR = Path(__file__).parent / "emulator"
@@ -61,20 +64,32 @@ def optimizer_of(case, tensors, **kwargs):
 @pytest.mark.parametrize("tensors", [1, 3, 400])
 @pytest.mark.parametrize("case", CLASSES, ids=str)
 def test_a_step_launches_two_kernels_however_many_tensors(launches, case, tensors):
+    """And before the first step one that carries the tables."""
     for kwargs in ({"max_grad_norm": 1.0}, {"nonfinite": "skip"}):
         optimizer = optimizer_of(case, tensors, **kwargs)
-        assert [launches(optimizer.step) for _ in range(3)] == [2, 2, 2]
+        assert [launches(optimizer.step) for _ in range(3)] == [3, 2, 2]
 
 
 @pytest.mark.parametrize("tensors", [1, 3, 400])
 @pytest.mark.parametrize("case", CLASSES, ids=str)
 def test_one_kernel_where_nothing_depends_on_the_norm(launches, case, tensors):
     optimizer = optimizer_of(case, tensors)
-    assert [launches(optimizer.step) for _ in range(3)] == [1, 1, 1]
+    assert [launches(optimizer.step) for _ in range(3)] == [2, 1, 1]
 
 
 def test_a_skipped_step_launches_no_more(launches):
     optimizer = optimizer_of(CLASSES[0], 3, max_grad_norm=1.0)
+    optimizer.step()
     optimizer.param_groups[0]["params"][0].grad.fill_(torch.inf)
     assert launches(optimizer.step) == 2
     assert optimizer.step_skipped
+
+
+@pytest.mark.parametrize(("tensors", "uploads"), [(1, 1), (400, 1), (1000, 3)])
+def test_clipping_launches_two_kernels_and_those_that_carry_its_tables(launches, tensors, uploads):
+    """72 bytes per small tensor, 32 KB per launch."""
+    params = make_params([(33,)] * tensors)
+    set_grads(params, seed=0)
+    for norm_type in (2.0, math.inf):
+        call = partial(fusedopt.clip_grad_norm_, params, 1.0, norm_type, backend="cuda")
+        assert [launches(call) for _ in range(2)] == [2 + uploads] * 2

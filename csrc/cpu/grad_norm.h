@@ -1,26 +1,28 @@
-// The sum of a chunk's squares, and the sum of all chunks' sums: both in lanes.
+// A chunk's sum of squares or largest magnitude, and that of all chunks: both in lanes.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "../math/convert.h"
+#include "../math/norm.h"
 #include "../params.h"
 
 namespace fusedopt::cpu {
 
-// Every sum is that of two neighboring terms.
-FUSEDOPT_INLINE void add_neighbors(const double* __restrict terms, double* __restrict sums,
-                                   int64_t count) {
-  for (int64_t i = 0; i < count; ++i) sums[i] = terms[2 * i] + terms[2 * i + 1];
+// Every result is that of two neighboring terms.
+template <class Norm>
+FUSEDOPT_INLINE void combine_neighbors(const double* __restrict terms, double* __restrict results,
+                                       int64_t count) {
+  for (int64_t i = 0; i < count; ++i) results[i] = Norm::combine(terms[2 * i], terms[2 * i + 1]);
 }
 
-// Lanes of a sum: term i is added to lane i % kLanes; then neighboring lanes are added, then
-// neighbors of these, until one is left.
-template <int64_t kLanes>
-class LaneSum {
+// Lanes of a sum (or of a maximum): term i is added to lane i % kLanes; then neighboring lanes are
+// added, then neighbors of these, until one is left.
+template <class Norm, int64_t kLanes>
+class Lanes {
  public:
-  // Terms [first, first + count) of the sum, of which first is a multiple of kLanes.
+  // Terms [first, first + count), of which first is a multiple of kLanes.
   template <class Term>
   FUSEDOPT_INLINE void add_row(Term term, int64_t first, int64_t count) {
     if (first == 0) {
@@ -29,7 +31,9 @@ class LaneSum {
       return;
     }
 #pragma GCC ivdep
-    for (int64_t lane = 0; lane < count; ++lane) lanes_[lane] += term(first + lane);
+    for (int64_t lane = 0; lane < count; ++lane) {
+      lanes_[lane] = Norm::combine(lanes_[lane], term(first + lane));
+    }
   }
 
   template <class Term>
@@ -47,10 +51,10 @@ class LaneSum {
     for (int64_t lane = used_; lane < width; ++lane) lanes_[lane] = 0;
     alignas(64) double other[kLanes / 2];
     for (; width > 2; width /= 4) {
-      add_neighbors(lanes_, other, width / 2);
-      add_neighbors(other, lanes_, width / 4);
+      combine_neighbors<Norm>(lanes_, other, width / 2);
+      combine_neighbors<Norm>(other, lanes_, width / 4);
     }
-    return width == 2 ? lanes_[0] + lanes_[1] : lanes_[0];
+    return width == 2 ? Norm::combine(lanes_[0], lanes_[1]) : lanes_[0];
   }
 
  private:
@@ -58,29 +62,27 @@ class LaneSum {
   int64_t used_ = 0;
 };
 
-template <class grad_t>
-struct Square {
+template <class Norm, class grad_t>
+struct Term {
   const grad_t* grads;
-  FUSEDOPT_INLINE double operator()(int64_t i) const {
-    const double value = widen(grads[i]);
-    return value * value;
-  }
+  FUSEDOPT_INLINE double operator()(int64_t i) const { return Norm::term(widen(grads[i])); }
 };
 
 template <class param_t>
-inline constexpr int64_t kSquareLanes = kRowBytes / sizeof(param_t);
+inline constexpr int64_t kNormLanes = kRowBytes / sizeof(param_t);
 
-template <class param_t, class grad_t>
-struct SumOfSquares {
-  static FUSEDOPT_INLINE void run(const grad_t* grads, int64_t count, double* sum) {
-    LaneSum<kSquareLanes<param_t>> lanes;
-    lanes.add(Square<grad_t>{grads}, count);
-    *sum = lanes.fold();
+template <class Norm, class param_t, class grad_t>
+struct ChunkNorm {
+  static FUSEDOPT_INLINE void run(const grad_t* grads, int64_t count, double* result) {
+    Lanes<Norm, kNormLanes<param_t>> lanes;
+    lanes.add(Term<Norm, grad_t>{grads}, count);
+    *result = lanes.fold();
   }
 };
 
-inline double total(const double* chunk_sums, int64_t num_chunks) {
-  LaneSum<kTotalLanes> lanes;
+template <class Norm>
+double total(const double* chunk_sums, int64_t num_chunks) {
+  Lanes<Norm, kTotalLanes> lanes;
   lanes.add([=](int64_t i) { return chunk_sums[i]; }, num_chunks);
   return lanes.fold();
 }

@@ -12,16 +12,24 @@ namespace fusedopt::cpu {
 
 namespace {
 
-double sum_of_squares(const Pass& pass, Isa isa, Chunk chunk) {
+// What a chunk adds to the norm: the sum of its squares, or its largest magnitude.
+template <class Norm>
+double chunk_norm(const Pass& pass, Isa isa, Chunk chunk) {
   const TensorEntry& tensor = pass.tensors[chunk.tensor];
-  double sum = 0;
+  double result = 0;
   visit_types(tensor, [&](auto types) {
     using param_t = typename decltype(types)::param_t;
     using grad_t = typename decltype(types)::grad_t;
     const auto* grad = static_cast<const grad_t*>(pass.grads[chunk.tensor]) + chunk.begin();
-    run_best<SumOfSquares<param_t, grad_t>>(isa, grad, chunk.size(tensor.numel), &sum);
+    run_best<ChunkNorm<Norm, param_t, grad_t>>(isa, grad, chunk.size(tensor.numel), &result);
   });
-  return sum;
+  return result;
+}
+
+double total_of_chunks(const Pass& pass) {
+  return visit_norm(pass.options.norm_type, [&](auto norm) {
+    return total<decltype(norm)>(pass.chunk_sums, pass.num_chunks);
+  });
 }
 
 // What a thread keeps between chunks: the last tensor's coefficients, as most tensors share them.
@@ -108,7 +116,7 @@ void finish(const Pass& pass, Decision decision) {
     if (pass.grads[i] != nullptr) advance<Rule>(tensor, pass.groups[tensor.group]);
   }
   if (!pass.options.measure) {
-    pass.control->sum_of_squares = total(pass.chunk_sums, pass.num_chunks);
+    pass.control->sum_of_squares = total_of_chunks(pass);
     decision = decide(pass.options, pass.control->sum_of_squares);
   }
   record(*pass.control, decision, pass.control->sum_of_squares);
@@ -147,13 +155,16 @@ void run(const Pass& pass, const Schedule& schedule, Phases phases) {
 #pragma omp parallel num_threads(schedule.threads)
   {
     if (measures) {
-      walk(pass, schedule, next_to_measure, false,
-           [&](int64_t i) { pass.chunk_sums[i] = sum_of_squares(pass, isa, pass.chunks[i]); });
+      visit_norm(pass.options.norm_type, [&](auto norm) {
+        walk(pass, schedule, next_to_measure, false, [&](int64_t i) {
+          pass.chunk_sums[i] = chunk_norm<decltype(norm)>(pass, isa, pass.chunks[i]);
+        });
+      });
 #pragma omp barrier
     }
 #pragma omp single
     {
-      if (measures) pass.control->sum_of_squares = total(pass.chunk_sums, pass.num_chunks);
+      if (measures) pass.control->sum_of_squares = total_of_chunks(pass);
       decision = decide(pass.options, pass.options.measure ? pass.control->sum_of_squares : 0.0);
     }
     if (updates && !decision.skip) {

@@ -27,11 +27,11 @@ struct Update {
     if (sum == nullptr) {
       return update(*tensor, grads, chunk.begin(), size, c, grad_factor, kAllStates);
     }
-    constexpr int64_t kLanes = kSquareLanes<typename types::param_t>;
-    LaneSum<kLanes> lanes;
+    constexpr int64_t kLanes = kNormLanes<typename types::param_t>;
+    Lanes<SumOfSquares, kLanes> lanes;
     for (int64_t first = 0; first < size; first += kLanes) {
       const int64_t count = std::min(size - first, kLanes);
-      lanes.add_row(Square<grad_t>{grads}, first, count);
+      lanes.add_row(Term<SumOfSquares, grad_t>{grads}, first, count);
       update(*tensor, grads + first, chunk.begin() + first, count, c, grad_factor, kAllStates);
     }
     *sum = lanes.fold();
@@ -42,11 +42,12 @@ struct Update {
                                      int64_t count, const Coefficients c, const T grad_factor,
                                      std::index_sequence<k...>) {
     auto* const params = static_cast<typename types::param_t*>(tensor.param) + begin;
-    typename types::state_t* const states[] = {first<k>(tensor, begin)...};
+    [[maybe_unused]]
+    typename types::state_t* const states[state_slots<Rule>] = {first<k>(tensor, begin)...};
 #pragma GCC ivdep
     for (int64_t i = 0; i < count; ++i) {
       T param = widen(params[i]);
-      T state[] = {load<k>(states[k], i)...};
+      T state[state_slots<Rule>] = {load<k>(states[k], i)...};
       Rule::template update<kUsed>(c, widen(grads[i]) * grad_factor, param, state[k]...);
       params[i] = narrow<typename types::param_t>(param);
       (store<k>(states[k], i, state[k]), ...);

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../math/norm.h"
 #include "../params.h"
 
 namespace fusedopt::cuda {
@@ -14,39 +15,51 @@ inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 static_assert(kThreads == kTotalLanes, "a thread holds one lane of the sum of all chunks");
 
-// The sum over all threads, in thread 0. Neighbors are added first, then neighbors of these: the
-// same tree as on the CPU.
-__device__ inline double block_sum(double value) {
+// Neighboring lanes are combined, then neighbors of these, until one is left.
+template <class Norm, int kCount>
+__device__ double fold(double (&lanes)[kCount]) {
+#pragma unroll
+  for (int width = kCount; width > 1; width /= 2) {
+#pragma unroll
+    for (int k = 0; k < width / 2; ++k) lanes[k] = Norm::combine(lanes[2 * k], lanes[2 * k + 1]);
+  }
+  return lanes[0];
+}
+
+// The sum (or the maximum) over all threads, in thread 0. Neighbors are combined first, then
+// neighbors of these: the same tree as on the CPU.
+template <class Norm>
+__device__ double block_total(double value) {
   __shared__ double warps[kThreads / kWarpSize];
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    value += __shfl_xor_sync(kAllLanes, value, distance);
+    value = Norm::combine(value, __shfl_xor_sync(kAllLanes, value, distance));
   }
   if (threadIdx.x % kWarpSize == 0) warps[threadIdx.x / kWarpSize] = value;
   __syncthreads();
-  double sum = 0;
+  double result = 0;
   if (threadIdx.x == 0) {
-    sum = ((warps[0] + warps[1]) + (warps[2] + warps[3])) +
-          ((warps[4] + warps[5]) + (warps[6] + warps[7]));
+    double lanes[kThreads / kWarpSize];
+#pragma unroll
+    for (int k = 0; k < kThreads / kWarpSize; ++k) lanes[k] = warps[k];
+    result = fold<Norm>(lanes);
   }
-  __syncthreads();  // the next sum may overwrite warps
-  return sum;
+  __syncthreads();  // the next total may overwrite warps
+  return result;
 }
 
-template <int kVector>
-__device__ inline double block_sum(double (&lanes)[kVector]) {
-#pragma unroll
-  for (int width = kVector; width > 1; width /= 2) {
-#pragma unroll
-    for (int k = 0; k < width / 2; ++k) lanes[k] = lanes[2 * k] + lanes[2 * k + 1];
-  }
-  return block_sum(lanes[0]);
+template <class Norm, int kCount>
+__device__ double block_total(double (&lanes)[kCount]) {
+  return block_total<Norm>(fold<Norm>(lanes));
 }
 
-// The sum of all chunks' sums, in thread 0. They come from other blocks: past the L1 cache.
-__device__ inline double total(const double* chunk_sums, int64_t num_chunks) {
+// The total of all chunks, in thread 0. They come from other blocks: past the L1 cache.
+template <class Norm>
+__device__ double total(const double* chunk_sums, int64_t num_chunks) {
   double lane = 0;
-  for (int64_t i = threadIdx.x; i < num_chunks; i += kThreads) lane += __ldcg(chunk_sums + i);
-  return block_sum(lane);
+  for (int64_t i = threadIdx.x; i < num_chunks; i += kThreads) {
+    lane = Norm::combine(lane, __ldcg(chunk_sums + i));
+  }
+  return block_total<Norm>(lane);
 }
 
 // True in the last block to arrive, which then sees what all others wrote.

@@ -1,4 +1,5 @@
-// The norm pass: every chunk's sum of squares; the last block to finish adds them up.
+// The norm pass: every chunk's sum of squares or largest magnitude; the last block to finish adds
+// them up, or takes the largest.
 #pragma once
 
 #include "../dispatch.h"
@@ -8,14 +9,14 @@
 
 namespace fusedopt::cuda {
 
-template <class param_t, class grad_t>
-__device__ double sum_of_squares(const void* grad, Chunk chunk, int size) {
+template <class Norm, class param_t, class grad_t>
+__device__ double chunk_norm(const void* grad, Chunk chunk, int size) {
   constexpr int kVector = vector_size<param_t>;
   constexpr int kRow = kThreads * kVector;
   constexpr int kRowsInFlight = 4;
   const Stretch<grad_t, kVector> grads(grad, chunk.begin());
   const int aligned_size = grads.aligned() ? size : 0;
-  SquareLanes<kVector> lanes;
+  Lanes<Norm, kVector> lanes;
   int first = threadIdx.x * kVector;
 #pragma unroll 1
   for (; first + (kRowsInFlight - 1) * kRow + kVector <= aligned_size;
@@ -28,34 +29,36 @@ __device__ double sum_of_squares(const void* grad, Chunk chunk, int size) {
   }
 #pragma unroll 1
   for (; first < size; first += kRow) lanes.add(grads.load_some(first, size));
-  return block_sum(lanes.at);
+  return block_total<Norm>(lanes.at);
 }
 
-// The sum of one chunk's squares in thread 0; 0 where there is no gradient.
-__device__ inline double sum_of_squares(const Pass& pass, Chunk chunk) {
+// What one chunk adds to the norm, in thread 0; 0 where there is no gradient.
+template <class Norm>
+__device__ double chunk_norm(const Pass& pass, Chunk chunk) {
   const TensorEntry& tensor = pass.tensors[chunk.tensor];
   const void* grad = pass.grads[chunk.tensor];
-  double sum = 0;
-  if (grad == nullptr) return sum;
+  double result = 0;
+  if (grad == nullptr) return result;
   visit_types(tensor, [&](auto types) {
     using param_t = typename decltype(types)::param_t;
     using grad_t = typename decltype(types)::grad_t;
-    sum = sum_of_squares<param_t, grad_t>(grad, chunk, static_cast<int>(chunk.size(tensor.numel)));
+    const int size = static_cast<int>(chunk.size(tensor.numel));
+    result = chunk_norm<Norm, param_t, grad_t>(grad, chunk, size);
   });
-  return sum;
+  return result;
 }
 
-template <size_t kBytes>
+template <class Norm, size_t kBytes>
 __global__ void __launch_bounds__(kThreads, 4)
     grad_norm_kernel(const __grid_constant__ Arguments<kBytes> arguments) {
   arguments.leave();  // for the update pass
   const Pass pass = arguments.on_device();
   for (int64_t i = blockIdx.x; i < pass.num_chunks; i += gridDim.x) {
-    const double sum = sum_of_squares(pass, pass.chunks[i]);
+    const double sum = chunk_norm<Norm>(pass, pass.chunks[i]);
     if (threadIdx.x == 0) pass.chunk_sums[i] = sum;
   }
   if (!is_last_block(arguments.ticket)) return;
-  const double sum = total(pass.chunk_sums, pass.num_chunks);
+  const double sum = total<Norm>(pass.chunk_sums, pass.num_chunks);
   if (threadIdx.x == 0) pass.control->sum_of_squares = sum;
 }
 

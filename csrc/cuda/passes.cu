@@ -76,34 +76,44 @@ Arguments<kBytes> make_arguments(const Pass& pass, unsigned* ticket, void* movin
   return arguments;
 }
 
-cudaError_t upload(const Pass& pass, const Launch& launch) {
-  const size_t size = total_bytes(pass);
+// `fill(offset, size, to)` copies that part of the table.
+template <class Fill>
+cudaError_t upload_pieces(void* to, size_t size, cudaStream_t stream, Fill fill) {
   for (size_t offset = 0; offset < size; offset += kLarge) {
     Piece piece;
-    piece.to = static_cast<unsigned char*>(launch.moving) + offset;
-    piece.size = std::min(kLarge, size - offset);
-    copy_moving(pass, offset, piece.size, piece.bytes);
-    FUSEDOPT_RETURN_IF_ERROR(launch_kernel(upload_kernel, 1, launch.stream, piece));
+    const size_t part = std::min(kLarge, size - offset);
+    piece.to = reinterpret_cast<uint64_t*>(static_cast<unsigned char*>(to) + offset);
+    piece.words = part / sizeof(uint64_t);
+    fill(offset, part, reinterpret_cast<unsigned char*>(piece.from));
+    FUSEDOPT_RETURN_IF_ERROR(launch_kernel(upload_kernel, 1, stream, piece));
   }
   return cudaSuccess;
 }
 
+cudaError_t upload_moving(const Pass& pass, const Launch& launch) {
+  return upload_pieces(
+      launch.moving, total_bytes(pass), launch.stream,
+      [&](size_t offset, size_t size, unsigned char* to) { copy_moving(pass, offset, size, to); });
+}
+
+template <class Norm>
 cudaError_t measure(const Pass& pass, const Launch& launch) {
   unsigned* ticket = launch.tickets;
   const size_t size = total_bytes(pass);
   if (size > kSmall && size <= kLarge) {
-    return launch_pass(grad_norm_kernel<kLarge>, launch,
+    return launch_pass(grad_norm_kernel<Norm, kLarge>, launch,
                        make_arguments<kLarge>(pass, ticket, nullptr, launch.moving));
   }
-  if (size > kLarge) FUSEDOPT_RETURN_IF_ERROR(upload(pass, launch));
-  return launch_pass(grad_norm_kernel<kSmall>, launch,
+  if (size > kLarge) FUSEDOPT_RETURN_IF_ERROR(upload_moving(pass, launch));
+  return launch_pass(grad_norm_kernel<Norm, kSmall>, launch,
                      make_arguments<kSmall>(pass, ticket, launch.moving, nullptr));
 }
 
 template <class Rule>
 cudaError_t update(const Pass& pass, const Launch& launch) {
-  const bool measured = pass.options.measure;  // then what moves has been left on the device
-  if (launch.moving != nullptr && !measured) FUSEDOPT_RETURN_IF_ERROR(upload(pass, launch));
+  if (launch.moving != nullptr && !launch.moving_is_there) {
+    FUSEDOPT_RETURN_IF_ERROR(upload_moving(pass, launch));
+  }
   return launch_pass(update_kernel<Rule>, launch,
                      make_arguments<kSmall>(pass, launch.tickets + 1, launch.moving, nullptr));
 }
@@ -115,18 +125,27 @@ size_t moving_bytes(const Pass& pass) {
   return size <= kSmall ? 0 : size;
 }
 
+cudaError_t upload(int device, cudaStream_t stream, void* to, const void* from, size_t size) {
+  const DeviceScope scope(device);
+  FUSEDOPT_RETURN_IF_ERROR(scope.error);
+  return upload_pieces(to, size, stream, [&](size_t offset, size_t part, unsigned char* piece) {
+    memcpy(piece, static_cast<const unsigned char*>(from) + offset, part);
+  });
+}
+
 template <class Rule>
-cudaError_t run(const Pass& pass, const Launch& launch, Phases phases) {
+cudaError_t run(const Pass& pass, Launch launch, Phases phases) {
   const DeviceScope scope(launch.device);
   FUSEDOPT_RETURN_IF_ERROR(scope.error);
   if (phases != Phases::kUpdate && pass.options.measure) {
-    FUSEDOPT_RETURN_IF_ERROR(measure(pass, launch));
+    FUSEDOPT_RETURN_IF_ERROR(visit_norm(
+        pass.options.norm_type, [&](auto norm) { return measure<decltype(norm)>(pass, launch); }));
+    launch.moving_is_there = true;
   }
   return phases == Phases::kMeasure ? cudaSuccess : update<Rule>(pass, launch);
 }
 
-#define FUSEDOPT_INSTANTIATE(Rule) \
-  template cudaError_t run<Rule>(const Pass&, const Launch&, Phases);
+#define FUSEDOPT_INSTANTIATE(Rule) template cudaError_t run<Rule>(const Pass&, Launch, Phases);
 FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_INSTANTIATE)
 
 }  // namespace fusedopt::cuda

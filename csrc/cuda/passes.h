@@ -15,6 +15,7 @@ struct Launch {
   cudaStream_t stream;
   unsigned* tickets;  // one per pass, zero: counts the blocks that are done, and ends at zero again
   void* moving;       // moving_bytes(pass) of them, or null where 0 are needed
+  bool moving_is_there;  // left by this step's norm pass
 };
 
 // What moves from step to step (gradient pointers, hyperparameters) travels in the kernels'
@@ -25,6 +26,9 @@ size_t moving_bytes(const Pass& pass);
 
 // Of the pass, `groups` and `grads` lie in host memory, all else on the device.
 template <class Rule>
-cudaError_t run(const Pass& pass, const Launch& launch, Phases phases);
+cudaError_t run(const Pass& pass, Launch launch, Phases phases);
+
+// A copy of host memory, in kernels' arguments as above: 32 KB a launch. `size` is a multiple of 8.
+cudaError_t upload(int device, cudaStream_t stream, void* to, const void* from, size_t size);
 
 }  // namespace fusedopt::cuda

@@ -26,7 +26,7 @@ struct ChunkUpdate {
   struct Elements {
     Vector<param_t, kVector> param;
     Vector<grad_t, kVector> grad;
-    Vector<state_t, kVector> state[kStates];
+    Vector<state_t, kVector> state[state_slots<Rule>];
   };
 
   template <int kVector>
@@ -77,7 +77,7 @@ struct ChunkUpdate {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       T param = widen(elements.param.at[i]);
-      T state[] = {used(k) ? widen(elements.state[k].at[i]) : T(0)...};
+      T state[state_slots<Rule>] = {used(k) ? widen(elements.state[k].at[i]) : T(0)...};
       Rule::template update<kUsed>(c, widen(elements.grad.at[i]) * grad_factor, param, state[k]...);
       elements.param.at[i] = narrow<param_t>(param);
       ((used(k) ? void(elements.state[k].at[i] = narrow<state_t>(state[k])) : void()), ...);
@@ -174,7 +174,7 @@ __device__ void finish(const Pass& pass, Decision decision) {
     if (pass.grads[t] != nullptr) advance<Rule>(tensor, pass.groups[tensor.group]);
   }
   double sum = 0;
-  if (!pass.options.measure) sum = total(pass.chunk_sums, pass.num_chunks);
+  if (!pass.options.measure) sum = total<SumOfSquares>(pass.chunk_sums, pass.num_chunks);
   if (threadIdx.x == 0) {
     if (pass.options.measure) sum = pass.control->sum_of_squares;
     record(*pass.control, pass.options.measure ? decision : decide(pass.options, sum), sum);
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int64_t i = pass.num_chunks - 1 - blockIdx.x; i >= 0 && !decision.skip; i -= gridDim.x) {
     const Chunk chunk = pass.chunks[i];
     if (!pass.options.measure) {
-      const double sum = sum_of_squares(pass, chunk);
+      const double sum = chunk_norm<SumOfSquares>(pass, chunk);
       if (threadIdx.x == 0) pass.chunk_sums[i] = sum;
     }
     if (pass.grads[chunk.tensor] != nullptr) {

@@ -50,17 +50,16 @@ struct Stretch {
   }
 };
 
-// A thread's lanes of the sum of squares: one per element of its vector.
-template <int kVector>
-struct SquareLanes {
+// A thread's lanes of the norm: one per element of its vector.
+template <class Norm, int kVector>
+struct Lanes {
   double at[kVector] = {};
 
   template <class grad_t>
   __device__ void add(const Vector<grad_t, kVector>& grad) {
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
-      const double value = widen(grad.at[k]);
-      at[k] += value * value;
+      at[k] = Norm::combine(at[k], Norm::term(widen(grad.at[k])));
     }
   }
 };

@@ -7,6 +7,9 @@
 
 namespace fusedopt {
 
+// What the norm pass measures: the sum of squares, or the norm itself (the largest magnitude).
+enum class NormType { kL2, kInf };
+
 // What the caller asks of a step, the same for every tensor.
 struct StepOptions {
   double max_grad_norm;     // infinity: never clip
@@ -14,12 +17,14 @@ struct StepOptions {
   bool measure;             // the norm is known before the update (else the update pass sums it up)
   const float* grad_scale;  // null, or what the loss was multiplied by
   const float* found_inf;   // null, or non-zero when the caller asks for a skip
+  NormType norm_type;       // of the norm that `max_grad_norm` limits
+  bool only_scales;         // nothing but the gradients changes: a factor of 1 leaves nothing to do
 };
 
 // What a step leaves behind. All are doubles, so that Python reads the struct as one float64
 // tensor.
 struct StepControl {
-  double sum_of_squares;  // of the gradients as they are, before unscaling
+  double sum_of_squares;  // of the gradients as they are, before unscaling (or their inf norm)
   double grad_norm;       // after unscaling, before clipping
   double clip_coef;
   double step_skipped;   // 0 or 1
@@ -40,7 +45,9 @@ FUSEDOPT_INLINE Decision decide(const StepOptions& options, double sum_of_square
   const double inv_scale =
       options.grad_scale ? 1.0 / static_cast<double>(*options.grad_scale) : 1.0;
   Decision decision;
-  decision.grad_norm = std::sqrt(sum_of_squares) * inv_scale;
+  const double norm =
+      options.norm_type == NormType::kL2 ? std::sqrt(sum_of_squares) : sum_of_squares;
+  decision.grad_norm = norm * inv_scale;
   decision.clip_coef = 1.0;
   if (options.max_grad_norm != HUGE_VAL) {
     const double coef = options.max_grad_norm / (decision.grad_norm + 1e-6);
@@ -49,7 +56,8 @@ FUSEDOPT_INLINE Decision decide(const StepOptions& options, double sum_of_square
   decision.grad_factor = inv_scale * decision.clip_coef;
   const bool told_to_skip = options.found_inf != nullptr && *options.found_inf != 0.0f;
   const bool finite = sum_of_squares - sum_of_squares == 0.0;  // false for inf and nan
-  decision.skip = told_to_skip || (options.skip_nonfinite && !finite);
+  const bool nothing_to_do = options.only_scales && decision.grad_factor == 1.0;
+  decision.skip = told_to_skip || (options.skip_nonfinite && !finite) || nothing_to_do;
   return decision;
 }
 

@@ -1,0 +1,125 @@
+#include "run.h"
+
+#include <ATen/Parallel.h>
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace fusedopt {
+
+namespace {
+
+#if !defined(FUSEDOPT_CUDA_DEVICE)
+#define FUSEDOPT_CUDA_DEVICE c10::kCUDA
+#endif
+
+using Owners = c10::function_ref<std::vector<c10::Storage>()>;
+
+// Under this many elements a thread costs more to wake than it saves.
+constexpr int64_t kElementsPerThread = 32768;
+
+// A forked child has none of its parent's threads, and GNU's OpenMP would wait for them forever.
+std::atomic<bool> in_forked_child{false};
+[[maybe_unused]] const int at_fork =
+    pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
+
+// Above this many elements a step is long enough to let other Python threads run meanwhile.
+constexpr int64_t kElementsToReleaseGil = 1 << 20;
+
+int64_t num_elements(const Partition& partition) {
+  int64_t count = 0;
+  for (size_t t = 0; t < partition.tensors.size(); ++t) {
+    if (partition.grads[t] != nullptr) count += partition.tensors[t].numel;
+  }
+  return count;
+}
+
+void run_on_cpu(const RuleInfo& rule, const Partition& partition, const Pass& pass, Phases phases,
+                Owners owners) {
+  const int64_t elements = num_elements(partition);
+  const int64_t worthwhile = std::max<int64_t>(1, elements / kElementsPerThread);
+  const int threads = at::in_parallel_region() || in_forked_child
+                          ? 1
+                          : static_cast<int>(std::min<int64_t>(at::get_num_threads(), worthwhile));
+  const cpu::Schedule schedule{partition.spans, threads};
+  if (elements < kElementsToReleaseGil) return rule.run_cpu(pass, schedule, phases);
+  const std::vector<c10::Storage> alive = owners();
+  const py::gil_scoped_release release;
+  rule.run_cpu(pass, schedule, phases);
+}
+
+#if FUSEDOPT_WITH_CUDA
+void run_on_cuda(const RuleInfo& rule, Partition& partition, const Pass& pass, Phases phases) {
+  cuda::Launch launch{};
+  launch.device = device_index(partition.device);
+  launch.stream = current_stream(partition.device);
+  launch.tickets = partition.tables.tickets();
+  if (const size_t bytes = cuda::moving_bytes(pass); bytes > 0) {
+    launch.moving_is_there = phases == Phases::kUpdate && partition.moving.defined();
+    if (!launch.moving_is_there) {
+      partition.moving = at::empty({static_cast<int64_t>(bytes)},
+                                   at::TensorOptions(partition.device).dtype(at::kByte));
+    }
+    launch.moving = partition.moving.data_ptr();
+  }
+  check_launch(rule.run_cuda(pass, launch, phases), partition.device);
+  if (phases != Phases::kMeasure) partition.moving.reset();
+}
+#endif
+
+void run_one(const RuleInfo& rule, Partition& partition, const Pass& pass, Phases phases,
+             Owners owners) {
+#if FUSEDOPT_WITH_CUDA
+  if (partition.on_cuda) return run_on_cuda(rule, partition, pass, phases);
+#endif
+  run_on_cpu(rule, partition, pass, phases, owners);
+}
+
+at::Tensor sum_of(const Partition& partition) {
+  return control_slot(partition, offsetof(StepControl, sum_of_squares));
+}
+
+// What each device has measured becomes what all have, combined in the order of the devices.
+void combine_devices(std::vector<Partition>& partitions, NormType norm_type) {
+  at::Tensor total = sum_of(partitions[0]).clone();
+  for (size_t i = 1; i < partitions.size(); ++i) {
+    const at::Tensor other = sum_of(partitions[i]).to(total.device());
+    total = norm_type == NormType::kL2 ? total.add(other) : total.maximum(other);
+  }
+  for (Partition& partition : partitions) sum_of(partition).copy_(total);
+}
+
+}  // namespace
+
+void run(const RuleInfo& rule, std::vector<Partition>& partitions, const std::vector<Pass>& passes,
+         Phases phases, Owners owners) {
+  if (partitions.size() == 1) return run_one(rule, partitions[0], passes[0], phases, owners);
+  const auto run_all = [&](Phases phase) {
+    for (size_t i = 0; i < passes.size(); ++i) {
+      run_one(rule, partitions[i], passes[i], phase, owners);
+    }
+  };
+  const StepOptions& options = passes[0].options;
+  if (options.measure && phases != Phases::kUpdate) {
+    run_all(Phases::kMeasure);
+    combine_devices(partitions, options.norm_type);
+  }
+  if (phases == Phases::kMeasure) return;
+  run_all(Phases::kUpdate);
+  if (!options.measure) {
+    combine_devices(partitions, options.norm_type);
+    control_slot(partitions[0], offsetof(StepControl, grad_norm))
+        .copy_(sum_of(partitions[0]).sqrt());
+  }
+}
+
+at::Tensor control_slot(const Partition& partition, size_t offset) {
+  return partition.control.narrow(0, static_cast<int64_t>(offset / sizeof(double)), 1);
+}
+
+bool built_with_cuda() { return FUSEDOPT_WITH_CUDA != 0; }
+
+c10::DeviceType cuda_device_type() { return FUSEDOPT_CUDA_DEVICE; }
+
+}  // namespace fusedopt

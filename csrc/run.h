@@ -1,0 +1,28 @@
+// Runs a rule's passes over the tensors of all devices: threads, streams, and what they exchange.
+#pragma once
+
+#include <c10/util/FunctionRef.h>
+
+#include <cstddef>
+#include <vector>
+
+#include "partition.h"
+#include "registry.h"
+
+namespace fusedopt {
+
+// `passes`: one per partition. `owners` is called where other Python threads may run beside the
+// passes, and returns what keeps the memory that these read and write.
+void run(const RuleInfo& rule, std::vector<Partition>& partitions, const std::vector<Pass>& passes,
+         Phases phases, c10::function_ref<std::vector<c10::Storage>()> owners);
+
+// The double at that offset in the partition's StepControl, shape (1,).
+at::Tensor control_slot(const Partition& partition, size_t offset);
+
+// CUDA kernels are in this build. Whether there is a device to run them is torch's to say.
+bool built_with_cuda();
+
+// The device type that backend "cuda" runs on: "cpu" where CUDA is emulated, for tests.
+c10::DeviceType cuda_device_type();
+
+}  // namespace fusedopt

@@ -1,0 +1,183 @@
+"""Clipping by itself, for any optimizer: `torch.nn.utils.clip_grad_norm_` and its two halves."""
+
+from __future__ import annotations
+
+import math
+import types
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fusedopt import backends, checks, reference
+from fusedopt.optimizer import Backend
+
+_FUSED_NORM_TYPES = (2.0, math.inf)
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Clips the gradients of parameters in place, by their global norm.
+
+    As `torch.nn.utils.clip_grad_norm_`, in one pass over the gradients for the norm, and a second
+    one only where they are to be scaled: by `min(1, max_norm / (norm + 1e-6))`. Beyond torch:
+
+    * The norm is accumulated in float64, and so is the coefficient: 16-bit gradients and those near
+      float32's largest are measured and clipped rightly.
+    * `max_norm=inf` measures and changes nothing, nan and inf included.
+    * A gradient that is listed twice counts twice in the norm, and is scaled once.
+
+    Waits for no device, except with `error_if_nonfinite`, or where gradients lie on CPU and CUDA.
+
+    Args:
+        parameters: one or more tensors; those without a gradient are passed over. The gradients are
+            float32, float64, bfloat16 or float16, of any shape and strides, in any mix.
+        max_norm: the largest norm that is left as it is.
+        norm_type: the order of the norm. 2 and inf run in fused kernels, all others in torch.
+        error_if_nonfinite: raise where the norm is inf or nan, with the gradients as they were.
+        foreach: without effect.
+        backend: "cuda", "cpu", "reference" (plain torch), or None: by the gradients' device.
+
+    Returns:
+        The norm before clipping: 0-d float32, or float64 where a gradient is, on the first
+        gradient's device.
+
+    Raises:
+        RuntimeError: the norm is inf or nan, and `error_if_nonfinite` was asked for.
+        TypeError, RuntimeError: a gradient is sparse, complex, expanded or otherwise not for our
+            kernels; the message says which one. Nothing has been changed then.
+    """
+    if isinstance(parameters, types.GeneratorType):
+        parameters = list(parameters)
+        if not parameters:
+            warnings.warn(
+                "`parameters` is an empty generator, no gradient clipping will occur.",
+                stacklevel=2,
+            )
+    return _clip(parameters, True, max_norm, norm_type, error_if_nonfinite, backend)
+
+
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """The global norm of tensors, gradients for instance: `clip_grad_norm_` without the clipping.
+
+    As `torch.nn.utils.get_total_norm`. Arguments, result and errors are those of
+    `clip_grad_norm_`, but `tensors` are measured themselves, and may be expanded.
+    """
+    return _clip(tensors, False, math.inf, norm_type, error_if_nonfinite, backend)
+
+
+def clip_grads_with_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    total_norm: Tensor | float,
+    foreach: bool | None = None,
+    *,
+    backend: Backend | None = None,
+) -> None:
+    """Clips the gradients of parameters in place, of which the norm is known.
+
+    As `torch.nn.utils.clip_grads_with_norm_`. Arguments and errors are those of `clip_grad_norm_`.
+
+    Args:
+        total_norm: a number, or a tensor of one element of any dtype, on any device. That of
+            `get_total_norm` has been rounded to float32: where it overflowed to inf, gradients are
+            scaled by 0 here, but rightly in `clip_grad_norm_`.
+    """
+    if isinstance(total_norm, Tensor) and total_norm.numel() != 1:
+        raise ValueError(
+            f"total_norm has shape {tuple(total_norm.shape)}; expected a tensor of one element"
+        )
+    _run(_as_list(parameters), True, backend, float(max_norm), total_norm=total_norm)
+
+
+def _clip(
+    tensors: Tensor | Iterable[Tensor],
+    of_params: bool,
+    max_norm: float,
+    norm_type: float,
+    error_if_nonfinite: bool,
+    backend: Backend | None,
+) -> Tensor:
+    """Clips to `max_norm` (inf: never) and returns the norm, in the dtype that callers get."""
+    tensors, max_norm, norm_type = _as_list(tensors), float(max_norm), float(norm_type)
+    known = None
+    if norm_type not in _FUSED_NORM_TYPES:
+        tensors = _checked_grads(tensors, of_params, backend, max_norm)
+        of_params = False
+        known = reference.total_norm(tensors, norm_type) if tensors else None
+    norm, wide = _run(tensors, of_params, backend, max_norm, norm_type, error_if_nonfinite, known)
+    if norm is None:
+        return torch.tensor(0.0)
+    if error_if_nonfinite and not math.isfinite(norm.item()):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, "
+            "so it cannot be clipped. To disable this error and scale the gradients by the "
+            "non-finite norm anyway, set `error_if_nonfinite=False`"
+        )
+    return norm.to(torch.float64 if wide else torch.float32)
+
+
+def _run(
+    tensors: list[Tensor],
+    of_params: bool,
+    backend: Backend | None,
+    max_norm: float,
+    norm_type: float = 2.0,
+    skip_nonfinite: bool = False,
+    total_norm: Tensor | float | None = None,
+) -> tuple[Tensor | None, bool]:
+    """Measures, unless the norm is known, and scales.
+
+    Returns:
+        The norm (0-d float64; None where there is no gradient), and whether a gradient is float64.
+    """
+    checks.check_choice("backend", backend, checks.BACKENDS)
+    request = (max_norm, norm_type, skip_nonfinite, total_norm)
+    if backend != "reference" and backends._C is not None:
+        done = backends._C.clip_grads(tensors, of_params, False, backend or "", *request)
+        if done is not None:
+            return done
+    grads = _checked_grads(tensors, of_params, backend, max_norm)
+    if backends.choose(backend, (grad.device for grad in grads)) == "reference":
+        return reference.clip_grads(grads, *request)
+    assert backends._C is not None
+    done = backends._C.clip_grads(grads, False, True, backend or "", *request)
+    if done is None:
+        raise RuntimeError("fusedopt: these gradients passed all checks; please report")
+    return done
+
+
+def _checked_grads(
+    tensors: list[Tensor], of_params: bool, backend: Backend | None, max_norm: float
+) -> list[Tensor]:
+    """The gradients that there are, all fit to be measured and, if need be, scaled."""
+    if of_params:
+        grads = {f"the gradient of parameter {i}": p.grad for i, p in enumerate(tensors)}
+        grads = {name: grad for name, grad in grads.items() if grad is not None}
+    else:
+        grads = {f"tensor {i}": tensor for i, tensor in enumerate(tensors)}
+    for name, grad in grads.items():
+        checks.check_readable(grad, name)
+        checks.check_device(grad, name, backend)
+        if max_norm != math.inf:
+            checks.check_writable(grad, name)
+    return list(grads.values())
+
+
+def _as_list(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
