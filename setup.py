@@ -24,8 +24,9 @@ DEFAULT_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
 # No contraction into FMA and no fast-math: every operation rounds once, on every backend. Neither
 # errno nor floating-point traps are used, and both would keep loops from being vectorized.
+# -g0: Python asks for debug information, most of which is that of torch's headers.
 CXX_FLAGS = (
-    "-O3 -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden"
+    "-O3 -g0 -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden"
 ).split()
 NVCC_FLAGS = (
     "-std=c++17 -O3 --expt-relaxed-constexpr -fmad=false -prec-div=true -prec-sqrt=true -ftz=false"

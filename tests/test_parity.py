@@ -75,6 +75,33 @@ def test_bits_of_subnormal_and_huge_values(backend, case):
         run_both(backend, case, torch.float32, scale=scale, max_grad_norm=1.0, shapes=[(555,)])
 
 
+@pytest.mark.parametrize("limit", [None, 1.0])
+def test_bits_where_the_caller_flushes_subnormal_numbers(backend, limit):
+    """torch.set_flush_denormal switches one thread's, a library built with -ffast-math some."""
+    if backend.name == "emulated":
+        pytest.skip("the emulated kernels compute as their thread does")
+    shapes = [(555,), (200_000,)]  # several threads
+    params = make_params(shapes, device=backend.device)
+    expected = make_params(shapes, device=backend.device)
+    fused = backend.make(fusedopt.FusedSGD, params, momentum=0.9, max_grad_norm=limit)
+    reference = fusedopt.FusedSGD(expected, backend="reference", momentum=0.9, max_grad_norm=limit)
+    for seed, scale in enumerate([1e-39, 3e38 if limit else 1e-41]):
+        set_grads(params, seed, scale)
+        set_grads(expected, seed, scale)
+        for p, q in zip(params, expected):
+            p.grad.clamp_(-3e38, 3e38)
+            q.grad.clamp_(-3e38, 3e38)
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this processor doesn't flush them")
+        try:
+            fused.step()
+        finally:
+            torch.set_flush_denormal(False)
+        reference.step()
+        assert_same_bits(tensors_of(fused), tensors_of(reference))
+        assert fused.grad_norm == reference.grad_norm
+
+
 def test_bits_after_many_steps(backend):
     """Bias corrections by repeated squaring, at a step count that takes many squarings."""
     params = make_params([(100,)], device=backend.device)

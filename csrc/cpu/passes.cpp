@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 
 #include "../rules.h"
 #include "grad_norm.h"
@@ -87,6 +88,22 @@ void prefetch(const Pass& pass, int64_t chunk, bool updates) {
   __builtin_prefetch(tensor.scalars[0]);
 }
 
+// IEEE arithmetic for as long as it lives, on its thread: torch.set_flush_denormal, or a library
+// that was built with -ffast-math, may have switched subnormal numbers off on some threads.
+class IeeeArithmetic {
+ public:
+  IeeeArithmetic() {
+    fegetenv(&before_);
+    fesetenv(FE_DFL_ENV);
+  }
+  ~IeeeArithmetic() { fesetenv(&before_); }
+  IeeeArithmetic(const IeeeArithmetic&) = delete;
+  IeeeArithmetic& operator=(const IeeeArithmetic&) = delete;
+
+ private:
+  fenv_t before_;
+};
+
 // Calls body(chunk index) for every chunk that has a gradient, each in one of the threads. Spans
 // are taken in turn, from the last one if reversed; within a span chunks follow each other in
 // memory.
@@ -154,6 +171,7 @@ void run(const Pass& pass, const Schedule& schedule, Phases phases) {
 
 #pragma omp parallel num_threads(schedule.threads)
   {
+    const IeeeArithmetic ieee;
     if (measures) {
       visit_norm(pass.options.norm_type, [&](auto norm) {
         walk(pass, schedule, next_to_measure, false, [&](int64_t i) {
@@ -175,6 +193,7 @@ void run(const Pass& pass, const Schedule& schedule, Phases phases) {
       });
     }
   }
+  const IeeeArithmetic ieee;
   if (updates) finish<Rule>(pass, decision);
 }
 

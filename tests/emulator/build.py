@@ -20,6 +20,7 @@ BUILD = Path("build/emulator")
 
 FLAGS = [
     "-O1",
+    "-g0",
     "-fopenmp",
     "-ffp-contract=off",
     "-fvisibility=hidden",
