@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "lifetimes.h"
+
 namespace fusedopt {
 
 namespace {
@@ -83,6 +85,7 @@ void run_on_cuda(Plan& plan, Partition& partition, Pass pass, Phases phases) {
   launch.device = std::max<int>(0, partition.device.index());
   launch.stream = current_stream(partition.device);
   launch.tickets = partition.tables.tickets();
+  keep_for_current_stream(partition, launch.stream);
   if (const size_t bytes = cuda::moving_bytes(pass); bytes > 0) {
     if (phases != Phases::kUpdate) {
       partition.moving = at::empty({static_cast<int64_t>(bytes)},

@@ -52,7 +52,9 @@ def _scalar_in_place(value: Any, param: Tensor) -> Tensor:
     """0-d float32 on the parameter's device: torch also keeps it on the CPU, or as a number."""
     if isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.float32:
         return value if value.device == param.device else value.to(param.device)
-    return torch.as_tensor(value, dtype=torch.float32, device=param.device).reshape(()).clone()
+    if isinstance(value, Tensor):
+        return value.to(param.device, torch.float32).reshape(()).clone()
+    return torch.full((), float(value), dtype=torch.float32, device=param.device)  # no copy to wait for
 
 
 def _tensor_in_place(value: Tensor, param: Tensor) -> Tensor:

@@ -136,6 +136,20 @@ def test_no_kernel_spills_registers():
         assert not spilling, f"{report}: {spilling}"
 
 
+def test_registers_allow_the_blocks_that_a_pass_needs():
+    """See docs/kernels.md: four of 256 threads for the norm pass, two for the update pass."""
+    reports = list(ROOT.glob("build/temp*/cuda_resources.txt"))
+    if backends._C is None or not backends._C.built_with_cuda or not reports:
+        pytest.skip("CUDA kernels are not built here, or were elsewhere")
+    for report in reports:
+        used = re.findall(
+            r"Compiling entry function '(\S+)'(?:.*\n)+?.*Used (\d+) registers", report.read_text()
+        )
+        assert used
+        for name, registers in used:
+            assert int(registers) <= (64 if "grad_norm" in name else 128), f"{report}: {name}"
+
+
 def test_import_is_quick():
     """Beside torch. In seconds of this process, whatever else the machine does."""
     code = "import time, torch; start = time.process_time(); import fusedopt; "

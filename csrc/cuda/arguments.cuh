@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 
 #include "block.cuh"
@@ -25,7 +26,9 @@ struct Arguments {
   __device__ void leave() const {
     if (keep == nullptr || blockIdx.x != 0) return;
     const size_t size = pass.num_tensors * sizeof(void*) + pass.num_groups * sizeof(Group);
-    for (size_t i = threadIdx.x; i < size; i += kThreads) keep[i] = inlined[i];
+    const auto* from = reinterpret_cast<const uint64_t*>(inlined);
+    auto* to = reinterpret_cast<uint64_t*>(keep);
+    for (size_t i = threadIdx.x; i < size / sizeof(uint64_t); i += kThreads) to[i] = from[i];
   }
 
   // The pass as the device sees it.
@@ -53,6 +56,8 @@ inline void copy_moving(const Pass& pass, size_t offset, size_t size, unsigned c
   if (of_grads > 0) memcpy(to, grads + offset, of_grads);
   if (of_grads < size) memcpy(to + of_grads, groups + (offset + of_grads - split), size - of_grads);
 }
+
+static_assert(sizeof(Group) % sizeof(uint64_t) == 0, "what moves is copied in words of 8 bytes");
 
 // A part of what moves, on its way to the device's memory.
 struct Piece {

@@ -32,8 +32,8 @@ __device__ inline double block_sum(double value) {
   return sum;
 }
 
-template <int kVector>
-__device__ inline double block_sum(double (&lanes)[kVector]) {
+template <class T, int kVector>
+__device__ inline double block_sum(T (&lanes)[kVector]) {
 #pragma unroll
   for (int width = kVector; width > 1; width /= 2) {
 #pragma unroll

@@ -1,6 +1,7 @@
 #include "passes.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "../rules.h"
@@ -33,15 +34,20 @@ class DeviceScope {
   bool changed_ = false;
 };
 
-// As many blocks as the device holds at once, each of which walks over many chunks.
-template <class Kernel>
-cudaError_t grid_size(Kernel kernel, int device, int* blocks) {
+// As many blocks as the device holds at once, each of which walks over many chunks. Asked once: the
+// answer takes the runtime longer than a launch.
+template <auto kernel>
+cudaError_t grid_size(int device, int* blocks) {
+  constexpr int kRemembered = 64;  // devices
+  static std::atomic<int> known[kRemembered];
+  if (device < kRemembered && (*blocks = known[device]) > 0) return cudaSuccess;
   int multiprocessors = 0, per_multiprocessor = 0;
   FUSEDOPT_RETURN_IF_ERROR(
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   FUSEDOPT_RETURN_IF_ERROR(
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads, 0));
   *blocks = std::max(1, multiprocessors * per_multiprocessor);
+  if (device < kRemembered) known[device] = *blocks;
   return cudaSuccess;
 }
 
@@ -56,11 +62,10 @@ cudaError_t launch_kernel(void (*kernel)(Argument), unsigned blocks, cudaStream_
 }
 
 // A launch of one block per chunk, as far as they fit the device.
-template <size_t kBytes>
-cudaError_t launch_pass(void (*kernel)(Arguments<kBytes>), const Launch& launch,
-                        const Arguments<kBytes>& arguments) {
+template <auto kernel, size_t kBytes>
+cudaError_t launch_pass(const Launch& launch, const Arguments<kBytes>& arguments) {
   int blocks = 0;
-  FUSEDOPT_RETURN_IF_ERROR(grid_size(kernel, launch.device, &blocks));
+  FUSEDOPT_RETURN_IF_ERROR(grid_size<kernel>(launch.device, &blocks));
   const int64_t wanted = std::clamp<int64_t>(arguments.pass.num_chunks, 1, blocks);
   return launch_kernel(kernel, static_cast<unsigned>(wanted), launch.stream, arguments);
 }
@@ -92,20 +97,20 @@ cudaError_t measure(const Pass& pass, const Launch& launch) {
   unsigned* ticket = launch.tickets;
   const size_t size = total_bytes(pass);
   if (size > kSmall && size <= kLarge) {
-    return launch_pass(grad_norm_kernel<kLarge>, launch,
-                       make_arguments<kLarge>(pass, ticket, nullptr, launch.moving));
+    return launch_pass<grad_norm_kernel<kLarge>>(
+        launch, make_arguments<kLarge>(pass, ticket, nullptr, launch.moving));
   }
   if (size > kLarge) FUSEDOPT_RETURN_IF_ERROR(upload(pass, launch));
-  return launch_pass(grad_norm_kernel<kSmall>, launch,
-                     make_arguments<kSmall>(pass, ticket, launch.moving, nullptr));
+  return launch_pass<grad_norm_kernel<kSmall>>(
+      launch, make_arguments<kSmall>(pass, ticket, launch.moving, nullptr));
 }
 
 template <class Rule>
 cudaError_t update(const Pass& pass, const Launch& launch) {
   const bool measured = pass.options.measure;  // then what moves has been left on the device
   if (launch.moving != nullptr && !measured) FUSEDOPT_RETURN_IF_ERROR(upload(pass, launch));
-  return launch_pass(update_kernel<Rule>, launch,
-                     make_arguments<kSmall>(pass, launch.tickets + 1, launch.moving, nullptr));
+  return launch_pass<update_kernel<Rule>>(
+      launch, make_arguments<kSmall>(pass, launch.tickets + 1, launch.moving, nullptr));
 }
 
 }  // namespace
