@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
@@ -28,9 +30,14 @@ DEFAULT_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 CXX_FLAGS = (
     "-O3 -g0 -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden"
 ).split()
+KERNEL_FLAGS = ["-std=c++17", "-fPIC", *CXX_FLAGS]
 NVCC_FLAGS = (
     "-std=c++17 -O3 --expt-relaxed-constexpr -fmad=false -prec-div=true -prec-sqrt=true -ftz=false"
 ).split()
+
+
+def cxx() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "c++"))
 
 
 def find_nvcc() -> Path | None:
@@ -80,6 +87,12 @@ def cuda_root(nvcc: Path) -> Path:
     return Path(top[1]).resolve() if top else nvcc.resolve().parent.parent
 
 
+def nvcc_command(nvcc: Path) -> list[str]:
+    threads = max(1, jobs_at_once() // 4)  # at once per object, of which there are some more
+    return [str(nvcc), *NVCC_FLAGS, *architecture_flags(nvcc), f"--threads={threads}",
+            "-Xcompiler=-fPIC", "-Xptxas=-v"]  # fmt: skip
+
+
 def static_runtime(root: Path) -> str:
     for folder in (root / "lib64", root / "lib", *root.glob("targets/*/lib")):
         if (folder / "libcudart_static.a").exists():
@@ -89,24 +102,68 @@ def static_runtime(root: Path) -> str:
     )
 
 
-def compile_cuda(nvcc: Path, folder: Path) -> str:
-    """csrc/cuda/passes.cu as an object. It includes nothing of torch, so that any torch will do."""
-    output = folder / "cuda_passes.o"
-    command = [str(nvcc), *NVCC_FLAGS, *architecture_flags(nvcc), "--threads=0", "-Xcompiler=-fPIC",
-               "-Xptxas=-v", "-c", str(CSRC / "cuda/passes.cu"), "-o", str(output)]  # fmt: skip
-    stamp = folder / "cuda_passes.command"
-    inputs = [path for path in CSRC.rglob("*") if path.suffix in {".h", ".cuh", ".cu"}]
-    newest = max(path.stat().st_mtime for path in inputs)
-    if stamp.exists() and stamp.read_text() == repr(command) and output.stat().st_mtime > newest:
-        return str(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    print(" ".join(command), flush=True)
-    report = subprocess.run(command, capture_output=True, text=True)
-    (folder / "cuda_resources.txt").write_text(report.stderr)  # registers and spills, per kernel
-    if report.returncode != 0:
-        sys.exit(report.stderr)
-    stamp.write_text(repr(command))
-    return str(output)
+def objects(folder: Path, sources: list[Path], compiler: list[str]) -> dict[Path, list[str]]:
+    """The objects of these sources of the kernels, and the command for each.
+
+    A source that names FUSEDOPT_RULE makes one for every rule of csrc/rules.h. None includes
+    anything of torch, so that the CUDA kernels are the same for any build of it.
+    """
+    rules = re.findall(r"DO\((\w+)\)", (CSRC / "rules.h").read_text())
+    commands = {}
+    for source in sorted(sources):
+        for rule in rules if "FUSEDOPT_RULE" in source.read_text() else [""]:
+            name = f"{source.parent.name}_{source.stem}{rule and f'_{rule}'}.o"
+            output = folder.absolute() / name
+            options = [f"-DFUSEDOPT_RULE={rule}"] if rule else []
+            options += ["-MMD", "-MF", str(output.with_suffix(".d"))]
+            commands[output] = [*compiler, *options, "-c", str(source), "-o", str(output)]
+    return commands
+
+
+def is_current(output: Path, command: list[str]) -> bool:
+    """Whether this very command has made it of files that have not changed since."""
+    stamp, dependencies = output.with_suffix(".command"), output.with_suffix(".d")
+    if not (output.exists() and stamp.exists() and stamp.read_text() == shlex.join(command)):
+        return False
+    _, *inputs = shlex.split(dependencies.read_text().replace("\\\n", " "))
+    made = output.stat().st_mtime
+    return all(os.path.exists(path) and os.path.getmtime(path) <= made for path in inputs)
+
+
+def compile_objects(commands: dict[Path, list[str]]) -> list[str]:
+    """Runs the commands whose objects are not current, MAX_JOBS at once, and returns all objects.
+
+    What a compiler says (nvcc: the registers and spills of each kernel) is left in a .log beside
+    its object.
+    """
+    errors = []
+
+    def make(output: Path) -> None:
+        if errors:
+            return
+        command = shlex.join(commands[output])
+        print(command, flush=True)
+        stamp = output.with_suffix(".command")
+        stamp.unlink(missing_ok=True)
+        done = subprocess.run(commands[output], capture_output=True, text=True)
+        output.with_suffix(".log").write_text(done.stderr)
+        if done.returncode != 0:
+            errors.append(f"{command}\n{done.stdout}{done.stderr}")
+        else:
+            stamp.write_text(command)
+
+    for folder in {output.parent for output in commands}:
+        folder.mkdir(parents=True, exist_ok=True)
+    outdated = [output for output, command in commands.items() if not is_current(output, command)]
+    with ThreadPoolExecutor(jobs_at_once()) as pool:
+        list(pool.map(make, outdated))
+    if errors:
+        sys.exit("\n".join(errors))
+    return list(map(str, commands))
+
+
+def jobs_at_once() -> int:
+    return int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
 
 
 def make_extension():
@@ -114,7 +171,7 @@ def make_extension():
 
     extension = CppExtension(
         "fusedopt._C",
-        sorted(map(str, [*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")])),
+        sorted(map(str, CSRC.glob("*.cpp"))),
         extra_compile_args=CXX_FLAGS,
         extra_link_args=["-fopenmp"],
     )
@@ -125,27 +182,31 @@ def make_extension():
 def make_build_ext():
     from torch.utils.cpp_extension import BuildExtension
 
-    class BuildWithCuda(BuildExtension):
-        """Torch's build, with the CUDA kernels compiled beforehand and linked in."""
+    class BuildWithKernels(BuildExtension):
+        """Torch's build, with the kernels compiled beforehand and linked in."""
 
         def build_extensions(self) -> None:
             nvcc = find_nvcc()
             print(f"fusedopt: CUDA kernels: {f'built with {nvcc}' if nvcc else 'left out'}")
-            for extension in self.extensions:
-                extension.define_macros.append(("FUSEDOPT_WITH_CUDA", "1" if nvcc else "0"))
-                if nvcc:
-                    root = cuda_root(nvcc)
-                    extension.include_dirs.append(str(root / "include"))
-                    extension.extra_objects.append(compile_cuda(nvcc, Path(self.build_temp)))
-                    extension.extra_link_args += [static_runtime(root), "-ldl", "-lrt", "-lpthread"]
+            folder = Path(self.build_temp)
+            commands = objects(folder, [*CSRC.glob("cpu/*.cpp")], [*cxx(), *KERNEL_FLAGS])
+            (extension,) = self.extensions
+            extension.define_macros.append(("FUSEDOPT_WITH_CUDA", "1" if nvcc else "0"))
+            if nvcc:
+                commands |= objects(folder, [*CSRC.glob("cuda/*.cu")], nvcc_command(nvcc))
+                root = cuda_root(nvcc)
+                extension.include_dirs.append(str(root / "include"))
+                extension.extra_link_args += [static_runtime(root), "-ldl", "-lrt", "-lpthread"]
+            extension.extra_objects += compile_objects(commands)
+            extension.depends += extension.extra_objects
             super().build_extensions()
 
-    return BuildWithCuda
+    return BuildWithKernels
 
 
 def build_options() -> dict:
     """setup()'s arguments for the extension; none of them without a compiler."""
-    compiler = os.environ.get("CXX", "c++").split()[0]
+    compiler = cxx()[0]
     if os.environ.get("FUSEDOPT_PURE_PYTHON") == "1" or shutil.which(compiler) is None:
         print(
             f"fusedopt: installing WITHOUT the compiled kernels (no C++ compiler {compiler!r}, or "

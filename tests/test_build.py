@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -119,14 +120,71 @@ def test_without_a_compiler_all_steps_run_in_plain_torch(tmp_path, environment):
     assert ran.stderr.count("RuntimeWarning: fusedopt: the compiled extension can't be") == 1
 
 
-def test_no_kernel_spills_registers():
+@pytest.fixture
+def kernels(monkeypatch, tmp_path):
+    """Sources of two objects that every rule shares, of which one has a header of its own."""
+    monkeypatch.setattr(setup, "CSRC", tmp_path)
+    (tmp_path / "rules.h").write_text("#define FOR_EACH(DO) DO(Adam) DO(SGD)\n")
+    (tmp_path / "own.h").write_text("struct Adam {}; struct SGD {};\n")
+    folder = tmp_path / "cpu"
+    folder.mkdir()
+    (folder / "shared.cpp").write_text("int shared() { return 1; }\n")
+    (folder / "passes.cpp").write_text('#include "../own.h"\nvoid run(FUSEDOPT_RULE) {}\n')
+    return [folder / "shared.cpp", folder / "passes.cpp"]
+
+
+def compiled(capsys, kernels, folder: Path, *flags: str) -> set[str]:
+    """Names of the objects that are made, not found."""
+    capsys.readouterr()
+    objects = setup.compile_objects(setup.objects(folder, kernels, [*setup.cxx(), *flags]))
+    assert all(Path(path).exists() for path in objects)
+    return set(re.findall(r"(\w+)\.o$", capsys.readouterr().out, re.MULTILINE))
+
+
+def test_every_rule_is_an_object_and_only_what_changed_is_made_again(capsys, kernels, tmp_path):
+    folder, per_rule = tmp_path / "out", {"cpu_passes_Adam", "cpu_passes_SGD"}
+    assert compiled(capsys, kernels, folder) == {"cpu_shared"} | per_rule
+    assert compiled(capsys, kernels, folder) == set()
+    later = time.time() + 5
+    os.utime(tmp_path / "own.h", (later, later))
+    assert compiled(capsys, kernels, folder) == per_rule
+    os.utime(tmp_path / "own.h", (1, 1))
+    assert compiled(capsys, kernels, folder) == set()
+    (folder / "cpu_shared.o").unlink()
+    assert compiled(capsys, kernels, folder) == {"cpu_shared"}
+    assert compiled(capsys, kernels, folder, "-O1") == {"cpu_shared"} | per_rule
+
+
+def test_errors_of_the_compiler_are_shown_and_found_again(capsys, kernels, tmp_path):
+    compiled(capsys, kernels, tmp_path / "out")
+    kernels[0].write_text("int shared() { return unheard_of; }\n")
+    later = time.time() + 5
+    os.utime(kernels[0], (later, later))
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="unheard_of"):
+            compiled(capsys, kernels, tmp_path / "out")
+
+
+def resource_reports() -> dict[Path, str]:
+    """What nvcc reports of each object of the kernels that are built here."""
     if backends._C is None or not backends._C.built_with_cuda:
         pytest.skip("CUDA kernels are not built here")
-    reports = list(ROOT.glob("build/temp*/cuda_resources.txt"))
+    reports = {path: path.read_text() for path in ROOT.glob("build/temp*/cuda_*.log")}
     if not reports:
         pytest.skip("the extension was built elsewhere")
-    for report in reports:
-        text = report.read_text()
+    return reports
+
+
+def test_every_rule_and_norm_is_in_the_report():
+    names = " ".join(resource_reports().values())
+    rules = re.findall(r"DO\((\w+)\)", (ROOT / "csrc/rules.h").read_text())
+    assert len(rules) >= 5
+    for kernel in [*(f"update_kernel\\S+{rule}" for rule in rules), "grad_norm", "upload"]:
+        assert re.search(rf"Compiling entry function '\S*{kernel}", names), kernel
+
+
+def test_no_kernel_spills_registers():
+    for report, text in resource_reports().items():
         functions = re.findall(
             r"Function properties for (\S+)\n.* (\d+) bytes spill stores, (\d+) bytes spill loads",
             text,

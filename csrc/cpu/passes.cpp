@@ -1,3 +1,4 @@
+// Compiled once per rule of ../rules.h: each is an object of its own.
 #include "passes.h"
 
 #include <algorithm>
@@ -5,33 +6,13 @@
 #include <cfenv>
 
 #include "../rules.h"
-#include "grad_norm.h"
 #include "isa.h"
+#include "measure.h"
 #include "update.h"
 
 namespace fusedopt::cpu {
 
 namespace {
-
-// What a chunk adds to the norm: the sum of its squares, or its largest magnitude.
-template <class Norm>
-double chunk_norm(const Pass& pass, Isa isa, Chunk chunk) {
-  const TensorEntry& tensor = pass.tensors[chunk.tensor];
-  double result = 0;
-  visit_types(tensor, [&](auto types) {
-    using param_t = typename decltype(types)::param_t;
-    using grad_t = typename decltype(types)::grad_t;
-    const auto* grad = static_cast<const grad_t*>(pass.grads[chunk.tensor]) + chunk.begin();
-    run_best<ChunkNorm<Norm, param_t, grad_t>>(isa, grad, chunk.size(tensor.numel), &result);
-  });
-  return result;
-}
-
-double total_of_chunks(const Pass& pass) {
-  return visit_norm(pass.options.norm_type, [&](auto norm) {
-    return total<decltype(norm)>(pass.chunk_sums, pass.num_chunks);
-  });
-}
 
 // What a thread keeps between chunks: the last tensor's coefficients, as most tensors share them.
 template <class Rule>
@@ -141,26 +122,6 @@ void finish(const Pass& pass, Decision decision) {
 
 }  // namespace
 
-std::vector<Span> make_spans(const TensorEntry* tensors, const std::vector<Chunk>& chunks) {
-  const auto size_of = [&](const Chunk& chunk) { return chunk.size(tensors[chunk.tensor].numel); };
-  int64_t total = 0;
-  for (const Chunk& chunk : chunks) total += size_of(chunk);
-  // Long runs suit the prefetchers, but at their end no thread is to wait long for another.
-  constexpr int64_t kSpans = 64, kLongest = 16 * kChunkSize;
-  const int64_t wanted = std::clamp(total / kSpans, kChunkSize, kLongest);
-  std::vector<Span> spans;
-  int64_t elements = wanted;  // a full span before the first
-  for (int64_t i = 0; i < static_cast<int64_t>(chunks.size()); ++i) {
-    if (elements >= wanted) {
-      spans.push_back({i, i});
-      elements = 0;
-    }
-    spans.back().last = i + 1;
-    elements += size_of(chunks[i]);
-  }
-  return spans;
-}
-
 template <class Rule>
 void run(const Pass& pass, const Schedule& schedule, Phases phases) {
   const Isa isa = best_isa();
@@ -173,11 +134,8 @@ void run(const Pass& pass, const Schedule& schedule, Phases phases) {
   {
     const IeeeArithmetic ieee;
     if (measures) {
-      visit_norm(pass.options.norm_type, [&](auto norm) {
-        walk(pass, schedule, next_to_measure, false, [&](int64_t i) {
-          pass.chunk_sums[i] = chunk_norm<decltype(norm)>(pass, isa, pass.chunks[i]);
-        });
-      });
+      walk(pass, schedule, next_to_measure, false,
+           [&](int64_t i) { pass.chunk_sums[i] = chunk_norm(pass, isa, pass.chunks[i]); });
 #pragma omp barrier
     }
 #pragma omp single
@@ -197,7 +155,6 @@ void run(const Pass& pass, const Schedule& schedule, Phases phases) {
   if (updates) finish<Rule>(pass, decision);
 }
 
-#define FUSEDOPT_INSTANTIATE(Rule) template void run<Rule>(const Pass&, const Schedule&, Phases);
-FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_INSTANTIATE)
+template void run<FUSEDOPT_RULE>(const Pass&, const Schedule&, Phases);
 
 }  // namespace fusedopt::cpu

@@ -1,24 +1,10 @@
 // The two passes on the CPU: the norm of the gradients, and the update.
 #pragma once
 
-#include <cstdint>
-#include <vector>
-
 #include "../params.h"
+#include "schedule.h"
 
 namespace fusedopt::cpu {
-
-// A run of neighboring chunks: what a thread takes at a time.
-struct Span {
-  int64_t first, last;
-};
-
-std::vector<Span> make_spans(const TensorEntry* tensors, const std::vector<Chunk>& chunks);
-
-struct Schedule {
-  const std::vector<Span>& spans;
-  int threads;
-};
 
 // All is done on return.
 template <class Rule>

@@ -55,16 +55,4 @@ inline void copy_moving(const Pass& pass, size_t offset, size_t size, unsigned c
   if (of_grads < size) memcpy(to + of_grads, groups + (offset + of_grads - split), size - of_grads);
 }
 
-// A part of a table, on its way to the device's memory.
-struct Piece {
-  uint64_t* to;
-  size_t words;
-  uint64_t from[kLarge / sizeof(uint64_t)];
-};
-
-// Through arguments, as a copy from pageable memory would wait for the stream.
-__global__ void __launch_bounds__(kThreads) upload_kernel(const __grid_constant__ Piece piece) {
-  for (size_t i = threadIdx.x; i < piece.words; i += kThreads) piece.to[i] = piece.from[i];
-}
-
 }  // namespace fusedopt::cuda

@@ -1,113 +1,15 @@
+// Compiled once per rule of ../rules.h: each is an object of its own.
 #include "passes.h"
 
-#include <algorithm>
-#include <cstring>
-
 #include "../rules.h"
-#include "arguments.cuh"
-#include "grad_norm.cuh"
+#include "launch.cuh"
+#include "measure.h"
 #include "update.cuh"
+#include "upload.h"
 
 namespace fusedopt::cuda {
 
 namespace {
-
-#define FUSEDOPT_RETURN_IF_ERROR(call) \
-  if (const cudaError_t error = (call); error != cudaSuccess) return error
-
-// Makes a device current, and the one before it again at the end.
-class DeviceScope {
- public:
-  explicit DeviceScope(int device) {
-    error = cudaGetDevice(&before_);
-    if (error == cudaSuccess && before_ != device) error = cudaSetDevice(device);
-    changed_ = error == cudaSuccess && before_ != device;
-  }
-  ~DeviceScope() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  cudaError_t error;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
-// As many blocks as the device holds at once, each of which walks over many chunks.
-template <class Kernel>
-cudaError_t grid_size(Kernel kernel, int device, int* blocks) {
-  int multiprocessors = 0, per_multiprocessor = 0;
-  FUSEDOPT_RETURN_IF_ERROR(
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  FUSEDOPT_RETURN_IF_ERROR(
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads, 0));
-  *blocks = std::max(1, multiprocessors * per_multiprocessor);
-  return cudaSuccess;
-}
-
-template <class Argument>
-cudaError_t launch_kernel(void (*kernel)(Argument), unsigned blocks, cudaStream_t stream,
-                          const Argument& argument) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, argument);
-}
-
-// A launch of one block per chunk, as far as they fit the device.
-template <size_t kBytes>
-cudaError_t launch_pass(void (*kernel)(Arguments<kBytes>), const Launch& launch,
-                        const Arguments<kBytes>& arguments) {
-  int blocks = 0;
-  FUSEDOPT_RETURN_IF_ERROR(grid_size(kernel, launch.device, &blocks));
-  const int64_t wanted = std::clamp<int64_t>(arguments.pass.num_chunks, 1, blocks);
-  return launch_kernel(kernel, static_cast<unsigned>(wanted), launch.stream, arguments);
-}
-
-template <size_t kBytes>
-Arguments<kBytes> make_arguments(const Pass& pass, unsigned* ticket, void* moving, void* keep) {
-  Arguments<kBytes> arguments;
-  arguments.pass = pass;
-  arguments.ticket = ticket;
-  arguments.moving = moving;
-  arguments.keep = static_cast<unsigned char*>(keep);
-  if (moving == nullptr) copy_moving(pass, 0, total_bytes(pass), arguments.inlined);
-  return arguments;
-}
-
-// `fill(offset, size, to)` copies that part of the table.
-template <class Fill>
-cudaError_t upload_pieces(void* to, size_t size, cudaStream_t stream, Fill fill) {
-  for (size_t offset = 0; offset < size; offset += kLarge) {
-    Piece piece;
-    const size_t part = std::min(kLarge, size - offset);
-    piece.to = reinterpret_cast<uint64_t*>(static_cast<unsigned char*>(to) + offset);
-    piece.words = part / sizeof(uint64_t);
-    fill(offset, part, reinterpret_cast<unsigned char*>(piece.from));
-    FUSEDOPT_RETURN_IF_ERROR(launch_kernel(upload_kernel, 1, stream, piece));
-  }
-  return cudaSuccess;
-}
-
-cudaError_t upload_moving(const Pass& pass, const Launch& launch) {
-  return upload_pieces(
-      launch.moving, total_bytes(pass), launch.stream,
-      [&](size_t offset, size_t size, unsigned char* to) { copy_moving(pass, offset, size, to); });
-}
-
-template <class Norm>
-cudaError_t measure(const Pass& pass, const Launch& launch) {
-  unsigned* ticket = launch.tickets;
-  const size_t size = total_bytes(pass);
-  if (size > kSmall && size <= kLarge) {
-    return launch_pass(grad_norm_kernel<Norm, kLarge>, launch,
-                       make_arguments<kLarge>(pass, ticket, nullptr, launch.moving));
-  }
-  if (size > kLarge) FUSEDOPT_RETURN_IF_ERROR(upload_moving(pass, launch));
-  return launch_pass(grad_norm_kernel<Norm, kSmall>, launch,
-                     make_arguments<kSmall>(pass, ticket, launch.moving, nullptr));
-}
 
 template <class Rule>
 cudaError_t update(const Pass& pass, const Launch& launch) {
@@ -120,32 +22,17 @@ cudaError_t update(const Pass& pass, const Launch& launch) {
 
 }  // namespace
 
-size_t moving_bytes(const Pass& pass) {
-  const size_t size = total_bytes(pass);
-  return size <= kSmall ? 0 : size;
-}
-
-cudaError_t upload(int device, cudaStream_t stream, void* to, const void* from, size_t size) {
-  const DeviceScope scope(device);
-  FUSEDOPT_RETURN_IF_ERROR(scope.error);
-  return upload_pieces(to, size, stream, [&](size_t offset, size_t part, unsigned char* piece) {
-    memcpy(piece, static_cast<const unsigned char*>(from) + offset, part);
-  });
-}
-
 template <class Rule>
 cudaError_t run(const Pass& pass, Launch launch, Phases phases) {
   const DeviceScope scope(launch.device);
   FUSEDOPT_RETURN_IF_ERROR(scope.error);
   if (phases != Phases::kUpdate && pass.options.measure) {
-    FUSEDOPT_RETURN_IF_ERROR(visit_norm(
-        pass.options.norm_type, [&](auto norm) { return measure<decltype(norm)>(pass, launch); }));
+    FUSEDOPT_RETURN_IF_ERROR(measure(pass, launch));
     launch.moving_is_there = true;
   }
   return phases == Phases::kMeasure ? cudaSuccess : update<Rule>(pass, launch);
 }
 
-#define FUSEDOPT_INSTANTIATE(Rule) template cudaError_t run<Rule>(const Pass&, Launch, Phases);
-FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_INSTANTIATE)
+template cudaError_t run<FUSEDOPT_RULE>(const Pass&, Launch, Phases);
 
 }  // namespace fusedopt::cuda

@@ -6,6 +6,7 @@
 #include "../dispatch.h"
 #include "arguments.cuh"
 #include "block.cuh"
+#include "grad_norm.cuh"
 #include "vector.cuh"
 
 namespace fusedopt::cuda {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import runpy
 import sys
 import sysconfig
 from pathlib import Path
@@ -37,25 +38,31 @@ def module_name(sanitize: bool) -> str:
 
 def build(sanitize: bool = False) -> None:
     """Compiles what has changed."""
-    from setuptools import setup
+    import setuptools
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     os.chdir(ROOT)
+    setup = runpy.run_path("setup.py")
     name = module_name(sanitize)
     extra = SANITIZERS if sanitize else []
-    sources = [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]
-    sources.append(Path("tests/emulator/passes.cpp"))
+    include = ROOT / "tests/emulator"
+    compiler = [*setup["cxx"](), "-std=c++20", "-fPIC", *FLAGS, *extra, f"-I{include}", "-xc++"]
+    kernels = [*Path("csrc/cpu").glob("*.cpp"), *Path("csrc/cuda").glob("*.cu")]
+    commands = setup["objects"](BUILD / name, kernels, compiler)
+    sources = [*Path("csrc").glob("*.cpp"), Path("tests/emulator/counters.cpp")]
     extension = CppExtension(
         name,
         sorted(map(str, sources)),
-        include_dirs=[str(ROOT / "tests/emulator")],
+        include_dirs=[str(include)],
         extra_compile_args=FLAGS + extra,
+        extra_objects=setup["compile_objects"](commands),
         extra_link_args=["-fopenmp", *extra],
     )
     extension.depends = [
-        str(path) for top in ("csrc", "tests/emulator") for path in Path(top).rglob("*.*")
+        *(str(path) for top in ("csrc", "tests/emulator") for path in Path(top).rglob("*.*")),
+        *extension.extra_objects,
     ]
-    setup(
+    setuptools.setup(
         name=name,
         packages=[],
         ext_modules=[extension],

@@ -1,0 +1,75 @@
+// How kernels are launched: on which device, with how many blocks, and which arguments.
+#pragma once
+
+#include <algorithm>
+
+#include "arguments.cuh"
+#include "passes.h"
+
+namespace fusedopt::cuda {
+
+#define FUSEDOPT_RETURN_IF_ERROR(call) \
+  if (const cudaError_t error = (call); error != cudaSuccess) return error
+
+// Makes a device current, and the one before it again at the end.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int device) {
+    error = cudaGetDevice(&before_);
+    if (error == cudaSuccess && before_ != device) error = cudaSetDevice(device);
+    changed_ = error == cudaSuccess && before_ != device;
+  }
+  ~DeviceScope() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  cudaError_t error;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+// As many blocks as the device holds at once, each of which walks over many chunks.
+template <class Kernel>
+cudaError_t grid_size(Kernel kernel, int device, int* blocks) {
+  int multiprocessors = 0, per_multiprocessor = 0;
+  FUSEDOPT_RETURN_IF_ERROR(
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  FUSEDOPT_RETURN_IF_ERROR(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads, 0));
+  *blocks = std::max(1, multiprocessors * per_multiprocessor);
+  return cudaSuccess;
+}
+
+template <class Argument>
+cudaError_t launch_kernel(void (*kernel)(Argument), unsigned blocks, cudaStream_t stream,
+                          const Argument& argument) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, argument);
+}
+
+// A launch of one block per chunk, as far as they fit the device.
+template <size_t kBytes>
+cudaError_t launch_pass(void (*kernel)(Arguments<kBytes>), const Launch& launch,
+                        const Arguments<kBytes>& arguments) {
+  int blocks = 0;
+  FUSEDOPT_RETURN_IF_ERROR(grid_size(kernel, launch.device, &blocks));
+  const int64_t wanted = std::clamp<int64_t>(arguments.pass.num_chunks, 1, blocks);
+  return launch_kernel(kernel, static_cast<unsigned>(wanted), launch.stream, arguments);
+}
+
+template <size_t kBytes>
+Arguments<kBytes> make_arguments(const Pass& pass, unsigned* ticket, void* moving, void* keep) {
+  Arguments<kBytes> arguments;
+  arguments.pass = pass;
+  arguments.ticket = ticket;
+  arguments.moving = moving;
+  arguments.keep = static_cast<unsigned char*>(keep);
+  if (moving == nullptr) copy_moving(pass, 0, total_bytes(pass), arguments.inlined);
+  return arguments;
+}
+
+}  // namespace fusedopt::cuda
