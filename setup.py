@@ -125,7 +125,7 @@ def is_current(output: Path, command: list[str]) -> bool:
     stamp, dependencies = output.with_suffix(".command"), output.with_suffix(".d")
     if not (output.exists() and stamp.exists() and stamp.read_text() == shlex.join(command)):
         return False
-    _, *inputs = shlex.split(dependencies.read_text().replace("\\\n", " "))
+    inputs = shlex.split(dependencies.read_text().partition(": ")[2].replace("\\\n", " "))
     made = output.stat().st_mtime
     return all(os.path.exists(path) and os.path.getmtime(path) <= made for path in inputs)
 
