@@ -38,7 +38,7 @@ pytest := OMP_WAIT_POLICY=passive $(python) -m pytest -n auto --maxprocesses 8 -
 
 cpp := $(wildcard csrc/*.* csrc/*/*.*)
 emulation := $(wildcard tests/emulator/*.*)
-measuring := benchmarks/ceiling.cpp $(wildcard tests/guard/*.c)
+measuring := benchmarks/ceiling.cpp benchmarks/ceiling.cu $(wildcard tests/guard/*.c)
 
 .PHONY: help demo test lint format sanitize bench bench-report peers clean tools
 

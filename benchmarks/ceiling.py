@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import os
 import platform
+import shutil
+import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -17,13 +20,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Step
+from benchmarks.peers import Unavailable
+from benchmarks.timing import Step, timed
 
 SOURCE = Path(__file__).with_name("ceiling.cpp")
 # Not -ffast-math: a library linked with it switches subnormal numbers off where it is loaded.
 SUMS_IN_ANY_ORDER = ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
 FLAGS = ["-O3", "-march=native", *SUMS_IN_ANY_ORDER, "-fopenmp", "-shared", "-fPIC"]
 BLOCKS = (1 << 12, 1 << 15, 1 << 18)  # elements
+
+GPU_FLAGS = ["-O3", "-std=c++17", "-shared", "-Xcompiler=-fPIC"]
+VECTORS, THREADS = (1, 2, 4), (128, 256, 512)  # each thread's vectors in flight, a block's threads
 
 
 def make_ceiling(elements: int, written: int, measure: bool, device: str) -> Step:
@@ -35,7 +42,7 @@ def make_ceiling(elements: int, written: int, measure: bool, device: str) -> Ste
         measure: whether the gradient is read once more beforehand, for a norm.
     """
     arrays = [torch.randn(elements, device=device) for _ in range(written + 1)]
-    return on_cpu(arrays, measure) if device == "cpu" else compiled(arrays, measure)
+    return on_cpu(arrays, measure) if device == "cpu" else on_gpu(arrays, measure)
 
 
 def on_cpu(arrays: list[Tensor], measure: bool) -> Step:
@@ -61,14 +68,65 @@ def on_cpu(arrays: list[Tensor], measure: bool) -> Step:
 
 
 def library() -> ctypes.CDLL:
-    """ceiling.cpp for this processor; built once, into build/benchmarks."""
-    key = hashlib.sha256(repr((SOURCE.read_text(), FLAGS, cpu_flags())).encode()).hexdigest()
-    path = SOURCE.parent.parent / "build" / "benchmarks" / f"ceiling-{key[:12]}.so"
+    """ceiling.cpp for this processor."""
+    return built(SOURCE, [*os.environ.get("CXX", "c++").split(), *FLAGS], cpu_flags())
+
+
+def on_gpu(arrays: list[Tensor], measure: bool) -> Step:
+    """The kernels of ceiling.cu, with the vectors and threads that are fastest here."""
+    move = gpu_library().fusedopt_move
+
+    def fastest(arrays: list[Tensor]) -> Step:
+        pointers = (ctypes.c_void_p * len(arrays))(*(array.data_ptr() for array in arrays))
+        elements = ctypes.c_int64(arrays[0].numel() // 4 * 4)
+
+        def make(vectors: int, threads: int) -> Step:
+            def step() -> None:
+                stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+                error = move(pointers, len(arrays), elements, vectors, threads, stream)
+                if error != 0:
+                    raise RuntimeError(f"ceiling.cu: CUDA error {error}")
+
+            return step
+
+        ways = [make(*way) for way in itertools.product(VECTORS, THREADS)]
+        return min(ways, key=lambda way: statistics.median(timed(way, "cuda") for _ in range(7)))
+
+    update = fastest(arrays)
+    read = fastest(arrays[-1:]) if measure else None
+
+    def step() -> None:
+        if read is not None:
+            read()
+        update()
+
+    return lambda: (step(), arrays)  # which keeps the arrays alive
+
+
+def gpu_library() -> ctypes.CDLL:
+    """ceiling.cu for this GPU.
+
+    Raises:
+        Unavailable: there is no nvcc.
+    """
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
+    if nvcc is None:
+        raise Unavailable("the ceiling of a GPU is compiled with nvcc, and there is none")
+    major, minor = torch.cuda.get_device_capability()
+    target = f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}"
+    return built(SOURCE.with_suffix(".cu"), [nvcc, *GPU_FLAGS, target])
+
+
+def built(source: Path, command: list[str], *key: str) -> ctypes.CDLL:
+    """A source as a library, built once for each command and key, into build/benchmarks."""
+    text = repr((source.read_text(), command, key))
+    name = f"{source.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.so"
+    path = source.parent.parent / "build" / "benchmarks" / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
-        compiler = os.environ.get("CXX", "c++").split()
-        subprocess.run([*compiler, *FLAGS, str(SOURCE), "-o", str(part)], check=True)
+        subprocess.run([*command, str(source), "-o", str(part)], check=True)
         part.replace(path)
     return ctypes.CDLL(str(path))
 
@@ -80,21 +138,3 @@ def cpu_flags() -> str:
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def compiled(arrays: list[Tensor], measure: bool) -> Step:
-    """The same for a GPU, in two kernels that torch generates."""
-    *written, grad = arrays
-    read = torch.compile(lambda grad: grad.sum())
-
-    @torch.compile
-    def update(written: list[Tensor], grad: Tensor) -> None:
-        for array in written:
-            array.mul_(0.5).add_(grad)
-
-    def step() -> None:
-        if measure:
-            read(grad)
-        update(written, grad)
-
-    return step

@@ -74,11 +74,7 @@ class Board:
             finally:
                 torch.set_num_threads(self.all_threads)
             self.outcomes[contest, threads] = outcome
-            for side, samples in outcome.samples.items():
-                self.report["rows"].append(
-                    {"suite": suite, **contest.facts(), "threads": threads, "side": side,
-                     "bytes": outcome.bytes.get(side), "samples_ns": results.kept(samples)}
-                )  # fmt: skip
+            self.report["rows"] += outcome.rows(suite, contest, threads)
         return self.outcomes[contest, threads]
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn import Parameter
 
-from benchmarks import ceiling, traffic
+from benchmarks import ceiling, results, traffic
 from benchmarks.cases import Case
 from benchmarks.peers import OURS, SIDES, Unavailable, make_step
 from benchmarks.timing import Effort, Step, cache_bytes, interleaved, make_evict
@@ -30,6 +30,14 @@ class Outcome:
     samples: dict[str, list[float]]
     skipped: dict[str, str]
     bytes: dict[str, int] = field(default_factory=dict)
+
+    def rows(self, suite: str, contest: Contest, threads: int) -> list[results.Row]:
+        """For a report: a row a side."""
+        return [
+            {"suite": suite, **contest.facts(), "threads": threads, "side": side,
+             "bytes": self.bytes.get(side), "samples_ns": results.kept(samples)}
+            for side, samples in self.samples.items()
+        ]  # fmt: skip
 
 
 class Contest(Protocol):
@@ -91,7 +99,11 @@ class StepContest:
                 elements = self.case.elements * self.case.dtype.itemsize // 4
                 measure = self.case.mode != "plain"
                 device = params[0].device.type
-                steps[side] = ceiling.make_ceiling(elements, 1 + states, measure, device)
+                try:
+                    steps[side] = ceiling.make_ceiling(elements, 1 + states, measure, device)
+                except Unavailable as reason:
+                    outcome.skipped[side] = str(reason)
+                    continue
                 outcome.bytes[side] = self.least_bytes(states)
                 continue
             try:

@@ -19,29 +19,30 @@ struct Types {
   using compute_t = opmath_t<Param>;
 };
 
+template <class half_t, class Body>
+FUSEDOPT_INLINE void visit_16_bits(bool wide_grad, bool wide_state, Body&& body) {
+  if (wide_grad) {
+    wide_state ? body(Types<half_t, float, float>{}) : body(Types<half_t, float, half_t>{});
+  } else {
+    wide_state ? body(Types<half_t, half_t, float>{}) : body(Types<half_t, half_t, half_t>{});
+  }
+}
+
 // Calls body(Types<...>{}) for a tensor's dtypes. A gradient has its parameter's dtype or, of
 // 16-bit parameters, float32; so have the states.
 template <class Body>
 FUSEDOPT_INLINE void visit_types(const TensorEntry& tensor, Body&& body) {
   const bool wide_grad = tensor.grad_dtype != tensor.param_dtype;
   const bool wide_state = tensor.state_dtype != tensor.param_dtype;
-  auto visit_16_bits = [&](auto half) {
-    using half_t = decltype(half);
-    if (wide_grad) {
-      wide_state ? body(Types<half_t, float, float>{}) : body(Types<half_t, float, half_t>{});
-    } else {
-      wide_state ? body(Types<half_t, half_t, float>{}) : body(Types<half_t, half_t, half_t>{});
-    }
-  };
   switch (tensor.param_dtype) {
     case Dtype::kFloat32:
       return body(Types<float, float, float>{});
     case Dtype::kFloat64:
       return body(Types<double, double, double>{});
     case Dtype::kBFloat16:
-      return visit_16_bits(bfloat16{});
+      return visit_16_bits<bfloat16>(wide_grad, wide_state, body);
     case Dtype::kFloat16:
-      return visit_16_bits(float16{});
+      return visit_16_bits<float16>(wide_grad, wide_state, body);
   }
 }
 
@@ -74,8 +75,11 @@ template <class Rule>
 FUSEDOPT_INLINE typename Rule::Hyperparameters hyperparameters(const Group& group) {
   typename Rule::Hyperparameters h;
   if constexpr (!std::is_empty_v<decltype(h)>) {
-    static_assert(sizeof(h) <= sizeof(group.values), "raise kMaxHyperparameters");
-    memcpy(&h, group.values, sizeof(h));
+    constexpr int kCount = sizeof(h) / sizeof(double);
+    static_assert(kCount <= kMaxHyperparameters, "raise kMaxHyperparameters");
+    double values[kCount];  // nvcc would copy the group itself byte by byte
+    for (int k = 0; k < kCount; ++k) values[k] = group.values[k];
+    memcpy(&h, values, sizeof(h));
     if (group.lr != nullptr) {
       h.lr = group.lr_dtype == Dtype::kFloat64 ? *static_cast<const double*>(group.lr)
                                                : *static_cast<const float*>(group.lr);
@@ -118,7 +122,7 @@ FUSEDOPT_INLINE void advance(const TensorEntry& tensor, const Group& group) {
 // Each coefficient rounded once from float64: T is the only type of a Coefficients' members.
 template <class Rule, class T>
 FUSEDOPT_INLINE typename Rule::template Coefficients<T> rounded(
-    const typename Rule::template Coefficients<double>& coefficients) {
+    typename Rule::template Coefficients<double> coefficients) {
   typename Rule::template Coefficients<T> result;
   if constexpr (!std::is_empty_v<decltype(result)>) {
     constexpr int kCount = sizeof(coefficients) / sizeof(double);

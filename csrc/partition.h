@@ -1,9 +1,11 @@
 // The tensors of one device, and the tables that one pass over them reads.
 #pragma once
 
+#include <c10/core/Stream.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/types.h>
 
+#include <optional>
 #include <vector>
 
 #include "cpu/passes.h"
@@ -30,6 +32,7 @@ class DeviceTables {
   unsigned* tickets() const { return reinterpret_cast<unsigned*>(bytes_.data_ptr()); }
   const TensorEntry* tensors() const { return at<TensorEntry>(kTicketBytes); }
   const Chunk* chunks() const { return at<Chunk>(chunks_offset_); }
+  const at::Tensor& memory() const { return bytes_; }
 
  private:
   static constexpr int64_t kTicketBytes = 16;
@@ -53,9 +56,11 @@ struct Partition {
   std::vector<DenseParam> dense_params;
   std::vector<at::Tensor> dense_grads;  // of gradients laid out otherwise, at this step
   at::Tensor chunk_sums;
-  at::Tensor control;   // a StepControl
-  DeviceTables tables;  // CUDA only
-  at::Tensor moving;    // CUDA only: what doesn't fit in a kernel's arguments
+  at::Tensor control;               // a StepControl
+  DeviceTables tables;              // CUDA only
+  at::Tensor moving;                // CUDA only: what doesn't fit in a kernel's arguments
+  std::optional<c10::Stream> home;  // CUDA only: the stream that was current at the first pass
+  bool captured = false;            // in a CUDA graph
   bool on_cuda = false;
 
   // Once all tensors are known: the chunks, and memory for what the passes write.

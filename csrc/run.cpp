@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <atomic>
 
+#include "lifetimes.h"
+
 namespace fusedopt {
 
 namespace {
@@ -55,6 +57,7 @@ void run_on_cuda(const RuleInfo& rule, Partition& partition, const Pass& pass, P
   launch.device = device_index(partition.device);
   launch.stream = current_stream(partition.device);
   launch.tickets = partition.tables.tickets();
+  keep_for_current_stream(partition, launch.stream);
   if (const size_t bytes = cuda::moving_bytes(pass); bytes > 0) {
     launch.moving_is_there = phases == Phases::kUpdate && partition.moving.defined();
     if (!launch.moving_is_there) {

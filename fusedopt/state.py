@@ -66,7 +66,10 @@ def _tensor_in_place(value: Tensor, param: Tensor) -> Tensor:
 
 def scalar_like(param: Tensor, value: Any) -> Tensor:
     """A copy of one number, as a rule keeps it for a parameter."""
-    return torch.as_tensor(value, dtype=torch.float32, device=param.device).reshape(()).clone()
+    if isinstance(value, Tensor):
+        return value.to(param.device, torch.float32).reshape(()).clone()
+    # Filled on the device: a copy of a number would be waited for.
+    return torch.full((), float(value), dtype=torch.float32, device=param.device)
 
 
 def tensor_like(param: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:

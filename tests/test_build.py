@@ -197,6 +197,15 @@ def test_no_kernel_spills_registers():
         assert not spilling, f"{report}: {spilling}"
 
 
+def test_registers_allow_the_blocks_that_a_pass_needs():
+    """See docs/kernels.md: four of 256 threads for the norm pass, two for the update pass."""
+    for report, text in resource_reports().items():
+        used = re.findall(r"entry function '(\S+)'(?:.*\n)+?.*Used (\d+) registers", text)
+        assert used
+        for name, registers in used:
+            assert int(registers) <= (64 if "grad_norm" in name else 128), f"{report}: {name}"
+
+
 def test_import_is_quick():
     """Beside torch. In seconds of this process, whatever else the machine does."""
     code = "import time, torch; start = time.process_time(); import fusedopt; "

@@ -1,4 +1,4 @@
-"""The emulator itself, and what only it can count: kernel launches."""
+"""The emulator itself, and what only it can count: kernel launches and the bytes they move."""
 
 from __future__ import annotations
 
@@ -50,6 +50,25 @@ def launches(monkeypatch):
     return count
 
 
+@pytest.fixture
+def traffic(launches):
+    """Bytes (loaded, stored) of the tensors, for each kernel that a call launches."""
+    traffic_of = ctypes.CDLL(emulated().__file__).fusedopt_emulator_traffic
+    total = ctypes.CDLL(emulated().__file__).fusedopt_emulator_launches
+    total.restype = ctypes.c_ulonglong
+
+    def of(call) -> list[tuple[int, int]]:
+        first = total()
+        result = []
+        for launch in range(first, first + launches(call)):
+            moved = (ctypes.c_ulonglong * 2)()
+            traffic_of(ctypes.c_ulonglong(launch), moved)
+            result.append((moved[0], moved[1]))
+        return result
+
+    return of
+
+
 def optimizer_of(case, tensors, **kwargs):
     """On tensors of all dtypes in turn, in up to two groups with options of their own."""
     params = [make_params([(33,)], DTYPES[i % 4], seed=i)[0] for i in range(tensors)]
@@ -93,3 +112,81 @@ def test_clipping_launches_two_kernels_and_those_that_carry_its_tables(launches,
     for norm_type in (2.0, math.inf):
         call = partial(fusedopt.clip_grad_norm_, params, 1.0, norm_type, backend="cuda")
         assert [launches(call) for _ in range(2)] == [2 + uploads] * 2
+
+
+# Per class, with the options of CLASSES: how many arrays as large as the parameter a step updates.
+ARRAYS = {
+    fusedopt.FusedAdam: 3,
+    fusedopt.FusedAdamW: 3,
+    fusedopt.FusedNAdam: 3,
+    fusedopt.FusedSGD: 2,
+    fusedopt.FusedRMSprop: 2,
+}
+ROWS = [(16384,), (4, 2048), (40960,)]  # no edges: 16 KiB are a whole number of what a block takes
+
+
+def filled(case, dtype, shapes=ROWS, **kwargs):
+    params = make_params(shapes, dtype)
+    set_grads(params, seed=0)
+    optimizer = case.cls(params, backend="cuda", **case.kwargs, **kwargs)
+    optimizer.step()  # which carries the tables to the device
+    return optimizer, sum(p.numel() for p in params), params[0].element_size()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CLASSES, ids=str)
+def test_bytes_of_a_step(traffic, case, dtype):
+    """Each gradient is read once a pass, each array updated is read once and written once."""
+    optimizer, count, size = filled(case, dtype, max_grad_norm=1.0)
+    arrays = ARRAYS[case.cls]
+    norm, update = traffic(optimizer.step)
+    assert norm == (size * count, 0)
+    assert update == ((1 + arrays) * size * count, arrays * size * count)
+
+    optimizer, count, size = filled(case, dtype)
+    assert traffic(optimizer.step) == [update]
+
+
+def test_adam_moves_32_bytes_for_each_float32(traffic):
+    """28 without clipping; torch's clip_grad_norm_ and fused Adam move 40."""
+    optimizer, count, _ = filled(CLASSES[0], torch.float32, max_grad_norm=1.0)
+    assert sum(map(sum, traffic(optimizer.step))) == 32 * count
+    optimizer, count, _ = filled(CLASSES[0], torch.float32)
+    assert sum(map(sum, traffic(optimizer.step))) == 28 * count
+
+
+def test_a_skipped_step_only_measures(traffic):
+    optimizer, count, size = filled(CLASSES[0], torch.float32, max_grad_norm=1.0)
+    optimizer.param_groups[0]["params"][-1].grad[7] = torch.nan
+    assert traffic(optimizer.step) == [(size * count, 0), (0, 0)]
+
+
+@pytest.mark.parametrize("start", [0, 1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bytes_at_edges_and_of_unaligned_arrays(traffic, dtype, start):
+    """Clipped, the same. Else gradients outside of whole rows are read again, from the cache."""
+    case, size, count = CLASSES[0], dtype.itemsize, 33333
+    param = torch.nn.Parameter(torch.zeros(start + count, dtype=dtype)[start:])
+    param.grad = torch.ones(count, dtype=dtype)
+    optimizer = case.cls([param], backend="cuda", max_grad_norm=1.0)
+    optimizer.step()
+    arrays = size * count
+    assert traffic(optimizer.step) == [(arrays, 0), (4 * arrays, 3 * arrays)]
+
+    optimizer = case.cls([param], backend="cuda")
+    optimizer.step()
+    ((loaded, stored),) = traffic(optimizer.step)
+    assert stored == 3 * arrays
+    outside = count % 16384 if start == 0 else count
+    assert 4 * arrays < loaded <= 4 * arrays + size * outside
+
+
+def test_clipping_reads_twice_and_writes_once(traffic):
+    """And writes nothing where the factor is 1. The second pass has two names for a gradient: each
+    is loaded, one of them from the cache."""
+    params = make_params(ROWS)
+    set_grads(params, seed=0)
+    arrays = sum(p.numel() * p.element_size() for p in params)
+    clip = partial(fusedopt.clip_grad_norm_, params, backend="cuda")
+    assert traffic(partial(clip, 1e9))[-2:] == [(arrays, 0), (0, 0)]
+    assert traffic(partial(clip, 1.0))[-2:] == [(arrays, 0), (2 * arrays, arrays)]

@@ -26,7 +26,9 @@ struct Arguments {
   __device__ void leave() const {
     if (keep == nullptr || blockIdx.x != 0) return;
     const size_t size = pass.num_tensors * sizeof(void*) + pass.num_groups * sizeof(Group);
-    for (size_t i = threadIdx.x; i < size; i += kThreads) keep[i] = inlined[i];
+    const auto* from = reinterpret_cast<const uint64_t*>(inlined);
+    auto* to = reinterpret_cast<uint64_t*>(keep);
+    for (size_t i = threadIdx.x; i < size / sizeof(uint64_t); i += kThreads) to[i] = from[i];
   }
 
   // The pass as the device sees it.
@@ -39,6 +41,8 @@ struct Arguments {
 };
 static_assert(sizeof(Arguments<kSmall>) <= 4096 && sizeof(Arguments<kLarge>) <= 32764,
               "CUDA's limits on the size of a kernel's arguments");
+
+static_assert(sizeof(Group) % sizeof(uint64_t) == 0, "what moves is copied in words of 8 bytes");
 
 inline size_t grads_bytes(const Pass& pass) { return pass.num_tensors * sizeof(void*); }
 inline size_t total_bytes(const Pass& pass) {

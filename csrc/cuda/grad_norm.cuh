@@ -14,8 +14,8 @@ __device__ double chunk_norm(const void* grad, Chunk chunk, int size) {
   constexpr int kVector = vector_size<param_t>;
   constexpr int kRow = kThreads * kVector;
   constexpr int kRowsInFlight = 4;
-  const Stretch<grad_t, kVector> grads(grad, chunk.begin());
-  const int aligned_size = grads.aligned() ? size : 0;
+  const Stretch<grad_t> grads(grad, chunk.begin());
+  const int aligned_size = grads.template aligned<kVector>() ? size : 0;
   Lanes<Norm, kVector> lanes;
   int first = threadIdx.x * kVector;
 #pragma unroll 1
@@ -23,12 +23,14 @@ __device__ double chunk_norm(const void* grad, Chunk chunk, int size) {
        first += kRowsInFlight * kRow) {
     Vector<grad_t, kVector> rows[kRowsInFlight];
 #pragma unroll
-    for (int row = 0; row < kRowsInFlight; ++row) rows[row] = grads.load(first + row * kRow);
+    for (int row = 0; row < kRowsInFlight; ++row) {
+      rows[row] = grads.template load<kVector>(first + row * kRow);
+    }
 #pragma unroll
     for (int row = 0; row < kRowsInFlight; ++row) lanes.add(rows[row]);
   }
 #pragma unroll 1
-  for (; first < size; first += kRow) lanes.add(grads.load_some(first, size));
+  for (; first < size; first += kRow) lanes.add(grads.template load_some<kVector>(first, size));
   return block_total<Norm>(lanes.at);
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 
 #include "arguments.cuh"
 #include "passes.h"
@@ -29,15 +30,20 @@ class DeviceScope {
   bool changed_ = false;
 };
 
-// As many blocks as the device holds at once, each of which walks over many chunks.
-template <class Kernel>
-cudaError_t grid_size(Kernel kernel, int device, int* blocks) {
+// As many blocks as the device holds at once, each of which walks over many chunks. Asked once: the
+// answer takes the runtime longer than a launch.
+template <auto kernel>
+cudaError_t grid_size(int device, int* blocks) {
+  constexpr int kRemembered = 64;  // devices
+  static std::atomic<int> known[kRemembered];
+  if (device < kRemembered && (*blocks = known[device]) > 0) return cudaSuccess;
   int multiprocessors = 0, per_multiprocessor = 0;
   FUSEDOPT_RETURN_IF_ERROR(
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   FUSEDOPT_RETURN_IF_ERROR(
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads, 0));
   *blocks = std::max(1, multiprocessors * per_multiprocessor);
+  if (device < kRemembered) known[device] = *blocks;
   return cudaSuccess;
 }
 
@@ -52,11 +58,10 @@ cudaError_t launch_kernel(void (*kernel)(Argument), unsigned blocks, cudaStream_
 }
 
 // A launch of one block per chunk, as far as they fit the device.
-template <size_t kBytes>
-cudaError_t launch_pass(void (*kernel)(Arguments<kBytes>), const Launch& launch,
-                        const Arguments<kBytes>& arguments) {
+template <auto kernel, size_t kBytes>
+cudaError_t launch_pass(const Launch& launch, const Arguments<kBytes>& arguments) {
   int blocks = 0;
-  FUSEDOPT_RETURN_IF_ERROR(grid_size(kernel, launch.device, &blocks));
+  FUSEDOPT_RETURN_IF_ERROR(grid_size<kernel>(launch.device, &blocks));
   const int64_t wanted = std::clamp<int64_t>(arguments.pass.num_chunks, 1, blocks);
   return launch_kernel(kernel, static_cast<unsigned>(wanted), launch.stream, arguments);
 }

@@ -16,8 +16,8 @@ cudaError_t update(const Pass& pass, const Launch& launch) {
   if (launch.moving != nullptr && !launch.moving_is_there) {
     FUSEDOPT_RETURN_IF_ERROR(upload_moving(pass, launch));
   }
-  return launch_pass(update_kernel<Rule>, launch,
-                     make_arguments<kSmall>(pass, launch.tickets + 1, launch.moving, nullptr));
+  return launch_pass<update_kernel<Rule>>(
+      launch, make_arguments<kSmall>(pass, launch.tickets + 1, launch.moving, nullptr));
 }
 
 }  // namespace

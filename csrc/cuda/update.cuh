@@ -6,7 +6,6 @@
 #include "../dispatch.h"
 #include "arguments.cuh"
 #include "block.cuh"
-#include "grad_norm.cuh"
 #include "vector.cuh"
 
 namespace fusedopt::cuda {
@@ -22,61 +21,65 @@ struct ChunkUpdate {
   static constexpr int kStates = num_states<Rule>;
   static constexpr bool used(int k) { return (kUsed >> k & 1) != 0; }
 
-  // kVector neighboring elements of all arrays, in registers.
-  template <int kVector>
+  // Some elements of all arrays, in registers.
+  template <int kCount>
   struct Elements {
-    Vector<param_t, kVector> param;
-    Vector<grad_t, kVector> grad;
-    Vector<state_t, kVector> state[state_slots<Rule>];
+    Vector<param_t, kCount> param;
+    Vector<grad_t, kCount> grad;
+    Vector<state_t, kCount> state[state_slots<Rule>];
   };
 
-  template <int kVector>
   struct Arrays {
-    Stretch<param_t, kVector> param;
-    Stretch<grad_t, kVector> grad;
-    void* const* state;
-    int64_t begin;
+    Stretch<param_t> param;
+    Stretch<grad_t> grad;
+    Stretch<state_t> state[state_slots<Rule>];
 
     __device__ Arrays(const TensorEntry& tensor, const void* grad, Chunk chunk)
-        : param(tensor.param, chunk.begin()),
-          grad(grad, chunk.begin()),
-          state(tensor.state),
-          begin(chunk.begin()) {}
-
-    __device__ Stretch<state_t, kVector> states(int k) const { return {state[k], begin}; }
-
-    __device__ bool aligned() const {
-      bool result = param.aligned() && grad.aligned();
+        : param(tensor.param, chunk.begin()), grad(grad, chunk.begin()) {
 #pragma unroll
-      for (int k = 0; k < kStates; ++k) result = result && (!used(k) || states(k).aligned());
+      for (int k = 0; k < kStates; ++k) {
+        if (used(k)) state[k] = {tensor.state[k], chunk.begin()};
+      }
+    }
+
+    template <int kVector>
+    __device__ bool aligned() const {
+      bool result = param.template aligned<kVector>() && grad.template aligned<kVector>();
+#pragma unroll
+      for (int k = 0; k < kStates; ++k) {
+        result = result && (!used(k) || state[k].template aligned<kVector>());
+      }
       return result;
     }
 
-    __device__ Elements<kVector> load(int first) const {
-      Elements<kVector> elements{};  // states that are not used stay zero
-      elements.param = param.load(first);
-      elements.grad = grad.load(first);
+    // `load` takes a Stretch of any type. States that are not used stay zero.
+    template <int kCount, class Load>
+    __device__ Elements<kCount> load(Load load) const {
+      Elements<kCount> elements{};
+      elements.param = load(param);
+      elements.grad = load(grad);
 #pragma unroll
       for (int k = 0; k < kStates; ++k) {
-        if (used(k)) elements.state[k] = states(k).load(first);
+        if (used(k)) elements.state[k] = load(state[k]);
       }
       return elements;
     }
 
-    __device__ void store(int first, const Elements<kVector>& elements) const {
-      param.store(first, elements.param);
+    template <int kCount, class Store>
+    __device__ void store(const Elements<kCount>& elements, Store store) const {
+      store(param, elements.param);
 #pragma unroll
       for (int k = 0; k < kStates; ++k) {
-        if (used(k)) states(k).store(first, elements.state[k]);
+        if (used(k)) store(state[k], elements.state[k]);
       }
     }
   };
 
-  template <int kVector, size_t... k>
-  __device__ static void update(Elements<kVector>& elements, const Coefficients& c, T grad_factor,
+  template <int kCount, size_t... k>
+  __device__ static void update(Elements<kCount>& elements, const Coefficients& c, T grad_factor,
                                 std::index_sequence<k...>) {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       T param = widen(elements.param.at[i]);
       T state[state_slots<Rule>] = {used(k) ? widen(elements.state[k].at[i]) : T(0)...};
       Rule::template update<kUsed>(c, widen(elements.grad.at[i]) * grad_factor, param, state[k]...);
@@ -85,42 +88,58 @@ struct ChunkUpdate {
     }
   }
 
-  __device__ static void run(const TensorEntry& tensor, const void* grad, Chunk chunk,
-                             const Prepared<Rule>& prepared) {
+  // With `measures`: returns the sum of the gradients' squares, in thread 0.
+  __device__ __forceinline__ static double run(const TensorEntry& tensor, const void* grad,
+                                               Chunk chunk, const Prepared<Rule>& prepared,
+                                               bool measures) {
     constexpr int kVector = vector_size<param_t>;
     constexpr int kRow = kThreads * kVector;
-    constexpr int kRowsInFlight = sizeof(Elements<kVector>) <= 80 ? 2 : 1;  // before the first use
+    constexpr int kBytes = sizeof(Elements<kVector>) + sizeof(Lanes<SumOfSquares, kVector>);
+    constexpr int kRowsInFlight = kBytes <= 128 ? 2 : 1;  // before the first use: for 128 registers
     constexpr auto kAllStates = std::make_index_sequence<kStates>{};
     const Coefficients c = rounded<Rule, T>(prepared.coefficients);
     const T grad_factor = static_cast<T>(prepared.grad_factor);
     const int size = static_cast<int>(chunk.size(tensor.numel));
 
-    const Arrays<kVector> arrays(tensor, grad, chunk);
-    const int aligned_size = arrays.aligned() ? size : 0;
-    int first = threadIdx.x * kVector;
+    const Arrays arrays(tensor, grad, chunk);
+    const int aligned_size = arrays.template aligned<kVector>() ? size : 0;
+    Lanes<SumOfSquares, kVector> lanes;
+    int done = 0;
 #pragma unroll 1
-    for (; first + (kRowsInFlight - 1) * kRow + kVector <= aligned_size;
-         first += kRowsInFlight * kRow) {
+    for (; done + kRowsInFlight * kRow <= aligned_size; done += kRowsInFlight * kRow) {
       Elements<kVector> rows[kRowsInFlight];
-#pragma unroll
-      for (int i = 0; i < kRowsInFlight; ++i) rows[i] = arrays.load(first + i * kRow);
+      const int first = done + threadIdx.x * kVector;
 #pragma unroll
       for (int i = 0; i < kRowsInFlight; ++i) {
+        rows[i] = arrays.template load<kVector>(
+            [&](auto array) { return array.template load<kVector>(first + i * kRow); });
+      }
+#pragma unroll
+      for (int i = 0; i < kRowsInFlight; ++i) {
+        if (measures) lanes.add(rows[i].grad);
         update(rows[i], c, grad_factor, kAllStates);
-        arrays.store(first + i * kRow, rows[i]);
+        arrays.store(rows[i], [&](auto array, auto& it) { array.store(first + i * kRow, it); });
       }
     }
-    // The edges, and tensors that are not aligned: the same, element by element.
-    const Arrays<1> scalars(tensor, grad, chunk);
+    if (measures) {
 #pragma unroll 1
-    for (; first < size; first += kRow) {
-#pragma unroll 1
-      for (int i = first; i < first + kVector && i < size; ++i) {
-        Elements<1> element = scalars.load(i);
-        update(element, c, grad_factor, kAllStates);
-        scalars.store(i, element);
+      for (int first = done + threadIdx.x * kVector; first < size; first += kRow) {
+        lanes.add(arrays.grad.template load_some<kVector>(first, size));
       }
     }
+    // What is left, all of it where an array is not aligned: neighboring threads take neighboring
+    // elements, so that single accesses are coalesced too.
+    constexpr int kSingles = 4;
+#pragma unroll 1
+    for (int first = done + threadIdx.x; first < size; first += kSingles * kThreads) {
+      Elements<kSingles> singles = arrays.template load<kSingles>(
+          [&](auto array) { return array.template load_each<kSingles, kThreads>(first, size); });
+      update(singles, c, grad_factor, kAllStates);
+      arrays.store(singles, [&](auto array, auto& it) {
+        array.template store_each<kSingles, kThreads>(first, size, it);
+      });
+    }
+    return measures ? block_total<SumOfSquares>(lanes.at) : 0;
   }
 };
 
@@ -152,19 +171,26 @@ struct Shared {
   alignas(8) unsigned char memo[sizeof(Memo<Rule>)];
 };
 
+// Returns the sum of the gradients' squares in thread 0, if no pass has measured them before.
 template <class Rule>
-__device__ void update_chunk(const Pass& pass, Chunk chunk, Memo<Rule>& memo, double grad_factor) {
+__device__ __forceinline__ double update_chunk(const Pass& pass, Chunk chunk, Memo<Rule>& memo,
+                                               double grad_factor) {
   const TensorEntry& tensor = pass.tensors[chunk.tensor];
   const Group& group = pass.groups[tensor.group];
+  const void* grad = pass.grads[chunk.tensor];
+  const bool measures = !pass.options.measure;
+  double sum = 0;
+  if (grad == nullptr) return sum;
   __syncthreads();
   if (threadIdx.x == 0) memo.prepare_for(tensor, group, grad_factor);
   __syncthreads();
   visit_types(tensor, [&](auto types) {
     visit_variant<Rule>(group.states_used, [&](auto used) {
-      ChunkUpdate<Rule, used(), decltype(types)>::run(tensor, pass.grads[chunk.tensor], chunk,
-                                                      memo.prepared);
+      sum = ChunkUpdate<Rule, used(), decltype(types)>::run(tensor, grad, chunk, memo.prepared,
+                                                            measures);
     });
   });
+  return sum;
 }
 
 // What the last block does once all elements are updated, or none.
@@ -196,14 +222,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Decision decision = shared.decision;
   // In reverse: what the norm pass read last is still in the cache.
   for (int64_t i = pass.num_chunks - 1 - blockIdx.x; i >= 0 && !decision.skip; i -= gridDim.x) {
-    const Chunk chunk = pass.chunks[i];
-    if (!pass.options.measure) {
-      const double sum = chunk_norm<SumOfSquares>(pass, chunk);
-      if (threadIdx.x == 0) pass.chunk_sums[i] = sum;
-    }
-    if (pass.grads[chunk.tensor] != nullptr) {
-      update_chunk(pass, chunk, memo, decision.grad_factor);
-    }
+    const double sum = update_chunk(pass, pass.chunks[i], memo, decision.grad_factor);
+    if (!pass.options.measure && threadIdx.x == 0) pass.chunk_sums[i] = sum;
   }
   if (is_last_block(arguments.ticket)) finish<Rule>(pass, decision);
 }

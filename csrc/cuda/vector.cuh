@@ -1,10 +1,11 @@
-// Accesses of 16 bytes.
+// Loads and stores of the arrays, 16 bytes at a time where they are aligned.
 #pragma once
 
 #include <cstdint>
 
 #include "../math/convert.h"
 #include "block.cuh"
+#include "memory.cuh"
 
 namespace fusedopt::cuda {
 
@@ -24,29 +25,52 @@ struct alignas(sizeof(scalar_t) * kVector < kVectorBytes ? sizeof(scalar_t) * kV
 };
 
 // One array's stretch of a chunk.
-template <class scalar_t, int kVector>
+template <class scalar_t>
 struct Stretch {
-  using Values = Vector<scalar_t, kVector>;
   scalar_t* data;
 
+  Stretch() = default;
   __device__ Stretch(const void* first_of_tensor, int64_t begin)
       : data(const_cast<scalar_t*>(static_cast<const scalar_t*>(first_of_tensor)) + begin) {}
 
+  template <int kVector>
   __device__ bool aligned() const {
-    return reinterpret_cast<uintptr_t>(data) % alignof(Values) == 0;
+    return reinterpret_cast<uintptr_t>(data) % alignof(Vector<scalar_t, kVector>) == 0;
   }
-  __device__ Values load(int first) const { return *reinterpret_cast<const Values*>(data + first); }
-  __device__ void store(int first, const Values& values) const {
-    *reinterpret_cast<Values*>(data + first) = values;
+  template <int kVector>
+  __device__ Vector<scalar_t, kVector> load(int first) const {
+    return load_global(reinterpret_cast<const Vector<scalar_t, kVector>*>(data + first));
   }
+  template <int kVector>
+  __device__ void store(int first, const Vector<scalar_t, kVector>& values) const {
+    store_global(reinterpret_cast<Vector<scalar_t, kVector>*>(data + first), values);
+  }
+
   // Needs no alignment; elements from `size` on read as zero.
-  __device__ Values load_some(int first, int size) const {
-    Values values{};
+  template <int kVector>
+  __device__ Vector<scalar_t, kVector> load_some(int first, int size) const {
+    if (first + kVector <= size && aligned<kVector>()) return load<kVector>(first);
+    return load_each<kVector, 1>(first, size);
+  }
+
+  // Elements first, first + kStride, ... one by one, as far as they are there.
+  template <int kCount, int kStride>
+  __device__ Vector<scalar_t, kCount> load_each(int first, int size) const {
+    Vector<scalar_t, kCount> values{};
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) {
-      if (first + k < size) values.at[k] = data[first + k];
+    for (int k = 0; k < kCount; ++k) {
+      const int i = first + k * kStride;
+      if (i < size) values.at[k] = load_global(data + i);
     }
     return values;
+  }
+  template <int kCount, int kStride>
+  __device__ void store_each(int first, int size, const Vector<scalar_t, kCount>& values) const {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const int i = first + k * kStride;
+      if (i < size) store_global(data + i, values.at[k]);
+    }
   }
 };
 
@@ -58,9 +82,7 @@ struct Lanes {
   template <class grad_t>
   __device__ void add(const Vector<grad_t, kVector>& grad) {
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) {
-      at[k] = Norm::combine(at[k], Norm::term(widen(grad.at[k])));
-    }
+    for (int k = 0; k < kVector; ++k) at[k] = Norm::add(at[k], widen(grad.at[k]));
   }
 };
 

@@ -6,16 +6,20 @@
 //    where a GPU's is undefined. There is no dynamic shared memory.
 //  - Everything is done when a call returns: streams have no effect.
 //  - A thread that waits in vain (the others wait elsewhere or have exited), that its own mask
-//    leaves out, or that shuffles from a lane that is not there, makes the launch throw
-//    std::runtime_error. So does whatever else a kernel throws. The next launch is not affected.
+//    leaves out, that shuffles from a lane that is not there, or whose address is not aligned,
+//    makes the launch throw std::runtime_error. So does whatever else a kernel throws. The next
+//    launch is not affected.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>  // nvcc has it always.
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -44,14 +48,13 @@ enum cudaError_t {
 namespace emulator {
 
 inline std::atomic<int> multiprocessors = 3;
-inline std::atomic<unsigned long long> launch_count = 0;
 inline thread_local cudaError_t last_error = cudaSuccess;
 
 // Another seed has blocks and threads run in another order, from the next launch on.
 inline void set_block_order(unsigned seed) { grid.seed(seed); }
 inline void set_multiprocessor_count(int count) { multiprocessors = count; }
-inline unsigned long long launches() { return launch_count; }
-inline void reset_counters() { launch_count = 0; }
+inline unsigned long long launches() { return grid.launches(); }
+inline void reset_counters() { grid.forget_launches(); }
 
 inline cudaError_t result(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
@@ -84,6 +87,27 @@ T shuffle(const char* name, unsigned mask, T value, unsigned lane) {
 // A lane that would ask beyond the end of its segment of the warp asks itself.
 inline unsigned within(int width, unsigned lane) {
   return lane <= (grid.lane() | (width - 1u)) ? lane : grid.lane();
+}
+
+// What csrc/cuda/memory.cuh loads and stores with here. A GPU faults on such an address too.
+template <class T>
+void check_alignment(const T* address) {
+  if (reinterpret_cast<std::uintptr_t>(address) % alignof(T) == 0) return;
+  throw std::runtime_error("an access of " + std::to_string(sizeof(T)) +
+                           " bytes at an address that is not a multiple of " +
+                           std::to_string(alignof(T)));
+}
+template <class T>
+T load_global(const T* from) {
+  check_alignment(from);
+  grid.count_load(sizeof(T));
+  return *from;
+}
+template <class T>
+void store_global(T* to, const T& value) {
+  check_alignment(to);
+  grid.count_store(sizeof(T));
+  *to = value;
 }
 
 template <class T, class... Types>
@@ -294,7 +318,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (config->dynamicSmemBytes > 0) return emulator::result(cudaErrorNotSupported);
   // The launch copies the arguments, and then each thread has a copy of its own to write to.
   const std::tuple<Parameters...> copies(std::forward<Arguments>(arguments)...);
-  ++emulator::launch_count;
   emulator::grid.run(blocks, threads, [&] { std::apply(kernel, copies); });
   return cudaSuccess;
 }

@@ -45,9 +45,29 @@ class Grid {
     unsigned votes;       // By lane: has anyone there brought something other than zero?
   };
 
+  // Bytes that a launch's threads moved through load_global and store_global.
+  struct Traffic {
+    std::uint64_t loaded, stored;
+  };
+
   // Where the running thread is.
   Index grid_size{}, block_size{}, block{}, thread{};
   unsigned lane() const { return current_->rank % kWarpSize; }
+
+  void count_load(std::size_t bytes) { launches_.back().loaded += bytes; }
+  void count_store(std::size_t bytes) { launches_.back().stored += bytes; }
+  std::uint64_t launches() {
+    const std::lock_guard lock(mutex_);
+    return launches_.size();
+  }
+  Traffic traffic(std::uint64_t launch) {
+    const std::lock_guard lock(mutex_);
+    return launches_.at(launch);
+  }
+  void forget_launches() {
+    const std::lock_guard lock(mutex_);
+    launches_.clear();
+  }
 
   void seed(unsigned value) {
     const std::lock_guard lock(mutex_);
@@ -57,6 +77,7 @@ class Grid {
   // Calls the kernel once per thread. The first exception thrown in a thread ends the launch.
   void run(Index blocks, Index threads, std::function<void()> kernel) {
     const std::lock_guard lock(mutex_);
+    launches_.push_back({});
     random_.seed(seed_);  // Anew, so that no launch depends on those before it.
     kernel_ = std::move(kernel);
     grid_size = blocks;
@@ -210,7 +231,8 @@ class Grid {
     return text;
   }
 
-  std::mutex mutex_;  // Held by a launch: there is one device.
+  std::mutex mutex_;               // Held by a launch: there is one device.
+  std::vector<Traffic> launches_;  // What each one moved, since forget_launches().
   unsigned seed_ = 1;
   std::mt19937 random_;
   std::function<void()> kernel_;

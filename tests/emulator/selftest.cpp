@@ -198,6 +198,32 @@ void test_atomics() {
   CHECK(first >= 1 && first <= 150);
 }
 
+// --------------------------------------------------------------------------------------- Memory
+
+struct CopyArguments {
+  const float* from;
+  float* to;
+};
+
+__global__ void copy_kernel(CopyArguments a) {
+  const float4 values =
+      emulator::load_global(reinterpret_cast<const float4*>(a.from) + threadIdx.x);
+  emulator::store_global(a.to + threadIdx.x, values.x + values.w);
+}
+
+void test_memory() {
+  alignas(16) float from[9] = {1, 2, 3, 4, 5, 6, 7, 8, 9};
+  float to[2] = {};
+  emulator::reset_counters();
+  CHECK(error_of(copy_kernel, 1, 2, {from, to}) == "");
+  CHECK(to[0] == 5 && to[1] == 13);
+  CHECK(error_of(copy_kernel, 3, 1, {from, to}) == "");
+  CHECK(emulator::grid.traffic(0).loaded == 32 && emulator::grid.traffic(0).stored == 8);
+  CHECK(emulator::grid.traffic(1).loaded == 48 && emulator::grid.traffic(1).stored == 12);
+  CHECK(error_of(copy_kernel, 1, 1, {from + 1, to}) ==
+        "an access of 16 bytes at an address that is not a multiple of 16");
+}
+
 // ---------------------------------------------------------------------------------------- Order
 
 struct OrderArguments {
@@ -345,6 +371,7 @@ int main() {
   measure_reduction();
   test_warps();
   test_atomics();
+  test_memory();
   test_order();
   test_arguments();
   test_indices();

@@ -1,0 +1,92 @@
+"""Builds what a GPU's report measures. Imports nothing of fusedopt, which loads what is built."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What a choice of ours costs: the kernels built otherwise, by nvcc's last arguments. Their bits
+# differ; nothing else uses them.
+VARIANTS = {"with FMA": "-fmad=true"}
+
+
+def build(limit: float) -> dict[str, Any]:
+    """The extension for this GPU, as it ships and otherwise, at once.
+
+    Raises:
+        RuntimeError: it can't be built, or not within `limit` seconds.
+    """
+    major, minor = torch.cuda.get_device_capability()
+    shared = {"FUSEDOPT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
+    command = [sys.executable, "setup.py", "build_ext"]
+
+    def build_variant(name: str) -> dict[str, Any]:
+        folder = variant_folder(name)
+        return call([*command, f"--build-lib={folder}", f"--build-temp={folder / 'temp'}"],
+                    limit, **shared, NVCC_APPEND_FLAGS=VARIANTS[name])  # fmt: skip
+
+    with ThreadPoolExecutor() as pool:
+        shipped = pool.submit(call, [*command, "--inplace"], limit, **shared)
+        variants = dict(zip(VARIANTS, pool.map(build_variant, VARIANTS), strict=True))
+    result = shipped.result()
+    if result["status"] != 0:
+        raise RuntimeError(f"the build failed: {result['output'][-2000:]}")
+    result["variants"] = {name: it["status"] for name, it in variants.items()}
+    result["resources"] = resources(ROOT.glob("build/temp*/cuda_*.log"))
+    return result
+
+
+def variant_folder(name: str) -> Path:
+    return ROOT / "build/gpu_report" / name.replace(" ", "_")
+
+
+def variant_library(name: str) -> Path:
+    return variant_folder(name) / f"fusedopt/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def resources(reports: Iterable[Path]) -> list[dict[str, Any]]:
+    """Registers and spills of each kernel, as nvcc's reports have them."""
+    found = []
+    for report in reports:
+        for part in report.read_text().split("Compiling entry function ")[1:]:
+            name = re.match(r"'(\S+)'", part)
+            registers = re.search(r"Used (\d+) registers", part)
+            spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
+            if name is None or registers is None:
+                continue
+            found.append({
+                "kernel": name[1],
+                "registers": int(registers[1]),
+                "spilled_bytes": sum(map(int, spills.groups())) if spills else 0,
+            })  # fmt: skip
+    return found
+
+
+def call(command: list[Any], limit: float, **environment: str) -> dict[str, Any]:
+    """Runs a program for at most that long. Returns its status (None: too long) and output."""
+    limit = max(1.0, limit)
+    start = time.perf_counter()
+    status, output = None, ""
+    try:
+        done = subprocess.run(
+            list(map(str, command)), cwd=ROOT, env={**os.environ, **environment},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit,
+        )  # fmt: skip
+        status, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as late:
+        raw = late.stdout or b""
+        output = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
+    seconds = round(time.perf_counter() - start, 1)
+    return {"status": status, "seconds": seconds, "output": output[-8000:]}

@@ -1,0 +1,60 @@
+"""All that a GPU has to tell of this project, in one command: tests, sanitizers, measurements.
+
+    python benchmarks/gpu_report.py [--seconds 560] [--output benchmarks/results]
+
+Builds the extension, runs the stages of gpu_stages.py one after another, prints tables last, and
+writes one JSON with the raw samples, hardware, versions and commit. A stage that fails, or has no
+time left, is reported and the others go on. Torch, nvcc, ninja, pybind11, pytest and a C++ compiler
+are all it needs; libraries to compare with that are missing are named.
+
+--dry-run goes through the same motions on a CPU with small tensors: what it prints and writes is
+marked as such, and measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import gpu_build  # noqa: E402
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--stage", action="append", help="only these")
+    parser.add_argument("--case", help="only cases with this in their title")
+    parser.add_argument("--seconds", type=float, default=560, help="for everything")
+    parser.add_argument("--test-seconds", type=float, default=120, help="for the test suite")
+    parser.add_argument("--case-seconds", type=float, default=1.5, help="for the samples of a case")
+    parser.add_argument("--commit", help="what is measured, where git can't tell")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, to try this program")
+    options = parser.parse_args(arguments)
+    if not options.dry_run and not torch.cuda.is_available():
+        sys.exit("torch finds no CUDA device, and nothing can be measured (see --dry-run)")
+    if options.dry_run and options.output == parser.get_default("output"):
+        sys.exit("--dry-run needs an --output of its own: it measures nothing")
+    torch.manual_seed(0)
+    started = time.perf_counter()
+    built = {} if options.dry_run else gpu_build.build(options.seconds)
+    from benchmarks import gpu_stages  # not before: it loads what has been built
+
+    run = gpu_stages.Run(options, gpu_stages.new_report(options), started)
+    run.report["stages"]["build"] = built
+    path = gpu_stages.run_stages(run, options.stage or list(gpu_stages.STAGES))
+    print("\n" + "\n".join(gpu_stages.lines_of(run.report)))
+    print(f"{path}, {time.perf_counter() - started:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

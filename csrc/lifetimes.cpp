@@ -1,0 +1,45 @@
+#include "lifetimes.h"
+
+#if FUSEDOPT_WITH_CUDA
+
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+namespace fusedopt {
+
+namespace {
+
+std::vector<at::Tensor> memory_of(const Partition& partition) {
+  std::vector<at::Tensor> memory{partition.chunk_sums, partition.control,
+                                 partition.tables.memory()};
+  for (const DenseParam& it : partition.dense_params) memory.push_back(it.dense);
+  return memory;
+}
+
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  return cudaStreamIsCapturing(stream, &status) == cudaSuccess &&
+         status != cudaStreamCaptureStatusNone;
+}
+
+}  // namespace
+
+void keep_for_current_stream(Partition& partition, cudaStream_t stream) {
+  // A graph reads the tables at every replay, also when this plan has been replaced. torch has no
+  // way to say so, and they are small: they stay.
+  if (!partition.captured && is_capturing(stream)) {
+    static auto* const kept = new std::vector<at::Tensor>;  // never destroyed: CUDA may be gone
+    for (const at::Tensor& tensor : memory_of(partition)) kept->push_back(tensor);
+    partition.captured = true;
+  }
+  if (!partition.device.is_cuda()) return;
+  // torch's allocator gives memory back to the stream that it was allocated on, unless it knows of
+  // others.
+  const c10::Stream current = c10::impl::VirtualGuardImpl(c10::kCUDA).getStream(partition.device);
+  if (!partition.home.has_value()) partition.home = current;
+  if (*partition.home == current) return;
+  for (const at::Tensor& tensor : memory_of(partition)) tensor.record_stream(current);
+}
+
+}  // namespace fusedopt
+
+#endif
