@@ -62,6 +62,14 @@ FUSEDOPT_INLINE void visit_variant(unsigned states_used, Body&& body) {
   }
 }
 
+// The states that every variant of the rule uses.
+template <class Rule>
+constexpr unsigned always_used() {
+  unsigned used = ~0u;
+  for (const unsigned variant : Rule::kVariants) used &= variant;
+  return used;
+}
+
 template <class Rule>
 inline constexpr int num_states = std::size(Rule::kStates);
 template <class Rule>

@@ -48,7 +48,7 @@ struct Update {
     for (int64_t i = 0; i < count; ++i) {
       T param = widen(params[i]);
       T state[state_slots<Rule>] = {load<k>(states[k], i)...};
-      Rule::template update<kUsed>(c, widen(grads[i]) * grad_factor, param, state[k]...);
+      Rule::update(kUsed, c, widen(grads[i]) * grad_factor, param, state[k]...);
       params[i] = narrow<typename types::param_t>(param);
       (store<k>(states[k], i, state[k]), ...);
     }

@@ -10,7 +10,7 @@
 namespace fusedopt::cuda {
 
 template <class Norm, class param_t, class grad_t>
-__device__ double chunk_norm(const void* grad, Chunk chunk, int size) {
+__device__ double chunk_norm(const void* grad, Chunk chunk, int size, Converter convert) {
   constexpr int kVector = vector_size<param_t>;
   constexpr int kRow = kThreads * kVector;
   constexpr int kRowsInFlight = 4;
@@ -27,10 +27,11 @@ __device__ double chunk_norm(const void* grad, Chunk chunk, int size) {
       rows[row] = grads.template load<kVector>(first + row * kRow);
     }
 #pragma unroll
-    for (int row = 0; row < kRowsInFlight; ++row) lanes.add(rows[row]);
+    for (int row = 0; row < kRowsInFlight; ++row) lanes.add(rows[row], convert);
   }
 #pragma unroll 1
-  for (; first < size; first += kRow) lanes.add(grads.template load_some<kVector>(first, size));
+  for (; first < size; first += kRow)
+    lanes.add(grads.template load_some<kVector>(first, size), convert);
   return block_total<Norm>(lanes.at);
 }
 
@@ -41,11 +42,11 @@ __device__ double chunk_norm(const Pass& pass, Chunk chunk) {
   const void* grad = pass.grads[chunk.tensor];
   double result = 0;
   if (grad == nullptr) return result;
-  visit_types(tensor, [&](auto types) {
+  visit_sizes(tensor, [&](auto types) {
     using param_t = typename decltype(types)::param_t;
     using grad_t = typename decltype(types)::grad_t;
     const int size = static_cast<int>(chunk.size(tensor.numel));
-    result = chunk_norm<Norm, param_t, grad_t>(grad, chunk, size);
+    result = chunk_norm<Norm, param_t, grad_t>(grad, chunk, size, Converter(tensor));
   });
   return result;
 }

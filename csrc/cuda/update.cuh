@@ -11,7 +11,7 @@
 namespace fusedopt::cuda {
 
 // One chunk's update: the loop around a rule.
-template <class Rule, unsigned kUsed, class types>
+template <class Rule, class types>
 struct ChunkUpdate {
   using T = typename types::compute_t;
   using param_t = typename types::param_t;
@@ -19,7 +19,6 @@ struct ChunkUpdate {
   using state_t = typename types::state_t;
   using Coefficients = typename Rule::template Coefficients<T>;
   static constexpr int kStates = num_states<Rule>;
-  static constexpr bool used(int k) { return (kUsed >> k & 1) != 0; }
 
   // Some elements of all arrays, in registers.
   template <int kCount>
@@ -33,21 +32,22 @@ struct ChunkUpdate {
     Stretch<param_t> param;
     Stretch<grad_t> grad;
     Stretch<state_t> state[state_slots<Rule>];
+    unsigned used;  // bit k: state[k] is there
 
-    __device__ Arrays(const TensorEntry& tensor, const void* grad, Chunk chunk)
-        : param(tensor.param, chunk.begin()), grad(grad, chunk.begin()) {
+    __device__ Arrays(const TensorEntry& tensor, const void* grad, Chunk chunk, unsigned used)
+        : param(tensor.param, chunk.begin()), grad(grad, chunk.begin()), used(used) {
 #pragma unroll
-      for (int k = 0; k < kStates; ++k) {
-        if (used(k)) state[k] = {tensor.state[k], chunk.begin()};
-      }
+      for (int k = 0; k < kStates; ++k) state[k] = {tensor.state[k], chunk.begin()};
     }
+
+    __device__ bool has(int k) const { return (used >> k & 1) != 0; }
 
     template <int kVector>
     __device__ bool aligned() const {
       bool result = param.template aligned<kVector>() && grad.template aligned<kVector>();
 #pragma unroll
       for (int k = 0; k < kStates; ++k) {
-        result = result && (!used(k) || state[k].template aligned<kVector>());
+        result = result && (!has(k) || state[k].template aligned<kVector>());
       }
       return result;
     }
@@ -60,7 +60,7 @@ struct ChunkUpdate {
       elements.grad = load(grad);
 #pragma unroll
       for (int k = 0; k < kStates; ++k) {
-        if (used(k)) elements.state[k] = load(state[k]);
+        if (has(k)) elements.state[k] = load(state[k]);
       }
       return elements;
     }
@@ -70,38 +70,42 @@ struct ChunkUpdate {
       store(param, elements.param);
 #pragma unroll
       for (int k = 0; k < kStates; ++k) {
-        if (used(k)) store(state[k], elements.state[k]);
+        if (has(k)) store(state[k], elements.state[k]);
       }
     }
   };
 
   template <int kCount, size_t... k>
-  __device__ static void update(Elements<kCount>& elements, const Coefficients& c, T grad_factor,
-                                std::index_sequence<k...>) {
+  __device__ static void update(Elements<kCount>& elements, unsigned used, Converter convert,
+                                const Coefficients& c, T grad_factor, std::index_sequence<k...>) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      T param = widen(elements.param.at[i]);
-      T state[state_slots<Rule>] = {used(k) ? widen(elements.state[k].at[i]) : T(0)...};
-      Rule::template update<kUsed>(c, widen(elements.grad.at[i]) * grad_factor, param, state[k]...);
-      elements.param.at[i] = narrow<param_t>(param);
-      ((used(k) ? void(elements.state[k].at[i] = narrow<state_t>(state[k])) : void()), ...);
+      T param = convert.widen(elements.param.at[i]);
+      T state[state_slots<Rule>] = {convert.widen(elements.state[k].at[i])...};
+      const T grad = convert.widen(elements.grad.at[i]) * grad_factor;
+      Rule::update(used, c, grad, param, state[k]...);
+      elements.param.at[i] = convert.template narrow<param_t>(param);
+      ((elements.state[k].at[i] = convert.template narrow<state_t>(state[k])), ...);
     }
   }
 
   // With `measures`: returns the sum of the gradients' squares, in thread 0.
   __device__ __forceinline__ static double run(const TensorEntry& tensor, const void* grad,
                                                Chunk chunk, const Prepared<Rule>& prepared,
-                                               bool measures) {
+                                               unsigned states_used, bool measures) {
     constexpr int kVector = vector_size<param_t>;
     constexpr int kRow = kThreads * kVector;
     constexpr int kBytes = sizeof(Elements<kVector>) + sizeof(Lanes<SumOfSquares, kVector>);
-    constexpr int kRowsInFlight = kBytes <= 128 ? 2 : 1;  // before the first use: for 128 registers
+    // Before the first use. For 128 registers: float64's divisions and roots need some themselves.
+    constexpr int kRowsInFlight = kBytes <= 128 && sizeof(T) == sizeof(float) ? 2 : 1;
     constexpr auto kAllStates = std::make_index_sequence<kStates>{};
     const Coefficients c = rounded<Rule, T>(prepared.coefficients);
     const T grad_factor = static_cast<T>(prepared.grad_factor);
     const int size = static_cast<int>(chunk.size(tensor.numel));
 
-    const Arrays arrays(tensor, grad, chunk);
+    const unsigned used = states_used | always_used<Rule>();  // which spares most of the questions
+    const Converter convert(tensor);
+    const Arrays arrays(tensor, grad, chunk, used);
     const int aligned_size = arrays.template aligned<kVector>() ? size : 0;
     Lanes<SumOfSquares, kVector> lanes;
     int done = 0;
@@ -116,15 +120,15 @@ struct ChunkUpdate {
       }
 #pragma unroll
       for (int i = 0; i < kRowsInFlight; ++i) {
-        if (measures) lanes.add(rows[i].grad);
-        update(rows[i], c, grad_factor, kAllStates);
+        if (measures) lanes.add(rows[i].grad, convert);
+        update(rows[i], used, convert, c, grad_factor, kAllStates);
         arrays.store(rows[i], [&](auto array, auto& it) { array.store(first + i * kRow, it); });
       }
     }
     if (measures) {
 #pragma unroll 1
       for (int first = done + threadIdx.x * kVector; first < size; first += kRow) {
-        lanes.add(arrays.grad.template load_some<kVector>(first, size));
+        lanes.add(arrays.grad.template load_some<kVector>(first, size), convert);
       }
     }
     // What is left, all of it where an array is not aligned: neighboring threads take neighboring
@@ -134,7 +138,7 @@ struct ChunkUpdate {
     for (int first = done + threadIdx.x; first < size; first += kSingles * kThreads) {
       Elements<kSingles> singles = arrays.template load<kSingles>(
           [&](auto array) { return array.template load_each<kSingles, kThreads>(first, size); });
-      update(singles, c, grad_factor, kAllStates);
+      update(singles, used, convert, c, grad_factor, kAllStates);
       arrays.store(singles, [&](auto array, auto& it) {
         array.template store_each<kSingles, kThreads>(first, size, it);
       });
@@ -184,11 +188,9 @@ __device__ __forceinline__ double update_chunk(const Pass& pass, Chunk chunk, Me
   __syncthreads();
   if (threadIdx.x == 0) memo.prepare_for(tensor, group, grad_factor);
   __syncthreads();
-  visit_types(tensor, [&](auto types) {
-    visit_variant<Rule>(group.states_used, [&](auto used) {
-      sum = ChunkUpdate<Rule, used(), decltype(types)>::run(tensor, grad, chunk, memo.prepared,
-                                                            measures);
-    });
+  visit_sizes(tensor, [&](auto types) {
+    sum = ChunkUpdate<Rule, decltype(types)>::run(tensor, grad, chunk, memo.prepared,
+                                                  group.states_used, measures);
   });
   return sum;
 }

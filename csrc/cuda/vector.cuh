@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-#include "../math/convert.h"
 #include "block.cuh"
 #include "memory.cuh"
+#include "types.cuh"
 
 namespace fusedopt::cuda {
 
@@ -80,9 +80,9 @@ struct Lanes {
   double at[kVector] = {};
 
   template <class grad_t>
-  __device__ void add(const Vector<grad_t, kVector>& grad) {
+  __device__ void add(const Vector<grad_t, kVector>& grad, Converter convert) {
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) at[k] = Norm::add(at[k], widen(grad.at[k]));
+    for (int k = 0; k < kVector; ++k) at[k] = Norm::add(at[k], convert.widen(grad.at[k]));
   }
 };
 

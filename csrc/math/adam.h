@@ -60,15 +60,15 @@ struct Adam {
             decoupled ? 1 - h.lr * h.weight_decay : 1};
   }
 
-  template <unsigned kUsed, class T>
-  static FUSEDOPT_INLINE void update(const Coefficients<T>& c, T grad, T& param, T& exp_avg,
-                                     T& exp_avg_sq, T& max_exp_avg_sq) {
+  template <class T>
+  static FUSEDOPT_INLINE void update(unsigned used, const Coefficients<T>& c, T grad, T& param,
+                                     T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq) {
     grad = c.l2 != 0 ? grad + c.l2 * param : grad;
     param = param * c.decay;
     exp_avg = c.beta1 * exp_avg + c.one_minus_beta1 * grad;
     exp_avg_sq = c.beta2 * exp_avg_sq + (c.one_minus_beta2 * grad) * grad;
     T second_moment = exp_avg_sq;
-    if constexpr ((kUsed & kMaxExpAvgSq) != 0) {
+    if ((used & kMaxExpAvgSq) != 0) {
       max_exp_avg_sq = max_exp_avg_sq > exp_avg_sq ? max_exp_avg_sq : exp_avg_sq;
       second_moment = max_exp_avg_sq;
     }

@@ -29,8 +29,8 @@ struct ClipGrads {
   }
 
   // `grad` has been multiplied by the clip coefficient.
-  template <unsigned kUsed, class T>
-  static FUSEDOPT_INLINE void update(const Coefficients<T>&, T grad, T& param) {
+  template <class T>
+  static FUSEDOPT_INLINE void update(unsigned, const Coefficients<T>&, T grad, T& param) {
     param = grad;
   }
 };

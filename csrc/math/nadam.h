@@ -70,9 +70,9 @@ struct NAdam {
             decoupled ? 1 - h.lr * h.weight_decay : 1};
   }
 
-  template <unsigned kUsed, class T>
-  static FUSEDOPT_INLINE void update(const Coefficients<T>& c, T grad, T& param, T& exp_avg,
-                                     T& exp_avg_sq) {
+  template <class T>
+  static FUSEDOPT_INLINE void update(unsigned, const Coefficients<T>& c, T grad, T& param,
+                                     T& exp_avg, T& exp_avg_sq) {
     grad = c.l2 != 0 ? grad + c.l2 * param : grad;
     param = param * c.decay;
     exp_avg = c.beta1 * exp_avg + c.one_minus_beta1 * grad;

@@ -42,19 +42,19 @@ struct RMSprop {
     return {h.lr, h.alpha, 1 - h.alpha, h.eps, h.weight_decay, h.momentum};
   }
 
-  template <unsigned kUsed, class T>
-  static FUSEDOPT_INLINE void update(const Coefficients<T>& c, T grad, T& param, T& square_avg,
-                                     T& grad_avg, T& momentum_buffer) {
+  template <class T>
+  static FUSEDOPT_INLINE void update(unsigned used, const Coefficients<T>& c, T grad, T& param,
+                                     T& square_avg, T& grad_avg, T& momentum_buffer) {
     grad = c.weight_decay != 0 ? grad + c.weight_decay * param : grad;
     square_avg = c.alpha * square_avg + (c.one_minus_alpha * grad) * grad;
     T variance = square_avg;
-    if constexpr ((kUsed & kGradAvg) != 0) {
+    if ((used & kGradAvg) != 0) {
       grad_avg = c.alpha * grad_avg + c.one_minus_alpha * grad;
       variance = square_avg - grad_avg * grad_avg;
       variance = variance < 0 ? T(0) : variance;  // rounding can push a zero variance below zero
     }
     T direction = grad / (std::sqrt(variance) + c.eps);
-    if constexpr ((kUsed & kMomentumBuffer) != 0) {
+    if ((used & kMomentumBuffer) != 0) {
       momentum_buffer = c.momentum * momentum_buffer + direction;
       direction = momentum_buffer;
     }

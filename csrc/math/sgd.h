@@ -37,12 +37,12 @@ struct SGD {
     return {h.lr, h.momentum, first ? 1 : 1 - h.dampening, h.nesterov, h.weight_decay};
   }
 
-  template <unsigned kUsed, class T>
-  static FUSEDOPT_INLINE void update(const Coefficients<T>& c, T grad, T& param,
+  template <class T>
+  static FUSEDOPT_INLINE void update(unsigned used, const Coefficients<T>& c, T grad, T& param,
                                      T& momentum_buffer) {
     grad = c.weight_decay != 0 ? grad + c.weight_decay * param : grad;
     T direction = grad;
-    if constexpr ((kUsed & kMomentumBuffer) != 0) {
+    if ((used & kMomentumBuffer) != 0) {
       momentum_buffer = c.momentum * momentum_buffer + c.grad_share * grad;
       direction = c.nesterov != 0 ? grad + c.momentum * momentum_buffer : momentum_buffer;
     }
