@@ -29,20 +29,28 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   // Local, so that a second build (the emulated one, for tests) can live beside this one.
   py::class_<Plan>(m, "Plan", py::module_local())
       .def(py::init<const std::string&, const std::string&, const py::list&, const py::dict&,
-                    const py::dict&>(),
+                    const py::dict&, const std::vector<at::Tensor>&>(),
            py::arg("rule"), py::arg("backend"), py::arg("param_groups"), py::arg("state"),
-           py::arg("counters"))
+           py::arg("counters"), py::arg("rings"))
       .def("nonfinite", &Plan::nonfinite)
       .def(
           "step",
           [](Plan& plan, const py::list& param_groups, const py::dict& state, double max_grad_norm,
              bool measure, bool skip_nonfinite, const std::optional<at::Tensor>& grad_scale,
-             const std::optional<at::Tensor>& found_inf, const at::Tensor& control) {
+             const std::optional<at::Tensor>& found_inf,
+             std::optional<std::tuple<int, std::vector<double>, at::Tensor>> clip,
+             const at::Tensor& control) {
+            std::optional<AdaptiveClipRequest> adaptive;
+            if (clip.has_value()) {
+              auto& [kind, arguments, clip_state] = *clip;
+              adaptive = AdaptiveClipRequest{kind, std::move(arguments), std::move(clip_state)};
+            }
             return step(plan, param_groups, state,
-                        {max_grad_norm, measure, skip_nonfinite, grad_scale, found_inf, control});
+                        {max_grad_norm, std::move(adaptive), measure, skip_nonfinite, grad_scale,
+                         found_inf, control});
           },
           py::arg("param_groups"), py::arg("state"), py::arg("max_grad_norm"), py::arg("measure"),
-          py::arg("skip_nonfinite"), py::arg("grad_scale"), py::arg("found_inf"),
+          py::arg("skip_nonfinite"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("clip"),
           py::arg("control"));
 }
 

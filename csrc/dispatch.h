@@ -127,6 +127,28 @@ FUSEDOPT_INLINE void advance(const TensorEntry& tensor, const Group& group) {
   for (int k = 0; k < num_scalars<Rule>; ++k) *tensor.scalars[k] = scalars[k];
 }
 
+// A step's own row of telemetry.
+template <class Rule>
+FUSEDOPT_INLINE void record_step(const Pass& pass, const Decision& decision) {
+  if (pass.telemetry.steps == nullptr) return;
+  const int64_t row = static_cast<int64_t>(pass.control->steps) % pass.telemetry.rows;
+  double* const columns = pass.telemetry.steps + row * (kStepColumns + pass.num_groups);
+  columns[0] = decision.grad_norm;
+  columns[1] = decision.clip_coef;
+  columns[2] = decision.skip ? 1 : 0;
+  if constexpr (!std::is_empty_v<typename Rule::Hyperparameters>) {
+    for (int64_t g = 0; g < pass.num_groups; ++g) {
+      columns[kStepColumns + g] = hyperparameters<Rule>(pass.groups[g]).lr;
+    }
+  }
+}
+
+// The parameters' rows of this step, one per tensor.
+FUSEDOPT_INLINE ParamRow* param_rows(const Pass& pass) {
+  const int64_t row = static_cast<int64_t>(pass.control->steps) % pass.telemetry.rows;
+  return pass.telemetry.params + row * pass.num_tensors;
+}
+
 // Each coefficient rounded once from float64: T is the only type of a Coefficients' members.
 template <class Rule, class T>
 FUSEDOPT_INLINE typename Rule::template Coefficients<T> rounded(

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "math/clip.h"
+#include "math/telemetry.h"
 
 namespace fusedopt {
 
@@ -16,6 +17,9 @@ inline constexpr int64_t kRowBytes = 4096;
 
 // The sums of all chunks are summed in that many lanes, chunk i in lane i % lanes.
 inline constexpr int kTotalLanes = 256;
+
+// Telemetry sums up the lanes of a chunk and the chunks of a tensor in that many, likewise.
+inline constexpr int kTensorLanes = 32;
 
 inline constexpr int kMaxStates = 3;
 inline constexpr int kMaxScalars = 2;
@@ -58,18 +62,30 @@ struct Group {
 // between.
 enum class Phases { kMeasure, kUpdate, kBoth };
 
+// Rings of rows, where a step leaves its telemetry.
+struct Telemetry {
+  ChunkMeasures* chunks;  // one per chunk; null: nobody asked for telemetry
+  double* steps;          // rows of `kStepColumns` and the groups' lr; null but on the first device
+  ParamRow* params;       // rows of one per tensor
+  int64_t rows;           // step t, counted from 0, is in row t % rows
+};
+inline constexpr int kStepColumns = 3;  // grad_norm, clip_coef, skipped
+
 // Everything that a pass over the tensors of one device reads and writes.
 struct Pass {
   const TensorEntry* tensors;
   const Chunk* chunks;
   const Group* groups;
-  const void* const* grads;  // one per tensor; null: no gradient, the tensor is left alone
-  double* chunk_sums;        // one per chunk, of the squares of its gradients
+  const void* const* grads;     // one per tensor; null: no gradient, the tensor is left alone
+  double* chunk_sums;           // one per chunk, of the squares of its gradients
+  const int64_t* first_chunks;  // of each tensor, and the end of the last; for telemetry
   StepControl* control;
   int64_t num_tensors;
   int64_t num_chunks;
   int64_t num_groups;
   StepOptions options;
+  bool learns;  // the state of options.clip is its owner's: it takes this step's norm in
+  Telemetry telemetry;
 };
 
 }  // namespace fusedopt

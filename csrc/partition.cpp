@@ -6,14 +6,20 @@
 namespace fusedopt {
 
 DeviceTables::DeviceTables(const std::vector<TensorEntry>& tensors,
-                           const std::vector<Chunk>& chunks, c10::Device device) {
+                           const std::vector<Chunk>& chunks,
+                           const std::vector<int64_t>& first_chunk, c10::Device device) {
 #if FUSEDOPT_WITH_CUDA
   const size_t tensor_bytes = tensors.size() * sizeof(TensorEntry);
   const size_t chunk_bytes = chunks.size() * sizeof(Chunk);
   chunks_offset_ = kTicketBytes + static_cast<int64_t>(tensor_bytes);
-  std::vector<char> host(chunks_offset_ + chunk_bytes);
+  const size_t first_chunk_bytes = first_chunk.size() * sizeof(int64_t);
+  first_chunks_offset_ = chunks_offset_ + static_cast<int64_t>(chunk_bytes);
+  std::vector<char> host(first_chunks_offset_ + first_chunk_bytes);
   if (tensor_bytes > 0) memcpy(&host[kTicketBytes], tensors.data(), tensor_bytes);
   if (chunk_bytes > 0) memcpy(&host[chunks_offset_], chunks.data(), chunk_bytes);
+  if (first_chunk_bytes > 0) {
+    memcpy(&host[first_chunks_offset_], first_chunk.data(), first_chunk_bytes);
+  }
   bytes_ =
       at::empty({static_cast<int64_t>(host.size())}, at::TensorOptions(device).dtype(at::kByte));
   check_launch(cuda::upload(device_index(device), current_stream(device), bytes_.data_ptr(),
@@ -37,7 +43,15 @@ void Partition::lay_out(size_t num_groups, bool runs_on_cuda) {
   chunk_sums = at::empty({static_cast<int64_t>(chunks.size())}, doubles);
   control = at::zeros({sizeof(StepControl) / sizeof(double)}, doubles);
   on_cuda = runs_on_cuda;
-  if (on_cuda) tables = DeviceTables(tensors, chunks, device);
+  if (param_ring.defined()) {
+    constexpr int64_t kMeasures = sizeof(ChunkMeasures) / sizeof(double);
+    chunk_measures = at::empty({static_cast<int64_t>(chunks.size()), kMeasures}, doubles);
+  }
+  if (on_cuda) {
+    const bool telemetry = param_ring.defined();
+    tables =
+        DeviceTables(tensors, chunks, telemetry ? first_chunk : std::vector<int64_t>(), device);
+  }
 }
 
 Pass Partition::pass() {
@@ -51,6 +65,13 @@ Pass Partition::pass() {
   pass.num_tensors = static_cast<int64_t>(tensors.size());
   pass.num_chunks = static_cast<int64_t>(chunks.size());
   pass.num_groups = static_cast<int64_t>(groups.size());
+  if (param_ring.defined()) {
+    pass.first_chunks = on_cuda ? tables.first_chunks() : first_chunk.data();
+    pass.telemetry.chunks = static_cast<ChunkMeasures*>(chunk_measures.data_ptr());
+    pass.telemetry.params = static_cast<ParamRow*>(param_ring.data_ptr());
+    pass.telemetry.rows = param_ring.size(0);
+    if (step_ring.defined()) pass.telemetry.steps = step_ring.data_ptr<double>();
+  }
   return pass;
 }
 

@@ -28,10 +28,11 @@ class DeviceTables {
  public:
   DeviceTables() = default;
   DeviceTables(const std::vector<TensorEntry>& tensors, const std::vector<Chunk>& chunks,
-               c10::Device device);
+               const std::vector<int64_t>& first_chunk, c10::Device device);
   unsigned* tickets() const { return reinterpret_cast<unsigned*>(bytes_.data_ptr()); }
   const TensorEntry* tensors() const { return at<TensorEntry>(kTicketBytes); }
   const Chunk* chunks() const { return at<Chunk>(chunks_offset_); }
+  const int64_t* first_chunks() const { return at<int64_t>(first_chunks_offset_); }
   const at::Tensor& memory() const { return bytes_; }
 
  private:
@@ -41,7 +42,7 @@ class DeviceTables {
     return reinterpret_cast<const T*>(static_cast<const char*>(bytes_.data_ptr()) + offset);
   }
   at::Tensor bytes_;
-  int64_t chunks_offset_ = 0;
+  int64_t chunks_offset_ = 0, first_chunks_offset_ = 0;
 };
 
 // The tensors of one device: what one pass walks over.
@@ -56,8 +57,9 @@ struct Partition {
   std::vector<DenseParam> dense_params;
   std::vector<at::Tensor> dense_grads;  // of gradients laid out otherwise, at this step
   at::Tensor chunk_sums;
-  at::Tensor control;               // a StepControl
-  DeviceTables tables;              // CUDA only
+  at::Tensor chunk_measures, step_ring, param_ring;  // telemetry, if it was asked for
+  at::Tensor control;                                // a StepControl
+  DeviceTables tables;                               // CUDA only
   at::Tensor moving;                // CUDA only: what doesn't fit in a kernel's arguments
   std::optional<c10::Stream> home;  // CUDA only: the stream that was current at the first pass
   bool captured = false;            // in a CUDA graph

@@ -54,7 +54,7 @@ bool StateItem::laid_out_as(const Source* source) const {
 }
 
 Plan::Plan(const std::string& rule, const std::string& backend, const py::list& param_groups,
-           const py::dict& state, const py::dict& counters)
+           const py::dict& state, const py::dict& counters, const std::vector<at::Tensor>& rings)
     : rule_(find_rule(rule)) {
   for (const HyperparameterName& it : rule_.hyperparameters) {
     names_.push_back(PyUnicode_InternFromString(it.name));
@@ -81,8 +81,13 @@ Plan::Plan(const std::string& rule, const std::string& backend, const py::list& 
   for (Source& source : sources_) {
     PyObject* counter = find(counters.ptr(), source.seen.object);
     if (counter != nullptr) add_counter(source, counter);
+    const int states = __builtin_popcount(states_used_[source.group]);
+    source.complete = source.items == static_cast<int>(rule_.scalars.size()) + states;
   }
-  for (Partition& partition : partitions_) {
+  for (size_t i = 0; i < partitions_.size(); ++i) {
+    Partition& partition = partitions_[i];
+    if (!rings.empty()) partition.param_ring = rings.at(1 + i);
+    if (i == 0 && !rings.empty()) partition.step_ring = rings[0];
     partition.lay_out(listed_.size(), backend == "cuda" || partition.device.is_cuda());
   }
 }
@@ -151,11 +156,6 @@ void Plan::add_counter(Source& source, PyObject* counter) {
   TensorEntry& entry = partitions_[source.partition].tensors[source.index];
   entry.scalars[0] = static_cast<float*>(unpack(counter).data_ptr());
   ++source.items;
-}
-
-bool Plan::has_state(const Source& source) const {
-  const int states = __builtin_popcount(states_used_[source.group]);
-  return source.items == static_cast<int>(rule_.scalars.size()) + states;
 }
 
 bool Plan::refresh(const py::list& param_groups, const py::dict& state) {
@@ -249,7 +249,7 @@ bool Plan::gather_grad(Source& source) {
   if (!grad.defined()) return true;
   source.grad_seen.impl = grad.unsafeGetTensorImpl();
   source.grad_seen.storage = source.grad_seen.impl->unsafe_storage().unsafeGetStorageImpl();
-  if (!has_state(source) || !is_ordinary(grad, source)) return false;
+  if (!source.complete || !is_ordinary(grad, source)) return false;
   const at::ScalarType dtype = grad_dtype_for(source.dtype, grad.scalar_type());
   if (to_dtype(dtype) != entry.grad_dtype) return false;
   // Autograd learns of the update as of any other in-place operation.

@@ -22,10 +22,10 @@ struct Source {
   Sighting seen;
   Sighting grad_seen;  // at the last step; often it is there again
   uint32_t group = 0;
-  int partition = 0;  // which of the devices
-  int index = 0;      // in the partition
-  int items = 0;      // of its state that were found; while some are missing, its first gradient
-                      // asks for a new plan
+  int partition = 0;      // which of the devices
+  int index = 0;          // in the partition
+  int items = 0;          // of its state that were found
+  bool complete = false;  // all of them: else its first gradient asks for a new plan
   c10::Device device = at::kCPU;
   at::ScalarType dtype = at::kFloat;
   int64_t storage_offset = 0;
@@ -46,8 +46,10 @@ struct StateItem {
 class Plan {
  public:
   // `counters`: by parameter, the scalar that the rule keeps apart from the state, if it has one.
+  // `rings`: for telemetry, that of the steps and one per device, as Python's Rings has them; or
+  // empty.
   Plan(const std::string& rule, const std::string& backend, const py::list& param_groups,
-       const py::dict& state, const py::dict& counters);
+       const py::dict& state, const py::dict& counters, const std::vector<at::Tensor>& rings);
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
@@ -81,7 +83,6 @@ class Plan {
   bool same_state(const py::dict& state) const;
   bool same_groups(const py::list& param_groups);
   bool same_param(const Source& source) const;
-  bool has_state(const Source& source) const;
   bool gather_grad(Source& source);
 
   const RuleInfo& rule_;

@@ -93,6 +93,14 @@ void combine_devices(std::vector<Partition>& partitions, NormType norm_type) {
   for (Partition& partition : partitions) sum_of(partition).copy_(total);
 }
 
+// The plan's own controls count from when it was made, and telemetry's rows from the first step.
+void share_step_number(std::vector<Partition>& partitions) {
+  const at::Tensor steps = control_slot(partitions[0], offsetof(StepControl, steps));
+  for (size_t i = 1; i < partitions.size(); ++i) {
+    control_slot(partitions[i], offsetof(StepControl, steps)).copy_(steps);
+  }
+}
+
 }  // namespace
 
 void run(const RuleInfo& rule, std::vector<Partition>& partitions, const std::vector<Pass>& passes,
@@ -103,6 +111,7 @@ void run(const RuleInfo& rule, std::vector<Partition>& partitions, const std::ve
       run_one(rule, partitions[i], passes[i], phase, owners);
     }
   };
+  if (passes[0].telemetry.chunks != nullptr) share_step_number(partitions);
   const StepOptions& options = passes[0].options;
   if (options.measure && phases != Phases::kUpdate) {
     run_all(Phases::kMeasure);

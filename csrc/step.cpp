@@ -2,6 +2,8 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
+
 #include "run.h"
 
 namespace fusedopt {
@@ -23,6 +25,15 @@ Pass make_pass(Partition& partition, const StepRequest& request, std::vector<at:
   pass.options.measure = request.measure;
   pass.options.grad_scale = scalar_on(request.grad_scale, partition.device, owner);
   pass.options.found_inf = scalar_on(request.found_inf, partition.device, owner);
+  if (request.clip.has_value()) {
+    const AdaptiveClipRequest& clip = *request.clip;
+    pass.options.clip.kind = static_cast<ClipKind>(clip.kind);
+    std::copy_n(clip.arguments.begin(), std::min<size_t>(clip.arguments.size(), kMaxClipArguments),
+                pass.options.clip.arguments);
+    pass.learns = clip.state.device() == partition.device;
+    owner.push_back(clip.state.to(partition.device));
+    pass.options.clip.state = owner.back().data_ptr<double>();
+  }
   return pass;
 }
 
@@ -58,6 +69,10 @@ bool step(Plan& plan, const py::list& param_groups, const py::dict& state,
   for (Partition& partition : partitions) {
     load_dense_params(partition);
     passes.push_back(make_pass(partition, request, owner));
+  }
+  if (partitions.size() > 1 && partitions[0].step_ring.defined()) {
+    // What a step's own row says of all devices has to be known before the update writes it.
+    for (Pass& pass : passes) pass.options.measure = true;
   }
   run(plan.rule(), partitions, passes, Phases::kBoth, [&] { return plan.memory_in_use(); });
   for (Partition& partition : partitions) {

@@ -7,14 +7,22 @@
 
 namespace fusedopt {
 
+// A limit that adapts itself: Python's AdaptiveClip.
+struct AdaptiveClipRequest {
+  int kind;
+  std::vector<double> arguments;
+  at::Tensor state;  // float64, on the first parameter's device
+};
+
 // What one call of optimizer.step() asks for.
 struct StepRequest {
-  double max_grad_norm;                  // infinity: never clip
-  bool measure;                          // the norm first: `skip_nonfinite` and clipping need it
-  bool skip_nonfinite;                   // leave all as it was when a gradient holds inf or nan
-  std::optional<at::Tensor> grad_scale;  // 0-d: the gradients are to be divided by it
-  std::optional<at::Tensor> found_inf;   // 0-d: not zero asks for a skip
-  at::Tensor control;                    // float64, a StepControl on the first parameter's device
+  double max_grad_norm;                     // infinity: never clip
+  std::optional<AdaptiveClipRequest> clip;  // a limit below it
+  bool measure;                             // the norm first: `skip_nonfinite` and clipping need it
+  bool skip_nonfinite;                      // leave all as it was when a gradient holds inf or nan
+  std::optional<at::Tensor> grad_scale;     // 0-d: the gradients are to be divided by it
+  std::optional<at::Tensor> found_inf;      // 0-d: not zero asks for a skip
+  at::Tensor control;  // float64, a StepControl on the first parameter's device
 };
 
 // False: something has moved since the plan was made, and nothing was done.

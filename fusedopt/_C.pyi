@@ -28,6 +28,7 @@ class Plan:
         param_groups: list[dict[str, Any]],
         state: dict[Tensor, dict[str, Tensor]],
         counters: dict[Tensor, Tensor],
+        rings: list[Tensor],
     ) -> None: ...
     def step(
         self,
@@ -38,6 +39,7 @@ class Plan:
         skip_nonfinite: bool,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        clip: tuple[int, list[float], Tensor] | None,
         control: Tensor,
     ) -> bool: ...
     def nonfinite(self) -> list[tuple[int, int]]: ...

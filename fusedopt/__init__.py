@@ -1,6 +1,6 @@
 """The optimizer step of PyTorch training as one fast, safe operation."""
 
-from fusedopt import reference
+from fusedopt import clip, reference
 from fusedopt.adam import FusedAdam, FusedAdamW
 from fusedopt.checks import NonFiniteGradientError
 from fusedopt.clip_grad import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
@@ -9,6 +9,8 @@ from fusedopt.nadam import FusedNAdam
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.rmsprop import FusedRMSprop
 from fusedopt.sgd import FusedSGD
+from fusedopt.skip_limit import TooManySkipsError
+from fusedopt.telemetry import ParamTelemetry, PendingTelemetry, Telemetry
 
 __version__ = "0.1.0"
 
@@ -21,6 +23,11 @@ __all__ = [
     "FusedSGD",
     "GradScaler",
     "NonFiniteGradientError",
+    "ParamTelemetry",
+    "PendingTelemetry",
+    "Telemetry",
+    "TooManySkipsError",
+    "clip",
     "clip_grad_norm_",
     "clip_grads_with_norm_",
     "get_total_norm",

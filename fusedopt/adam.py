@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from fusedopt.clip import AdaptiveClip
+from fusedopt.moments import update_moments
 from fusedopt.optimizer import Backend, FusedOptimizer, NonFinite
 from fusedopt.reference import Group, Rule, count_step, power, sqrt
 
@@ -19,25 +21,20 @@ def _states(group: Group) -> tuple[str, ...]:
 def _update(
     group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    step, lr, weight_decay = int(scalars["step"]), group["lr"], group["weight_decay"]
+    step = int(scalars["step"])
     beta1, beta2 = map(float, group["betas"])
     bias_correction1 = 1 - power(beta1, step)
     bias_correction2 = 1 - power(beta2, step)
 
-    if group["decoupled_weight_decay"]:
-        param = param * (1 - lr * weight_decay)
-    elif weight_decay != 0:
-        grad = grad + weight_decay * param
-    exp_avg = beta1 * state["exp_avg"] + (1 - beta1) * grad
-    exp_avg_sq = beta2 * state["exp_avg_sq"] + ((1 - beta2) * grad) * grad
-    new_state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    second_moment = exp_avg_sq
+    param, grad, new_state = update_moments(group, param, grad, state)
+    second_moment = new_state["exp_avg_sq"]
     if group["amsgrad"]:
         largest = state["max_exp_avg_sq"]
-        second_moment = torch.where(largest > exp_avg_sq, largest, exp_avg_sq)
+        second_moment = torch.where(largest > second_moment, largest, second_moment)
         new_state["max_exp_avg_sq"] = second_moment
     denom = sqrt(second_moment) * (1 / math.sqrt(bias_correction2)) + group["eps"]
-    return param - (lr / bias_correction1) * (exp_avg / denom), new_state
+    step_size = group["lr"] / bias_correction1
+    return param - step_size * (new_state["exp_avg"] / denom), new_state
 
 
 ADAM = Rule("adam", scalars={"step": 0}, states=_states, advance=count_step, update=_update)
@@ -76,11 +73,13 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | AdaptiveClip | None = None,
         nonfinite: NonFinite | None = None,
         backend: Backend | None = None,
+        telemetry: int | None = None,
+        max_consecutive_skips: int | None = None,
     ) -> None:
-        self._configure(max_grad_norm, nonfinite, backend)
+        self._configure(max_grad_norm, nonfinite, backend, telemetry, max_consecutive_skips)
         super().__init__(
             params,
             lr,
@@ -119,11 +118,13 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | AdaptiveClip | None = None,
         nonfinite: NonFinite | None = None,
         backend: Backend | None = None,
+        telemetry: int | None = None,
+        max_consecutive_skips: int | None = None,
     ) -> None:
-        self._configure(max_grad_norm, nonfinite, backend)
+        self._configure(max_grad_norm, nonfinite, backend, telemetry, max_consecutive_skips)
         super().__init__(
             params,
             lr,

@@ -72,11 +72,12 @@ def new_plan(
     param_groups: list[Group],
     state: dict[Tensor, dict[str, Tensor]],
     counters: dict[Tensor, Tensor],
+    rings: list[Tensor],
 ) -> Plan | None:
     """What the compiled backends look up once and keep; None for the reference."""
     if backend == "reference" or _C is None:
         return None
-    return _C.Plan(rule.name, backend or "", param_groups, state, counters)
+    return _C.Plan(rule.name, backend or "", param_groups, state, counters, rings)
 
 
 def zeros_like(param: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fusedopt import checks
 from fusedopt.checks import IMPLEMENTATION
+from fusedopt.clip import AdaptiveClip
 from fusedopt.reference import Group, Rule, compute_dtype
 from fusedopt.state import is_empty, scalar_like, tensor_like
 
@@ -134,6 +135,33 @@ def _check_values(rule: Rule, group: Group, state: dict[str, Any], name: str) ->
             raise TypeError(
                 f"state {key!r} of {name} is {state[key].dtype}; expected {checks.DTYPE_NAMES}"
             )
+
+
+def save_clip(clip: AdaptiveClip, state: Tensor) -> dict[str, Any]:
+    """What an adaptive limit has learned, for a checkpoint. torch's classes look past it."""
+    return {"limit": repr(clip), "state": state}
+
+
+def load_clip(limit: object, state_dict: dict[str, Any]) -> Tensor | None:
+    """What this very limit has learned; None where the checkpoint doesn't know it."""
+    saved = state_dict.get("clip")
+    if saved is None or not isinstance(limit, AdaptiveClip):
+        return None
+    if not isinstance(saved, dict) or not saved.keys() >= {"limit", "state"}:
+        raise ValueError(f"loaded state dict has {saved!r} as 'clip'; expected 'limit' and 'state'")
+    if saved["limit"] != repr(limit):
+        return None
+    state, expected = saved["state"], limit.new_state(torch.device("cpu"))
+    if (
+        not isinstance(state, Tensor)
+        or state.shape != expected.shape
+        or state.dtype != expected.dtype
+    ):
+        raise ValueError(
+            f"loaded state dict has {state!r} as the state of {limit}; expected a float64 tensor "
+            f"of shape {tuple(expected.shape)}"
+        )
+    return state.detach().clone()
 
 
 def _copied(value: Any, device: torch.device) -> Any:

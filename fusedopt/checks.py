@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusedopt.clip import AdaptiveClip
 from fusedopt.reference import Group, Rule, compute_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -25,26 +27,38 @@ class NonFiniteGradientError(RuntimeError):
         names: the parameters whose gradients did.
     """
 
-    def __init__(self, names: list[str]) -> None:
-        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    def __init__(self, names: list[str], description: str) -> None:
         super().__init__(
-            f"inf or nan in the gradients of {shown}; parameters and state are as they were before "
-            "the step"
+            f"inf or nan in the gradients: {description}. Parameters and state are as they were "
+            "before the step"
         )
         self.names = names
+        self.description = description
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.names,)
+        return type(self), (self.names, self.description)
 
 
-def check_max_grad_norm(value: Any) -> float | None:
+def check_max_grad_norm(value: Any) -> float | AdaptiveClip | None:
+    if value is None or isinstance(value, AdaptiveClip):
+        return value
+    expected = "expected a float > 0, one of fusedopt.clip's limits, or None"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"max_grad_norm is a {type(value).__name__}; {expected}")
+    if math.isnan(value) or value <= 0:
+        raise ValueError(f"Invalid max_grad_norm value: {value}; {expected}")
+    return float(value)
+
+
+def check_count(name: str, value: Any) -> int | None:
+    """Refuses what is neither a whole number above 0 nor None."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"max_grad_norm is a {type(value).__name__}; expected a float > 0 or None")
-    if math.isnan(value) or value <= 0:
-        raise ValueError(f"Invalid max_grad_norm value: {value}; expected a float > 0 or None")
-    return float(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected an int > 0 or None")
+    if value <= 0:
+        raise ValueError(f"Invalid {name} value: {value}; expected an int > 0 or None")
+    return int(value)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
@@ -55,10 +69,28 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
 
 
 def name_of(param_groups: list[Group], group: int, index: int) -> str:
-    """What to call a parameter: its name, where the optimizer was given one."""
-    where = f"parameter {index} of param group {group}"
+    """What to call a parameter: its name, if it has one, and where it is listed."""
+    where = _place_of(group, index)
     names = param_groups[group].get("param_names")
     return f"{names[index]!r} ({where})" if names else where
+
+
+def named_params(param_groups: list[Group]) -> Iterator[tuple[Tensor, str]]:
+    """Every parameter once, with its name; where it has none of its own, with its place."""
+    params: set[int] = set()
+    taken: set[str] = set()
+    for g, group in enumerate(param_groups):
+        names = group.get("param_names")
+        for i, param in enumerate(group["params"]):
+            if id(param) not in params:
+                name = names[i] if names and names[i] not in taken else _place_of(g, i)
+                params.add(id(param))
+                taken.add(name)
+                yield param, name
+
+
+def _place_of(group: int, index: int) -> str:
+    return f"parameter {index} of param group {group}"
 
 
 def check_param(param: Tensor, name: str, backend: str | None) -> None:

@@ -44,11 +44,12 @@ class GradScaler(torch.amp.GradScaler):
             raise AssertionError("No inf checks were recorded for this optimizer.")
 
         unscaled = state["stage"] is OptState.UNSCALED
-        own_scale = getattr(optimizer, "grad_scale", None)
+        own_scale = optimizer.grad_scale
         if unscaled:
             optimizer.found_inf = self._found_inf(state["found_inf_per_device"])
         else:
             scale = self._get_scale_async()
+            assert scale is not None
             optimizer.grad_scale = scale if own_scale is None else scale * own_scale
         optimizer.skips_for_scaler = True
         try:

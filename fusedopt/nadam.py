@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from fusedopt.clip import AdaptiveClip
+from fusedopt.moments import update_moments
 from fusedopt.optimizer import Backend, FusedOptimizer, NonFinite
 from fusedopt.reference import Group, Rule, power, sqrt
 
@@ -31,22 +33,16 @@ def _update(
     group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     step, mu_product = int(scalars["step"]), float(scalars["mu_product"])
-    lr, weight_decay = group["lr"], group["weight_decay"]
-    beta1, beta2 = map(float, group["betas"])
+    lr, beta2 = group["lr"], float(group["betas"][1])
     mu, mu_next = _mu(group, step), _mu(group, step + 1)
     grad_step_size = lr * (1 - mu) / (1 - mu_product)
     exp_avg_step_size = lr * mu_next / (1 - mu_product * mu_next)
     bias_correction2 = 1 - power(beta2, step)
 
-    if group["decoupled_weight_decay"]:
-        param = param * (1 - lr * weight_decay)
-    elif weight_decay != 0:
-        grad = grad + weight_decay * param
-    exp_avg = beta1 * state["exp_avg"] + (1 - beta1) * grad
-    exp_avg_sq = beta2 * state["exp_avg_sq"] + ((1 - beta2) * grad) * grad
-    denom = sqrt(exp_avg_sq) * (1 / math.sqrt(bias_correction2)) + group["eps"]
-    direction = (grad_step_size * grad + exp_avg_step_size * exp_avg) / denom
-    return param - direction, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    param, grad, moments = update_moments(group, param, grad, state)
+    denom = sqrt(moments["exp_avg_sq"]) * (1 / math.sqrt(bias_correction2)) + group["eps"]
+    direction = (grad_step_size * grad + exp_avg_step_size * moments["exp_avg"]) / denom
+    return param - direction, moments
 
 
 NADAM = Rule(
@@ -93,11 +89,13 @@ class FusedNAdam(FusedOptimizer, torch.optim.NAdam):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | AdaptiveClip | None = None,
         nonfinite: NonFinite | None = None,
         backend: Backend | None = None,
+        telemetry: int | None = None,
+        max_consecutive_skips: int | None = None,
     ) -> None:
-        self._configure(max_grad_norm, nonfinite, backend)
+        self._configure(max_grad_norm, nonfinite, backend, telemetry, max_consecutive_skips)
         super().__init__(
             params,
             lr,

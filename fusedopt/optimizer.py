@@ -12,8 +12,11 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from fusedopt import backends, checkpoint, checks, reference, state
+from fusedopt import backends, checkpoint, checks, explain, reference, state
+from fusedopt.clip import AdaptiveClip
 from fusedopt.reference import Control, Group, Request, Rule
+from fusedopt.skip_limit import SkipLimit, TooManySkipsError
+from fusedopt.telemetry import PendingTelemetry, Rings, Telemetry
 
 if TYPE_CHECKING:
     from fusedopt import _C
@@ -29,15 +32,21 @@ class FusedOptimizer(Optimizer):
 
     * `max_grad_norm` (float > 0, or None): clip the global L2 norm of all gradients of all groups:
       `coef = min(1, max_grad_norm / (norm + 1e-6))`, as `torch.nn.utils.clip_grad_norm_` does.
-      inf measures and checks, but never clips.
+      inf measures and checks, but never clips. Or a limit that follows the norms of earlier steps:
+      `fusedopt.clip.Percentile()`, `fusedopt.clip.ZScore()`.
     * `nonfinite`: what a gradient with inf or nan does. "skip" leaves every parameter and state as
       it was; "raise" does too, and raises `NonFiniteGradientError` naming the parameters (it waits
       for the device); "propagate" updates regardless, as torch does. None: "skip" where
       `max_grad_norm` is set, else "propagate".
     * `backend`: "cuda", "cpu", "reference" (plain torch), or None: by the parameters' device.
+    * `telemetry` (int > 0, or None): how many steps to keep measurements of, for `telemetry()` and
+      `explain()`, on the parameters' devices: 48 bytes per step and parameter.
+    * `max_consecutive_skips` (int > 0, or None): after so many skipped steps in a row, `step()`
+      raises `TooManySkipsError`. It doesn't wait for a GPU, and may notice some steps later.
 
-    The first two are attributes and may be changed between steps. `foreach`, `fused` and
-    `capturable` are accepted and change nothing: the step is always fused and capturable.
+    All but `backend` and `telemetry` are attributes and may be changed between steps. `foreach`,
+    `fused` and `capturable` are accepted and change nothing: the step is always fused and
+    capturable.
 
     Parameters are float32, float64, bfloat16 or float16, of any shape and strides, on CPU and CUDA,
     in any mix. 16-bit ones are computed in float32 and rounded once.
@@ -56,13 +65,23 @@ class FusedOptimizer(Optimizer):
     # An overflow is a scaler's daily business: it skips, whatever `nonfinite` says.
     skips_for_scaler = False
 
-    def _configure(self, max_grad_norm: Any, nonfinite: Any, backend: Any) -> None:
+    def _configure(
+        self,
+        max_grad_norm: Any,
+        nonfinite: Any,
+        backend: Any,
+        telemetry: Any,
+        max_consecutive_skips: Any,
+    ) -> None:
         """Takes our own arguments. Comes before torch's __init__, which adds the param groups."""
         # What can be set after construction lies in a dict: the wrapper that a trainer makes, of a
         # class derived from ours and delegating what it lacks, then writes here and not to itself.
-        self._own: dict[str, Any] = {"control": None}
+        self._own: dict[str, Any] = {"control": None, "clip_state": None}
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
+        self.max_consecutive_skips = max_consecutive_skips
+        kept_steps = checks.check_count("telemetry", telemetry)
+        self._rings = None if kept_steps is None else Rings(kept_steps)
         self._backend = checks.check_choice("backend", backend, checks.BACKENDS)
         backends.choose(self._backend, [])
         self._plan: _C.Plan | None = None
@@ -71,13 +90,16 @@ class FusedOptimizer(Optimizer):
         self._lock = threading.RLock()
 
     @property
-    def max_grad_norm(self) -> float | None:
-        """The largest global norm that is not clipped, or None."""
+    def max_grad_norm(self) -> float | AdaptiveClip | None:
+        """The largest global norm that is not clipped, a limit that adapts itself, or None."""
         return self._own["max_grad_norm"]
 
     @max_grad_norm.setter
-    def max_grad_norm(self, value: float | None) -> None:
-        self._own["max_grad_norm"] = checks.check_max_grad_norm(value)
+    def max_grad_norm(self, value: float | AdaptiveClip | None) -> None:
+        value = checks.check_max_grad_norm(value)
+        if value != self._own.get("max_grad_norm"):
+            self._own["clip_state"] = None  # another limit learns anew
+        self._own["max_grad_norm"] = value
 
     @property
     def nonfinite(self) -> NonFinite | None:
@@ -87,6 +109,17 @@ class FusedOptimizer(Optimizer):
     @nonfinite.setter
     def nonfinite(self, value: NonFinite | None) -> None:
         self._own["nonfinite"] = checks.check_choice("nonfinite", value, checks.NONFINITE_MODES)
+
+    @property
+    def max_consecutive_skips(self) -> int | None:
+        """How many steps in a row may be skipped before `step()` raises, or None."""
+        limit: SkipLimit | None = self._own["skip_limit"]
+        return None if limit is None else limit.limit
+
+    @max_consecutive_skips.setter
+    def max_consecutive_skips(self, value: int | None) -> None:
+        limit = checks.check_count("max_consecutive_skips", value)
+        self._own["skip_limit"] = None if limit is None else SkipLimit(limit)
 
     @property
     def grad_norm(self) -> Tensor:
@@ -127,13 +160,55 @@ class FusedOptimizer(Optimizer):
                 self._own["control"] = control = control.to(device)
         return control
 
+    @overload
+    def telemetry(self, non_blocking: Literal[False] = False) -> Telemetry: ...
+
+    @overload
+    def telemetry(self, non_blocking: Literal[True]) -> PendingTelemetry: ...
+
+    @_disable_dynamo
+    @torch.inference_mode(False)
+    def telemetry(self, non_blocking: bool = False) -> Telemetry | PendingTelemetry:
+        """A copy of what the last steps measured, for optimizers made with `telemetry=N`.
+
+        Args:
+            non_blocking: only start the copy; `result()` of what is returned waits for it.
+
+        Raises:
+            RuntimeError: the optimizer was made without `telemetry`.
+        """
+        if self._rings is None:
+            raise RuntimeError(
+                f"this {type(self).__name__} keeps no telemetry; it is made with telemetry=N, the "
+                "number of steps to keep"
+            )
+        with self._lock:
+            if self._plan is None:
+                self._rings.fit(self.param_groups)
+            pending = PendingTelemetry(self._rings, self._readings(), self.param_groups)
+        return pending if non_blocking else pending.result()
+
+    def explain(self) -> str:
+        """What the last step did and why, in words; waits for the device.
+
+        With `telemetry=N` it names the parameters: "step 1042 skipped: layers.7.wq.weight, 3 inf of
+        4.2M; its norm had grown 40-fold over the last 20 steps".
+        """
+        if self._rings is not None:
+            return explain.explain(self.telemetry())
+        control = self._readings()
+        return explain.explain_without_telemetry(control)
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Waits for the device where that has not yet said whether it used a state."""
         with self._lock:
             unsure = [param for param in self._perhaps_unused if param in self.state]
             self._forget([param for param in unsure if self._count_of(param) == 0])
             self._perhaps_unused.clear()
-        return super().state_dict()
+        state_dict = super().state_dict()
+        if isinstance(self.max_grad_norm, AdaptiveClip) and self._own["clip_state"] is not None:
+            state_dict["clip"] = checkpoint.save_clip(self.max_grad_norm, self._own["clip_state"])
+        return state_dict
 
     def _count_of(self, param: Tensor) -> Tensor | None:
         """How many steps a parameter's state has been through."""
@@ -194,14 +269,22 @@ class FusedOptimizer(Optimizer):
         control = self._readings()
         new_states: list[Tensor] = []
         if self._plan is None or not self._plan.step(
-            self.param_groups, self.state, *request, control
+            self.param_groups, self.state, *request.for_kernels(), control=control
         ):
             self._plan, new_states = self._prepare()
             if self._plan is None:
                 reference.step(
-                    self.rule, self.param_groups, self.state, self._counters, request, control
+                    self.rule,
+                    self.param_groups,
+                    self.state,
+                    self._counters,
+                    request,
+                    control,
+                    self._rings,
                 )
-            elif not self._plan.step(self.param_groups, self.state, *request, control):
+            elif not self._plan.step(
+                self.param_groups, self.state, *request.for_kernels(), control=control
+            ):
                 raise RuntimeError("fusedopt: a new plan doesn't fit its parameters; please report")
         raises = mode == "raise"
         # State comes with a parameter's first step that was not skipped, as far as the host knows.
@@ -210,19 +293,39 @@ class FusedOptimizer(Optimizer):
         elif new_states and self.step_skipped:
             self._forget(new_states)
         if raises and self._met_nonfinite(request, control):
-            raise checks.NonFiniteGradientError(self._nonfinite_names())
+            raise self._nonfinite_error()
+        limit: SkipLimit | None = self._own["skip_limit"]
+        if limit is not None and limit.exceeded(control):
+            raise TooManySkipsError(
+                f"{limit.limit} steps in a row were skipped (max_consecutive_skips): "
+                f"{self.explain()}"
+            )
 
     def _request(self, mode: NonFinite) -> Request:
         """What this step is to do. A scaler sets `grad_scale` and `found_inf`, as torch's do."""
         scaled = self.grad_scale is not None or self.found_inf is not None
         limit = self.max_grad_norm
+        clip = None
+        if isinstance(limit, AdaptiveClip):
+            limit, clip = limit.max_norm, (limit, self._clip_state(limit))
         return Request(
             max_grad_norm=math.inf if limit is None else limit,
-            measure=limit is not None or mode != "propagate" or scaled,
+            measure=self.max_grad_norm is not None or mode != "propagate" or scaled,
             skip_nonfinite=mode != "propagate",
             grad_scale=self.grad_scale,
             found_inf=self.found_inf,
+            clip=clip,
         )
+
+    @torch.inference_mode(False)
+    def _clip_state(self, clip: AdaptiveClip) -> Tensor:
+        """What an adaptive limit has learned, on the first parameter's device."""
+        device = self._readings().device
+        state = self._own["clip_state"]
+        if state is None:
+            state = clip.new_state(device)
+        self._own["clip_state"] = state = state.to(device)
+        return state
 
     def _nonfinite_mode(self) -> NonFinite:
         if self.skips_for_scaler:
@@ -254,9 +357,12 @@ class FusedOptimizer(Optimizer):
             for group, param in pairs
             if state.complete(self.rule, group, param, self.state, self._counters)
         ]
+        if self._rings is not None:
+            self._rings.fit(self.param_groups)
+        rings = [] if self._rings is None else self._rings.tensors()
         try:
             plan = backends.new_plan(
-                backend, self.rule, self.param_groups, self.state, self._counters
+                backend, self.rule, self.param_groups, self.state, self._counters, rings
             )
         except Exception:
             self._forget(new_states)
@@ -276,18 +382,25 @@ class FusedOptimizer(Optimizer):
         finite = math.isfinite(control[Control.SUM_OF_SQUARES].item())
         return not finite and not request.asks_for_skip()
 
-    def _nonfinite_names(self) -> list[str]:
+    def _nonfinite_error(self) -> checks.NonFiniteGradientError:
+        places = self._nonfinite_places()
+        names = [checks.name_of(self.param_groups, g, i) for g, i in places]
+        grads = [self.param_groups[g]["params"][i].grad for g, i in places]
+        if self._rings is not None:
+            return checks.NonFiniteGradientError(names, explain.last_step(self.telemetry()))
+        return checks.NonFiniteGradientError(names, explain.describe_grads(names, grads))
+
+    def _nonfinite_places(self) -> list[tuple[int, int]]:
+        """(group, index in the group) of the parameters whose gradients hold inf or nan."""
         if self._plan is not None:
-            found = self._plan.nonfinite()
-        else:
-            found = [
-                (g, i)
-                for g, group in enumerate(self.param_groups)
-                for i, param in enumerate(group["params"])
-                if param.grad is not None
-                and not reference.chunk_sums(param, param.grad).isfinite().all()
-            ]
-        return [checks.name_of(self.param_groups, g, i) for g, i in found]
+            return self._plan.nonfinite()
+        return [
+            (g, i)
+            for g, group in enumerate(self.param_groups)
+            for i, param in enumerate(group["params"])
+            if param.grad is not None
+            and not reference.chunk_sums(param, param.grad).isfinite().all()
+        ]
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -319,7 +432,9 @@ class FusedOptimizer(Optimizer):
             for index, group in enumerate(groups):
                 checks.check_options(index, group, self.defaults)
             loaded = checkpoint.load_state(self.rule, groups, state_dict)
+            clip_state = checkpoint.load_clip(self.max_grad_norm, state_dict)
             self.__setstate__({"state": loaded, "param_groups": groups})
+            self._own["clip_state"] = clip_state
         except Exception:
             self.__dict__.clear()
             self.__dict__.update(before)
@@ -327,7 +442,7 @@ class FusedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"_own": dict(self._own)}
-        kept = ("_backend", "_counters", "_perhaps_unused")
+        kept = ("_backend", "_counters", "_perhaps_unused", "_rings")
         return {**super().__getstate__(), **own, **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

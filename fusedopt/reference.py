@@ -12,6 +12,10 @@ number of threads or blocks.
 3. Lanes are folded: neighbors are added, then neighbors of these sums, until one is left.
 4. The sums of all chunks of one device's parameters are summed likewise, in `TOTAL_LANES` lanes. A
    parameter without a gradient counts as zeros. Devices are added in the order of their parameters.
+
+Telemetry sums up the same way, but for the chunks of one parameter, whose sums go to `TENSOR_LANES`
+lanes. The squares of parameters and of their updates are summed in a chunk's lanes in float32
+(float64 for float64 parameters); from there in float64, the lanes in `TENSOR_LANES`, too.
 """
 
 from __future__ import annotations
@@ -19,14 +23,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from fusedopt.clip import AdaptiveClip
+    from fusedopt.telemetry import Rings
+
 CHUNK_SIZE = 16384
 ROW_BYTES = 4096
 TOTAL_LANES = 256
+TENSOR_LANES = 32
 
 Group = dict[str, Any]
 
@@ -72,6 +81,14 @@ class Request(NamedTuple):
     skip_nonfinite: bool  # leave everything as it was when a gradient holds inf or nan
     grad_scale: Tensor | None  # one float32: the gradients are to be divided by it
     found_inf: Tensor | None  # one float32: anything but zero asks for a skip
+    clip: tuple[AdaptiveClip, Tensor] | None = None  # below `max_grad_norm`, and its state
+
+    def for_kernels(self) -> tuple[Any, ...]:
+        """The same for a compiled backend."""
+        if self.clip is None:
+            return self
+        limit, state = self.clip
+        return (*self[:-1], (limit.kind, limit.arguments(), state))
 
     def asks_for_skip(self) -> bool:
         return self.found_inf is not None and self.found_inf.float().item() != 0
@@ -80,6 +97,7 @@ class Request(NamedTuple):
 class Decision(NamedTuple):
     """What a step does with its gradients."""
 
+    inv_scale: float
     grad_norm: float
     clip_coef: float
     grad_factor: float
@@ -90,7 +108,8 @@ class Control:
     """Indices into the float64 tensor that a step leaves its readings in."""
 
     SUM_OF_SQUARES, GRAD_NORM, CLIP_COEF, STEP_SKIPPED, SKIPPED_STEPS = range(5)
-    SIZE = 5
+    CONSECUTIVE_SKIPS, STEPS = range(5, 7)
+    SIZE = 7
 
 
 def power(base: float, exponent: int) -> float:
@@ -156,11 +175,34 @@ def chunk_sums(param: Tensor, grad: Tensor | None) -> Tensor:
     chunks = -(-param.numel() // CHUNK_SIZE)
     if grad is None or chunks == 0:
         return torch.zeros(chunks, dtype=torch.float64, device=param.device)
-    values = in_memory_order(as_read(grad, param), param).to(torch.float64)
+    return sums_of_squares(as_read(grad, param), param)
+
+
+def sums_of_squares(values: Tensor, param: Tensor) -> Tensor:
+    """The sum of squares of every chunk of values shaped as a parameter, as `chunk_sums`."""
+    values = in_memory_order(values, param).to(torch.float64)
+    chunks = max(1, -(-values.numel() // CHUNK_SIZE))
     squares = values * values
     if chunks > 1:
         squares = torch.nn.functional.pad(squares, (0, chunks * CHUNK_SIZE - squares.numel()))
     return sum_in_lanes(squares.view(chunks, -1), ROW_BYTES // param.element_size())
+
+
+def sums_in_single(values: Tensor, param: Tensor) -> Tensor:
+    """As `sums_of_squares`, but lanes are summed in the dtype that is computed in."""
+    values = in_memory_order(values, param)
+    values = torch.nn.functional.pad(values, (0, -values.numel() % CHUNK_SIZE))
+    lanes = ROW_BYTES // param.element_size()
+    squares = (values * values).view(-1, CHUNK_SIZE // lanes, lanes)
+    total = torch.zeros_like(squares[:, 0])
+    for row in squares.unbind(1):
+        total = total + row
+    return sum_in_lanes(total.to(torch.float64), TENSOR_LANES)
+
+
+def norm_of_chunks(sums: Tensor) -> Tensor:
+    """A parameter's norm, from the sums of its chunks: 0-d float64."""
+    return sqrt(sum_in_lanes(sums, TENSOR_LANES))
 
 
 def sum_of_squares(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> float:
@@ -192,10 +234,14 @@ def decide(request: Request, sum_of_squares: float) -> Decision:
     if request.grad_scale is not None:  # in a tensor, as Python's floats refuse to divide by zero
         inv_scale = request.grad_scale.float().double().reciprocal().item()
     grad_norm = math.sqrt(sum_of_squares) * inv_scale
-    clip_coef = clip_coefficient(request.max_grad_norm, grad_norm)
+    limit = request.max_grad_norm
+    if request.clip is not None:
+        clip, clip_state = request.clip
+        limit = min(limit, clip.limit(clip_state, grad_norm))
+    clip_coef = clip_coefficient(limit, grad_norm)
     nonfinite = request.skip_nonfinite and not math.isfinite(sum_of_squares)
     skip = nonfinite or request.asks_for_skip()
-    return Decision(grad_norm, clip_coef, inv_scale * clip_coef, skip)
+    return Decision(inv_scale, grad_norm, clip_coef, inv_scale * clip_coef, skip)
 
 
 def distinct_params(param_groups: list[Group]) -> Iterator[tuple[Group, Tensor]]:
@@ -216,11 +262,13 @@ def step(
     counters: dict[Tensor, Tensor],
     request: Request,
     control: Tensor,
+    rings: Rings | None,
 ) -> None:
-    """One whole step. `control` (float64, shape (5,)) takes the readings; see `Control`."""
+    """One whole step. `control` (float64, shape (7,)) takes the readings; see `Control`."""
     pairs = list(distinct_params(param_groups))
     total = sum_of_squares((param, param.grad) for _, param in pairs)
     decision = decide(request, total if request.measure else 0.0)
+    before = None if rings is None else [param.clone() for _, param in pairs]
     if not decision.skip:
         for group, param in pairs:
             if param.grad is not None:
@@ -230,9 +278,58 @@ def step(
                 update(rule, group, param, kept, decision.grad_factor)
     if not request.measure:
         decision = decide(request, total)
+    if rings is not None and before is not None:
+        record(rings, int(control[Control.STEPS]), param_groups, before, decision)
+    if request.clip is not None and not decision.skip and math.isfinite(decision.grad_norm):
+        clip, clip_state = request.clip
+        clip.observe(clip_state, decision.grad_norm)
     skipped = control[Control.SKIPPED_STEPS].item() + decision.skip
+    consecutive = control[Control.CONSECUTIVE_SKIPS].item() + 1 if decision.skip else 0
+    steps = control[Control.STEPS].item() + 1
     readings = (total, decision.grad_norm, decision.clip_coef, float(decision.skip), skipped)
-    control.copy_(control.new_tensor(readings))
+    control.copy_(control.new_tensor((*readings, consecutive, steps)))
+
+
+def record(
+    rings: Rings, steps: int, param_groups: list[Group], before: list[Tensor], decision: Decision
+) -> None:
+    """Writes a step's row of telemetry: of the step, and of every parameter."""
+    row = steps % rings.size
+    lrs = [float(group["lr"]) for group in param_groups]
+    readings = (decision.grad_norm, decision.clip_coef, float(decision.skip), *lrs)
+    rings.steps[row] = rings.steps.new_tensor(readings)
+    column = dict.fromkeys(rings.params, 0)
+    for (_, param), old in zip(distinct_params(param_groups), before, strict=True):
+        ring = rings.params[param.device]
+        ring[row, column[param.device]] = measures(param, old, decision)
+        column[param.device] += 1
+
+
+def measures(param: Tensor, before: Tensor, decision: Decision) -> Tensor:
+    """What telemetry keeps of a parameter (`telemetry.PARAM_COLUMNS`): shape (6,), float64."""
+    if param.grad is None:
+        return torch.full((6,), math.nan, dtype=torch.float64, device=param.device)
+    grad = as_read(param.grad, param)
+    largest = (
+        grad.abs().max().double() if grad.numel() > 0 else grad.new_zeros((), dtype=torch.float64)
+    )
+    zero = torch.zeros_like(largest)
+    if decision.skip:
+        update_norm, param_norm = zero, zero * math.nan
+    else:
+        dtype = compute_dtype(param.dtype)
+        update_norm = norm_of_chunks(sums_in_single(param.to(dtype) - before.to(dtype), param))
+        param_norm = norm_of_chunks(sums_in_single(before.to(dtype), param))
+    return torch.stack(
+        [
+            norm_of_chunks(sums_of_squares(grad, param)) * decision.inv_scale,
+            largest * decision.inv_scale,
+            grad.isinf().sum().double(),
+            grad.isnan().sum().double(),
+            update_norm,
+            param_norm,
+        ]
+    )
 
 
 def update(

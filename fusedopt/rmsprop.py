@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from fusedopt.clip import AdaptiveClip
 from fusedopt.optimizer import Backend, FusedOptimizer, NonFinite
 from fusedopt.reference import Group, Rule, count_step, sqrt
 
@@ -72,11 +73,13 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
         maximize: bool = False,
         differentiable: bool = False,
         *,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | AdaptiveClip | None = None,
         nonfinite: NonFinite | None = None,
         backend: Backend | None = None,
+        telemetry: int | None = None,
+        max_consecutive_skips: int | None = None,
     ) -> None:
-        self._configure(max_grad_norm, nonfinite, backend)
+        self._configure(max_grad_norm, nonfinite, backend, telemetry, max_consecutive_skips)
         super().__init__(
             params,
             lr,

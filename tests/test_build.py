@@ -198,12 +198,14 @@ def test_no_kernel_spills_registers():
 
 
 def test_registers_allow_the_blocks_that_a_pass_needs():
-    """See docs/kernels.md: four of 256 threads for the norm pass, two for the update pass."""
+    """Of 256 threads: four for the norm pass, three with telemetry, two for the update pass."""
+    limits = {"grad_norm_kernel.*Lb0E": 64, "grad_norm_kernel.*Lb1E": 80, "": 128}  # <telemetry>
     for report, text in resource_reports().items():
         used = re.findall(r"entry function '(\S+)'(?:.*\n)+?.*Used (\d+) registers", text)
         assert used
         for name, registers in used:
-            assert int(registers) <= (64 if "grad_norm" in name else 128), f"{report}: {name}"
+            limit = next(limits[kind] for kind in limits if re.search(kind, name))
+            assert int(registers) <= limit, f"{report}: {name}"
 
 
 def test_import_is_quick():

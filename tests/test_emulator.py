@@ -96,6 +96,16 @@ def test_one_kernel_where_nothing_depends_on_the_norm(launches, case, tensors):
     assert [launches(optimizer.step) for _ in range(3)] == [2, 1, 1]
 
 
+def test_telemetry_and_an_adaptive_limit_launch_no_more(launches):
+    for limits, expected in (
+        ({"max_grad_norm": 1.0}, [3, 2, 2]),
+        ({"max_grad_norm": fusedopt.clip.Percentile(window=3, warmup=1)}, [3, 2, 2]),
+        ({}, [2, 1, 1]),
+    ):
+        optimizer = optimizer_of(CLASSES[0], 3, telemetry=4, **limits)
+        assert [launches(optimizer.step) for _ in range(3)] == expected
+
+
 def test_a_skipped_step_launches_no_more(launches):
     optimizer = optimizer_of(CLASSES[0], 3, max_grad_norm=1.0)
     optimizer.step()
@@ -145,6 +155,23 @@ def test_bytes_of_a_step(traffic, case, dtype):
 
     optimizer, count, size = filled(case, dtype)
     assert traffic(optimizer.step) == [update]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bytes_of_telemetry(traffic, dtype):
+    """The parameter is loaded again before it is stored, from the cache. A gradient is not, but
+    that of a chunk with inf or nan in it."""
+    options = {"telemetry": 4, "nonfinite": "propagate"}
+    for limits in ({"max_grad_norm": 1.0}, {}):
+        optimizer, count, size = filled(CLASSES[0], dtype, **options, **limits)
+        *norm, update = traffic(optimizer.step)
+        assert norm == ([(size * count, 0)] if limits else [])
+        assert update == (5 * size * count, 3 * size * count)
+        optimizer.param_groups[0]["params"][-1].grad[7] = torch.inf
+        again = size * 16384
+        *norm, update = traffic(optimizer.step)
+        assert norm == ([(size * count + again, 0)] if limits else [])
+        assert update == (5 * size * count + (0 if limits else again), 3 * size * count)
 
 
 def test_adam_moves_32_bytes_for_each_float32(traffic):

@@ -155,15 +155,26 @@ def test_raise_names_parameters_with_gaps_and_gradients_of_other_dtypes(backend)
 
 
 def test_error_is_a_runtime_error_that_survives_pickling():
-    error = fusedopt.NonFiniteGradientError(["'a'", "'b'"])
+    error = fusedopt.NonFiniteGradientError(["'a'", "'b'"], "'a', 1 nan of 3; 'b', 2 inf of 4")
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is fusedopt.NonFiniteGradientError and isinstance(again, RuntimeError)
     assert (again.names, str(again)) == (error.names, str(error))
 
 
-def test_message_of_many_bad_parameters_stays_short():
-    error = fusedopt.NonFiniteGradientError([f"'p{i}'" for i in range(1000)])
-    assert len(str(error)) < 300 and "990 more" in str(error)
+@pytest.mark.parametrize("telemetry", [None, 3])
+def test_message_of_many_bad_parameters_stays_short(backend, telemetry):
+    params = make_params([(4,)] * 1000, device=backend.device)
+    optimizer = backend.make(
+        fusedopt.FusedAdam,
+        [(f"layer.{i}", param) for i, param in enumerate(params)],
+        nonfinite="raise",
+        telemetry=telemetry,
+    )
+    set_bad_grads(params, 0, [(i, 2) for i in range(1000)], math.inf)
+    with pytest.raises(fusedopt.NonFiniteGradientError, match=r"layer\.0.*1 inf of 4") as caught:
+        optimizer.step()
+    assert len(caught.value.names) == 1000
+    assert len(str(caught.value)) < 300 and "997 more" in str(caught.value)
 
 
 @pytest.mark.parametrize("value", BAD, ids=str)

@@ -1,22 +1,110 @@
 #include "measure.h"
 
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
 #include "../dispatch.h"
 #include "grad_norm.h"
 
 namespace fusedopt::cpu {
 
-double chunk_norm(const Pass& pass, Isa isa, Chunk chunk) {
+namespace {
+
+// Calls body(Types<...>{}, the first of the chunk's gradients, their number).
+template <class Body>
+void visit_grads(const Pass& pass, int64_t index, Body body) {
+  const Chunk chunk = pass.chunks[index];
   const TensorEntry& tensor = pass.tensors[chunk.tensor];
-  double result = 0;
   visit_types(tensor, [&](auto types) {
+    using grad_t = typename decltype(types)::grad_t;
+    const auto* grads = static_cast<const grad_t*>(pass.grads[chunk.tensor]) + chunk.begin();
+    body(types, grads, chunk.size(tensor.numel));
+  });
+}
+
+// The sum of squares and the largest magnitude, row by row, from one read.
+template <class param_t, class grad_t>
+struct ChunkMeasure {
+  static FUSEDOPT_INLINE void run(const grad_t* grads, int64_t count, double* sum,
+                                  magnitude_bits<grad_t>* largest) {
+    constexpr int64_t kRow = kNormLanes<param_t>;
+    Lanes<SumOfSquares, kRow> squares;
+    magnitude_bits<grad_t> result = 0;
+    for (int64_t first = 0; first < count; first += kRow) {
+      const int64_t row = std::min(count - first, kRow);
+      squares.add_row(Term<SumOfSquares, grad_t>{grads}, first, row);
+      for (int64_t i = first; i < first + row; ++i) result = std::max(result, magnitude(grads[i]));
+    }
+    *sum = squares.fold();
+    *largest = result;
+  }
+};
+
+template <class T>
+struct FoldLanes {
+  static FUSEDOPT_INLINE void run(const T* lanes, int64_t width, double* result) {
+    Lanes<SumOfSquares, kTensorLanes> few;
+    few.add([=](int64_t i) { return static_cast<double>(lanes[i]); }, width);
+    *result = few.fold();
+  }
+};
+
+template <class grad_t>
+void count_nonfinite(const grad_t* grads, int64_t count, ChunkMeasures& measures) {
+  for (int64_t i = 0; i < count; ++i) {
+    const auto value = widen(grads[i]);
+    measures.infs += std::isinf(value) ? 1 : 0;
+    measures.nans += std::isnan(value) ? 1 : 0;
+  }
+}
+
+// Only a chunk whose sum is not finite holds inf or nan: hardly ever is one read again.
+template <class grad_t>
+void finish_measures(const Pass& pass, int64_t chunk, const grad_t* grads, int64_t count,
+                     magnitude_bits<grad_t> largest) {
+  ChunkMeasures& measures = pass.telemetry.chunks[chunk];
+  measures.grad_max = widen(bit_cast<grad_t>(largest));
+  measures.infs = measures.nans = 0;
+  if (!std::isfinite(pass.chunk_sums[chunk])) count_nonfinite(grads, count, measures);
+}
+
+// Over the chunks of one tensor, of what `of(chunk)` says of each.
+template <class Norm, class Of>
+double total_of_tensor(const Pass& pass, int64_t tensor, Of of) {
+  const int64_t first = pass.first_chunks[tensor];
+  Lanes<Norm, kTensorLanes> lanes;
+  lanes.add([&](int64_t i) { return of(first + i); }, pass.first_chunks[tensor + 1] - first);
+  return lanes.fold();
+}
+
+}  // namespace
+
+void measure_grads(const Pass& pass, Isa isa, int64_t chunk) {
+  visit_grads(pass, chunk, [&](auto types, const auto* grads, int64_t count) {
     using param_t = typename decltype(types)::param_t;
     using grad_t = typename decltype(types)::grad_t;
-    const auto* grad = static_cast<const grad_t*>(pass.grads[chunk.tensor]) + chunk.begin();
-    const int64_t size = chunk.size(tensor.numel);
+    if (pass.telemetry.chunks != nullptr) {
+      magnitude_bits<grad_t> largest;
+      run_best<ChunkMeasure<param_t, grad_t>>(isa, grads, count, &pass.chunk_sums[chunk], &largest);
+      return finish_measures(pass, chunk, grads, count, largest);
+    }
     visit_norm(pass.options.norm_type, [&](auto norm) {
-      run_best<ChunkNorm<decltype(norm), param_t, grad_t>>(isa, grad, size, &result);
+      run_best<ChunkNorm<decltype(norm), param_t, grad_t>>(isa, grads, count,
+                                                           &pass.chunk_sums[chunk]);
     });
   });
+}
+
+double total_of_lanes(Isa isa, const float* lanes, int64_t width) {
+  double result;
+  run_best<FoldLanes<float>>(isa, lanes, width, &result);
+  return result;
+}
+
+double total_of_lanes(Isa isa, const double* lanes, int64_t width) {
+  double result;
+  run_best<FoldLanes<double>>(isa, lanes, width, &result);
   return result;
 }
 
@@ -24,6 +112,37 @@ double total_of_chunks(const Pass& pass) {
   return visit_norm(pass.options.norm_type, [&](auto norm) {
     return total<decltype(norm)>(pass.chunk_sums, pass.num_chunks);
   });
+}
+
+void observe(const AdaptiveClip& clip, double norm) {
+  if (clip.kind == ClipKind::kZScore) return ZScore(clip).observe(norm);
+  const Percentile percentile(clip);
+  percentile.observe(norm);
+  std::vector<double> norms(percentile.norms(), percentile.norms() + percentile.size());
+  const auto lower = norms.begin() + percentile.rank();
+  std::nth_element(norms.begin(), lower, norms.end());
+  const bool is_last = lower + 1 == norms.end();
+  percentile.set_limit(*lower, is_last ? *lower : *std::min_element(lower + 1, norms.end()));
+}
+
+ParamRow param_row(const Pass& pass, int64_t tensor, const Decision& decision) {
+  if (pass.grads[tensor] == nullptr) return absent_row();
+  const ChunkMeasures* const chunks = pass.telemetry.chunks;
+  const auto sum = [&](double ChunkMeasures::* field) {
+    return total_of_tensor<SumOfSquares>(pass, tensor, [=](int64_t i) { return chunks[i].*field; });
+  };
+  ChunkMeasures measures{};
+  measures.grad_max =
+      total_of_tensor<Largest>(pass, tensor, [=](int64_t i) { return chunks[i].grad_max; });
+  measures.infs = sum(&ChunkMeasures::infs);
+  measures.nans = sum(&ChunkMeasures::nans);
+  if (!decision.skip) {
+    measures.update_squares = sum(&ChunkMeasures::update_squares);
+    measures.param_squares = sum(&ChunkMeasures::param_squares);
+  }
+  const double grad_squares =
+      total_of_tensor<SumOfSquares>(pass, tensor, [&](int64_t i) { return pass.chunk_sums[i]; });
+  return fusedopt::param_row(grad_squares, measures, decision);
 }
 
 }  // namespace fusedopt::cpu

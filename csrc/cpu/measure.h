@@ -1,4 +1,5 @@
-// The norm pass, which no rule has a part in.
+// What a step measures on the CPU: the norm of the gradients, and telemetry. No rule has a part in
+// it.
 #pragma once
 
 #include "../params.h"
@@ -6,10 +7,33 @@
 
 namespace fusedopt::cpu {
 
-// What a chunk adds to the norm: the sum of its squares, or its largest magnitude.
-double chunk_norm(const Pass& pass, Isa isa, Chunk chunk);
+// A chunk's gradients: what they add to the norm, and for telemetry.
+void measure_grads(const Pass& pass, Isa isa, int64_t chunk);
 
-// Of all that the chunks have added.
+// Sums of squares of a chunk's parameters and of their updates, in lanes by the element's place in
+// its row: single precision (double for double) within a chunk, which hides behind the memory.
+template <class T, int64_t kRow>
+struct UpdateLanes {
+  explicit UpdateLanes(int64_t size) {
+    while (width < size && width < kRow) width *= 2;
+    for (int64_t i = 0; i < width; ++i) params[i] = updates[i] = 0;
+  }
+  int64_t width = 1;
+  alignas(64) T params[kRow];
+  alignas(64) T updates[kRow];
+};
+
+// The sum of so many lanes, a power of two.
+double total_of_lanes(Isa isa, const float* lanes, int64_t width);
+double total_of_lanes(Isa isa, const double* lanes, int64_t width);
+
+// Of all that the chunks have added to the norm.
 double total_of_chunks(const Pass& pass);
+
+// Takes a norm into an adaptive clip's statistics.
+void observe(const AdaptiveClip& clip, double norm);
+
+// A tensor's row of telemetry, from its chunks.
+ParamRow param_row(const Pass& pass, int64_t tensor, const Decision& decision);
 
 }  // namespace fusedopt::cpu

@@ -21,19 +21,37 @@ class Updater {
   Updater(const Pass& pass, Isa isa, double grad_factor)
       : pass_(pass), isa_(isa), grad_factor_(grad_factor) {}
 
-  // `sum`: null, or where to put the sum of the gradients' squares.
-  void update(Chunk chunk, double* sum) {
-    const TensorEntry& tensor = pass_.tensors[chunk.tensor];
+  // The chunk of that index, and what the step measures of it.
+  void update(int64_t index) {
+    // By itself, as two loops in turn would keep the processor from fetching ahead. What it has
+    // read is still in a cache.
+    if (!pass_.options.measure) measure_grads(pass_, isa_, index);
+    const TensorEntry& tensor = pass_.tensors[pass_.chunks[index].tensor];
     prepare_for(tensor);
     visit_types(tensor, [&](auto types) {
       visit_variant<Rule>(pass_.groups[tensor.group].states_used, [&](auto used) {
-        run_best<Update<Rule, used(), decltype(types)>>(isa_, &tensor, pass_.grads[chunk.tensor],
-                                                        chunk, &prepared_, sum);
+        if (pass_.telemetry.chunks == nullptr) {
+          update<Update<Rule, used(), decltype(types), false>>(tensor, index, nullptr);
+        } else {
+          using Kernel = Update<Rule, used(), decltype(types), true>;
+          typename Kernel::Lanes lanes(pass_.chunks[index].size(tensor.numel));
+          update<Kernel>(tensor, index, &lanes);
+          ChunkMeasures& measures = pass_.telemetry.chunks[index];
+          measures.param_squares = total_of_lanes(isa_, lanes.params, lanes.width);
+          measures.update_squares = total_of_lanes(isa_, lanes.updates, lanes.width);
+        }
       });
     });
   }
 
  private:
+  template <class Kernel>
+  void update(const TensorEntry& tensor, int64_t index, typename Kernel::Lanes* lanes) {
+    const Chunk chunk = pass_.chunks[index];
+    run_best<Kernel>(isa_, &tensor, pass_.grads[chunk.tensor], chunk.begin(),
+                     chunk.size(tensor.numel), &prepared_, lanes);
+  }
+
   void prepare_for(const TensorEntry& tensor) {
     float scalars[kMaxScalars] = {};
     load_scalars<Rule>(tensor, scalars);
@@ -117,6 +135,14 @@ void finish(const Pass& pass, Decision decision) {
     pass.control->sum_of_squares = total_of_chunks(pass);
     decision = decide(pass.options, pass.control->sum_of_squares);
   }
+  if (pass.telemetry.chunks != nullptr) {
+    record_step<Rule>(pass, decision);
+    ParamRow* const rows = param_rows(pass);
+    for (int64_t i = 0; i < pass.num_tensors; ++i) rows[i] = param_row(pass, i, decision);
+  }
+  if (pass.learns && is_to_be_observed(pass.options, decision)) {
+    observe(pass.options.clip, decision.grad_norm);
+  }
   record(*pass.control, decision, pass.control->sum_of_squares);
 }
 
@@ -134,8 +160,7 @@ void run(const Pass& pass, const Schedule& schedule, Phases phases) {
   {
     const IeeeArithmetic ieee;
     if (measures) {
-      walk(pass, schedule, next_to_measure, false,
-           [&](int64_t i) { pass.chunk_sums[i] = chunk_norm(pass, isa, pass.chunks[i]); });
+      walk(pass, schedule, next_to_measure, false, [&](int64_t i) { measure_grads(pass, isa, i); });
 #pragma omp barrier
     }
 #pragma omp single
@@ -146,9 +171,7 @@ void run(const Pass& pass, const Schedule& schedule, Phases phases) {
     if (updates && !decision.skip) {
       Updater<Rule> updater(pass, isa, decision.grad_factor);
       // In reverse: what the norm pass read last is still in the cache.
-      walk(pass, schedule, next_to_update, true, [&](int64_t i) {
-        updater.update(pass.chunks[i], pass.options.measure ? nullptr : &pass.chunk_sums[i]);
-      });
+      walk(pass, schedule, next_to_update, true, [&](int64_t i) { updater.update(i); });
     }
   }
   const IeeeArithmetic ieee;

@@ -1,4 +1,4 @@
-// One chunk's update: the loop around a rule.
+// The update of neighboring elements: the loop around a rule.
 #pragma once
 
 #include <algorithm>
@@ -7,50 +7,60 @@
 
 #include "../dispatch.h"
 #include "grad_norm.h"
+#include "measure.h"
 
 namespace fusedopt::cpu {
 
-template <class Rule, unsigned kUsed, class types>
+// kMeasures: on the way, the squares of parameters and updates are added to lanes.
+template <class Rule, unsigned kUsed, class types, bool kMeasures>
 struct Update {
   using T = typename types::compute_t;
+  using param_t = typename types::param_t;
   using grad_t = typename types::grad_t;
-  using Coefficients = typename Rule::template Coefficients<T>;
+  using Common = Prepared<Rule>;
+  static constexpr int64_t kRow = kNormLanes<param_t>;
+  using Lanes = UpdateLanes<T, kRow>;
 
-  // Where `sum` is not null, it gets the sum of the gradients' squares, from the same read of them.
-  static FUSEDOPT_INLINE void run(const TensorEntry* tensor, const void* grad, Chunk chunk,
-                                  const Prepared<Rule>* prepared, double* sum) {
-    const int64_t size = chunk.size(tensor->numel);
-    const auto* grads = static_cast<const grad_t*>(grad) + chunk.begin();
-    const auto c = rounded<Rule, T>(prepared->coefficients);
-    const auto grad_factor = static_cast<T>(prepared->grad_factor);
+  // Elements [begin, begin + count) of the tensor, of which the first begins a row.
+  static FUSEDOPT_INLINE void run(const TensorEntry* tensor, const void* grads, int64_t begin,
+                                  int64_t count, const Common* prepared, Lanes* lanes) {
     constexpr auto kAllStates = std::make_index_sequence<num_states<Rule>>{};
-    if (sum == nullptr) {
-      return update(*tensor, grads, chunk.begin(), size, c, grad_factor, kAllStates);
+    if constexpr (!kMeasures) {
+      update(*tensor, grads, begin, count, *prepared, lanes, kAllStates);
+    } else {
+      for (int64_t first = 0; first < count; first += kRow) {
+        update(*tensor, grads, begin + first, std::min(count - first, kRow), *prepared, lanes,
+               kAllStates);
+      }
     }
-    constexpr int64_t kLanes = kNormLanes<typename types::param_t>;
-    Lanes<SumOfSquares, kLanes> lanes;
-    for (int64_t first = 0; first < size; first += kLanes) {
-      const int64_t count = std::min(size - first, kLanes);
-      lanes.add_row(Term<SumOfSquares, grad_t>{grads}, first, count);
-      update(*tensor, grads + first, chunk.begin() + first, count, c, grad_factor, kAllStates);
-    }
-    *sum = lanes.fold();
   }
 
   template <size_t... k>
-  static FUSEDOPT_INLINE void update(const TensorEntry& tensor, const grad_t* grads, int64_t begin,
-                                     int64_t count, const Coefficients c, const T grad_factor,
+  static FUSEDOPT_INLINE void update(const TensorEntry& tensor, const void* grad, int64_t begin,
+                                     int64_t count, const Common& prepared, Lanes* lanes,
                                      std::index_sequence<k...>) {
-    auto* const params = static_cast<typename types::param_t*>(tensor.param) + begin;
+    const auto c = rounded<Rule, T>(prepared.coefficients);
+    const auto grad_factor = static_cast<T>(prepared.grad_factor);
+    const auto* const grads = static_cast<const grad_t*>(grad) + begin;
+    auto* const params = static_cast<param_t*>(tensor.param) + begin;
     [[maybe_unused]]
     typename types::state_t* const states[state_slots<Rule>] = {first<k>(tensor, begin)...};
+    // `__restrict`, as no pragma tells gcc that lanes are apart from what the other pointers reach.
+    [[maybe_unused]] T* const __restrict param_lanes = kMeasures ? lanes->params : nullptr;
+    [[maybe_unused]] T* const __restrict update_lanes = kMeasures ? lanes->updates : nullptr;
 #pragma GCC ivdep
     for (int64_t i = 0; i < count; ++i) {
       T param = widen(params[i]);
+      [[maybe_unused]] const T before = param;
       T state[state_slots<Rule>] = {load<k>(states[k], i)...};
       Rule::update(kUsed, c, widen(grads[i]) * grad_factor, param, state[k]...);
-      params[i] = narrow<typename types::param_t>(param);
+      params[i] = narrow<param_t>(param);
       (store<k>(states[k], i, state[k]), ...);
+      if constexpr (kMeasures) {
+        const T update = widen(narrow<param_t>(param)) - before;
+        param_lanes[i] += before * before;
+        update_lanes[i] += update * update;
+      }
     }
   }
 

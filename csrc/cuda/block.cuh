@@ -26,14 +26,21 @@ __device__ double fold(double (&lanes)[kCount]) {
   return lanes[0];
 }
 
-// The sum (or the maximum) over all threads, in thread 0. Neighbors are combined first, then
-// neighbors of these: the same tree as on the CPU.
+// The sum (or the maximum) over a warp's threads. Neighbors are combined first, then neighbors of
+// these: the same tree as on the CPU.
 template <class Norm>
-__device__ double block_total(double value) {
-  __shared__ double warps[kThreads / kWarpSize];
+__device__ double warp_total(double value) {
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
     value = Norm::combine(value, __shfl_xor_sync(kAllLanes, value, distance));
   }
+  return value;
+}
+
+// The same over all threads, in thread 0.
+template <class Norm>
+__device__ double block_total(double value) {
+  __shared__ double warps[kThreads / kWarpSize];
+  value = warp_total<Norm>(value);
   if (threadIdx.x % kWarpSize == 0) warps[threadIdx.x / kWarpSize] = value;
   __syncthreads();
   double result = 0;
@@ -45,11 +52,6 @@ __device__ double block_total(double value) {
   }
   __syncthreads();  // the next total may overwrite warps
   return result;
-}
-
-template <class Norm, int kCount>
-__device__ double block_total(double (&lanes)[kCount]) {
-  return block_total<Norm>(fold<Norm>(lanes));
 }
 
 // The total of all chunks, in thread 0. They come from other blocks: past the L1 cache.

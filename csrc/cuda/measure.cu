@@ -8,24 +8,25 @@ namespace fusedopt::cuda {
 
 namespace {
 
-template <class Norm>
+template <class Norm, bool telemetry>
 cudaError_t measure_as(const Pass& pass, const Launch& launch) {
   unsigned* ticket = launch.tickets;
   const size_t size = total_bytes(pass);
   if (size > kSmall && size <= kLarge) {
-    return launch_pass<grad_norm_kernel<Norm, kLarge>>(
+    return launch_pass<grad_norm_kernel<Norm, telemetry, kLarge>>(
         launch, make_arguments<kLarge>(pass, ticket, nullptr, launch.moving));
   }
   if (size > kLarge) FUSEDOPT_RETURN_IF_ERROR(upload_moving(pass, launch));
-  return launch_pass<grad_norm_kernel<Norm, kSmall>>(
+  return launch_pass<grad_norm_kernel<Norm, telemetry, kSmall>>(
       launch, make_arguments<kSmall>(pass, ticket, launch.moving, nullptr));
 }
 
 }  // namespace
 
 cudaError_t measure(const Pass& pass, const Launch& launch) {
-  return visit_norm(pass.options.norm_type,
-                    [&](auto norm) { return measure_as<decltype(norm)>(pass, launch); });
+  if (pass.options.norm_type == NormType::kInf) return measure_as<Largest, false>(pass, launch);
+  if (pass.telemetry.chunks == nullptr) return measure_as<SumOfSquares, false>(pass, launch);
+  return measure_as<SumOfSquares, true>(pass, launch);
 }
 
 }  // namespace fusedopt::cuda

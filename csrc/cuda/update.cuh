@@ -6,6 +6,8 @@
 #include "../dispatch.h"
 #include "arguments.cuh"
 #include "block.cuh"
+#include "observe.cuh"
+#include "telemetry.cuh"
 #include "vector.cuh"
 
 namespace fusedopt::cuda {
@@ -89,10 +91,12 @@ struct ChunkUpdate {
     }
   }
 
-  // With `measures`: returns the sum of the gradients' squares, in thread 0.
-  __device__ __forceinline__ static double run(const TensorEntry& tensor, const void* grad,
-                                               Chunk chunk, const Prepared<Rule>& prepared,
-                                               unsigned states_used, bool measures) {
+  // With `measures`: returns what the thread has seen of the gradients. With `telemetry`: leaves
+  // sums of squares in the lanes.
+  __device__ __forceinline__ static GradMeasures run(const TensorEntry& tensor, const void* grad,
+                                                     Chunk chunk, const Prepared<Rule>& prepared,
+                                                     unsigned states_used, bool measures,
+                                                     bool telemetry, UpdateLanes& update_lanes) {
     constexpr int kVector = vector_size<param_t>;
     constexpr int kRow = kThreads * kVector;
     constexpr int kBytes = sizeof(Elements<kVector>) + sizeof(Lanes<SumOfSquares, kVector>);
@@ -107,7 +111,9 @@ struct ChunkUpdate {
     const Converter convert(tensor);
     const Arrays arrays(tensor, grad, chunk, used);
     const int aligned_size = arrays.template aligned<kVector>() ? size : 0;
-    Lanes<SumOfSquares, kVector> lanes;
+    const LanesOf<param_t> squares(update_lanes);
+    if (telemetry) squares.clear();
+    GradMeter<SumOfSquares, grad_t, kVector> meter;
     int done = 0;
 #pragma unroll 1
     for (; done + kRowsInFlight * kRow <= aligned_size; done += kRowsInFlight * kRow) {
@@ -120,30 +126,41 @@ struct ChunkUpdate {
       }
 #pragma unroll
       for (int i = 0; i < kRowsInFlight; ++i) {
-        if (measures) lanes.add(rows[i].grad, convert);
+        if (measures) meter.add(rows[i].grad, convert, telemetry);
         update(rows[i], used, convert, c, grad_factor, kAllStates);
+        if (telemetry) {  // the parameter is loaded again, from the cache: no register holds it
+          squares.template add<1>(first + i * kRow, size,
+                                  arrays.param.template load<kVector>(first + i * kRow),
+                                  rows[i].param, convert);
+        }
         arrays.store(rows[i], [&](auto array, auto& it) { array.store(first + i * kRow, it); });
       }
     }
     if (measures) {
 #pragma unroll 1
       for (int first = done + threadIdx.x * kVector; first < size; first += kRow) {
-        lanes.add(arrays.grad.template load_some<kVector>(first, size), convert);
+        meter.add(arrays.grad.template load_some<kVector>(first, size), convert, telemetry);
       }
     }
     // What is left, all of it where an array is not aligned: neighboring threads take neighboring
     // elements, so that single accesses are coalesced too.
     constexpr int kSingles = 4;
+    if (telemetry) __syncthreads();  // other threads own the lanes than of vectors
 #pragma unroll 1
     for (int first = done + threadIdx.x; first < size; first += kSingles * kThreads) {
       Elements<kSingles> singles = arrays.template load<kSingles>(
           [&](auto array) { return array.template load_each<kSingles, kThreads>(first, size); });
       update(singles, used, convert, c, grad_factor, kAllStates);
+      if (telemetry) {
+        squares.template add<kThreads>(
+            first, size, arrays.param.template load_each<kSingles, kThreads>(first, size),
+            singles.param, convert);
+      }
       arrays.store(singles, [&](auto array, auto& it) {
         array.template store_each<kSingles, kThreads>(first, size, it);
       });
     }
-    return measures ? block_total<SumOfSquares>(lanes.at) : 0;
+    return meter.result(convert);
   }
 };
 
@@ -172,42 +189,60 @@ struct Memo {
 template <class Rule>
 struct Shared {
   Decision decision;
+  UpdateLanes lanes;
   alignas(8) unsigned char memo[sizeof(Memo<Rule>)];
 };
 
-// Returns the sum of the gradients' squares in thread 0, if no pass has measured them before.
+// With the gradients' squares, if no pass has measured them before.
 template <class Rule>
-__device__ __forceinline__ double update_chunk(const Pass& pass, Chunk chunk, Memo<Rule>& memo,
-                                               double grad_factor) {
+__device__ __forceinline__ void update_chunk(const Pass& pass, int64_t index, Memo<Rule>& memo,
+                                             UpdateLanes& lanes, double grad_factor) {
+  const Chunk chunk = pass.chunks[index];
   const TensorEntry& tensor = pass.tensors[chunk.tensor];
   const Group& group = pass.groups[tensor.group];
   const void* grad = pass.grads[chunk.tensor];
   const bool measures = !pass.options.measure;
-  double sum = 0;
-  if (grad == nullptr) return sum;
+  const bool telemetry = pass.telemetry.chunks != nullptr;
+  if (grad == nullptr) {
+    if (measures && threadIdx.x == 0) pass.chunk_sums[index] = 0;
+    return;
+  }
+  GradMeasures mine{};
   __syncthreads();
   if (threadIdx.x == 0) memo.prepare_for(tensor, group, grad_factor);
   __syncthreads();
   visit_sizes(tensor, [&](auto types) {
-    sum = ChunkUpdate<Rule, decltype(types)>::run(tensor, grad, chunk, memo.prepared,
-                                                  group.states_used, measures);
+    mine = ChunkUpdate<Rule, decltype(types)>::run(tensor, grad, chunk, memo.prepared,
+                                                   group.states_used, measures, telemetry, lanes);
   });
-  return sum;
+  if (measures) leave_grad_measures<SumOfSquares>(pass, index, mine, telemetry);
+  if (telemetry) leave_update_measures(pass, index, lanes);
 }
 
-// What the last block does once all elements are updated, or none.
+// What the last block does once all elements are updated, or none. `decision` is in shared memory.
 template <class Rule>
-__device__ void finish(const Pass& pass, Decision decision) {
+__device__ void finish(const Pass& pass, Decision& decision) {
   for (int64_t t = threadIdx.x; t < pass.num_tensors && !decision.skip; t += kThreads) {
     const TensorEntry& tensor = pass.tensors[t];
     if (pass.grads[t] != nullptr) advance<Rule>(tensor, pass.groups[tensor.group]);
   }
-  double sum = 0;
-  if (!pass.options.measure) sum = total<SumOfSquares>(pass.chunk_sums, pass.num_chunks);
-  if (threadIdx.x == 0) {
-    if (pass.options.measure) sum = pass.control->sum_of_squares;
-    record(*pass.control, pass.options.measure ? decision : decide(pass.options, sum), sum);
+  if (!pass.options.measure) {
+    const double sum = total<SumOfSquares>(pass.chunk_sums, pass.num_chunks);
+    if (threadIdx.x == 0) {
+      pass.control->sum_of_squares = sum;
+      decision = decide(pass.options, sum);
+    }
+    __syncthreads();
   }
+  if (pass.telemetry.chunks != nullptr) {
+    if (threadIdx.x == 0) record_step<Rule>(pass, decision);
+    record_params(pass, decision);
+  }
+  if (pass.learns && is_to_be_observed(pass.options, decision)) {
+    observe(pass.options.clip, decision.grad_norm);
+  }
+  __syncthreads();  // the number of steps, which rows are found by, has been read
+  if (threadIdx.x == 0) record(*pass.control, decision, pass.control->sum_of_squares);
 }
 
 template <class Rule>
@@ -224,10 +259,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Decision decision = shared.decision;
   // In reverse: what the norm pass read last is still in the cache.
   for (int64_t i = pass.num_chunks - 1 - blockIdx.x; i >= 0 && !decision.skip; i -= gridDim.x) {
-    const double sum = update_chunk(pass, pass.chunks[i], memo, decision.grad_factor);
-    if (!pass.options.measure && threadIdx.x == 0) pass.chunk_sums[i] = sum;
+    update_chunk(pass, i, memo, shared.lanes, decision.grad_factor);
   }
-  if (is_last_block(arguments.ticket)) finish<Rule>(pass, decision);
+  if (is_last_block(arguments.ticket)) finish<Rule>(pass, shared.decision);
 }
 
 }  // namespace fusedopt::cuda

@@ -7,6 +7,7 @@
 
 #include "hyperparameter_name.h"
 #include "inline.h"
+#include "moments.h"
 #include "power.h"
 
 namespace fusedopt {
@@ -63,10 +64,7 @@ struct Adam {
   template <class T>
   static FUSEDOPT_INLINE void update(unsigned used, const Coefficients<T>& c, T grad, T& param,
                                      T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq) {
-    grad = c.l2 != 0 ? grad + c.l2 * param : grad;
-    param = param * c.decay;
-    exp_avg = c.beta1 * exp_avg + c.one_minus_beta1 * grad;
-    exp_avg_sq = c.beta2 * exp_avg_sq + (c.one_minus_beta2 * grad) * grad;
+    update_moments(c, grad, param, exp_avg, exp_avg_sq);
     T second_moment = exp_avg_sq;
     if ((used & kMaxExpAvgSq) != 0) {
       max_exp_avg_sq = max_exp_avg_sq > exp_avg_sq ? max_exp_avg_sq : exp_avg_sq;

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "adaptive_clip.h"
 #include "inline.h"
 
 namespace fusedopt {
@@ -13,6 +14,7 @@ enum class NormType { kL2, kInf };
 // What the caller asks of a step, the same for every tensor.
 struct StepOptions {
   double max_grad_norm;     // infinity: never clip
+  AdaptiveClip clip;        // a limit below it, unless its kind is kFixed
   bool skip_nonfinite;      // leave everything as it was when a gradient holds inf or nan
   bool measure;             // the norm is known before the update (else the update pass sums it up)
   const float* grad_scale;  // null, or what the loss was multiplied by
@@ -27,11 +29,14 @@ struct StepControl {
   double sum_of_squares;  // of the gradients as they are, before unscaling (or their inf norm)
   double grad_norm;       // after unscaling, before clipping
   double clip_coef;
-  double step_skipped;   // 0 or 1
-  double skipped_steps;  // how many so far
+  double step_skipped;       // 0 or 1
+  double skipped_steps;      // how many so far
+  double consecutive_skips;  // up to the last step
+  double steps;              // how many so far, skipped ones included
 };
 
 struct Decision {
+  double inv_scale;
   double grad_norm;
   double clip_coef;
   double grad_factor;  // unscaling and clipping in one multiplication
@@ -42,23 +47,33 @@ struct Decision {
 // in float64 can't overflow for finite float32 gradients, so that its finiteness is the inf/nan
 // check.
 FUSEDOPT_INLINE Decision decide(const StepOptions& options, double sum_of_squares) {
-  const double inv_scale =
-      options.grad_scale ? 1.0 / static_cast<double>(*options.grad_scale) : 1.0;
   Decision decision;
+  decision.inv_scale = options.grad_scale ? 1.0 / static_cast<double>(*options.grad_scale) : 1.0;
   const double norm =
       options.norm_type == NormType::kL2 ? std::sqrt(sum_of_squares) : sum_of_squares;
-  decision.grad_norm = norm * inv_scale;
+  decision.grad_norm = norm * decision.inv_scale;
   decision.clip_coef = 1.0;
-  if (options.max_grad_norm != HUGE_VAL) {
-    const double coef = options.max_grad_norm / (decision.grad_norm + 1e-6);
+  double limit = options.max_grad_norm;
+  if (options.clip.kind != ClipKind::kFixed) {
+    const double adaptive = adaptive_limit(options.clip, decision.grad_norm);
+    limit = adaptive < limit ? adaptive : limit;
+  }
+  if (limit != HUGE_VAL) {
+    const double coef = limit / (decision.grad_norm + 1e-6);
     decision.clip_coef = coef > 1.0 ? 1.0 : coef;  // nan stays nan
   }
-  decision.grad_factor = inv_scale * decision.clip_coef;
+  decision.grad_factor = decision.inv_scale * decision.clip_coef;
   const bool told_to_skip = options.found_inf != nullptr && *options.found_inf != 0.0f;
   const bool finite = sum_of_squares - sum_of_squares == 0.0;  // false for inf and nan
   const bool nothing_to_do = options.only_scales && decision.grad_factor == 1.0;
   decision.skip = told_to_skip || (options.skip_nonfinite && !finite) || nothing_to_do;
   return decision;
+}
+
+// Whether the norm of this step is one that an adaptive clip may learn from.
+FUSEDOPT_INLINE bool is_to_be_observed(const StepOptions& options, const Decision& decision) {
+  const bool finite = decision.grad_norm - decision.grad_norm == 0.0;
+  return options.clip.kind != ClipKind::kFixed && !decision.skip && finite;
 }
 
 FUSEDOPT_INLINE void record(StepControl& control, const Decision& decision, double sum_of_squares) {
@@ -67,6 +82,8 @@ FUSEDOPT_INLINE void record(StepControl& control, const Decision& decision, doub
   control.clip_coef = decision.clip_coef;
   control.step_skipped = decision.skip ? 1.0 : 0.0;
   control.skipped_steps += control.step_skipped;
+  control.consecutive_skips = decision.skip ? control.consecutive_skips + 1 : 0;
+  control.steps += 1;
 }
 
 }  // namespace fusedopt

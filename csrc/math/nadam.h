@@ -6,6 +6,7 @@
 
 #include "hyperparameter_name.h"
 #include "inline.h"
+#include "moments.h"
 #include "power.h"
 
 namespace fusedopt {
@@ -73,10 +74,7 @@ struct NAdam {
   template <class T>
   static FUSEDOPT_INLINE void update(unsigned, const Coefficients<T>& c, T grad, T& param,
                                      T& exp_avg, T& exp_avg_sq) {
-    grad = c.l2 != 0 ? grad + c.l2 * param : grad;
-    param = param * c.decay;
-    exp_avg = c.beta1 * exp_avg + c.one_minus_beta1 * grad;
-    exp_avg_sq = c.beta2 * exp_avg_sq + (c.one_minus_beta2 * grad) * grad;
+    update_moments(c, grad, param, exp_avg, exp_avg_sq);
     const T denom = std::sqrt(exp_avg_sq) * c.inv_sqrt_bias_correction2 + c.eps;
     param = param - (c.grad_step_size * grad + c.exp_avg_step_size * exp_avg) / denom;
   }

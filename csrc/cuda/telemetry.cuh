@@ -1,0 +1,191 @@
+// What a block finds out about a chunk, and the last block about every tensor.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "block.cuh"
+#include "vector.cuh"
+
+namespace fusedopt::cuda {
+
+static_assert(kWarpSize == kTensorLanes, "a warp folds the lanes of a tensor");
+
+// What one thread has seen of a chunk's gradients.
+struct GradMeasures {
+  double norm, largest;
+};
+
+template <class Norm, class grad_t, int kVector>
+struct GradMeter {
+  Lanes<Norm, kVector> lanes;
+  magnitude_bits<grad_t> largest = 0;
+
+  __device__ void add(const Vector<grad_t, kVector>& grads, Converter convert, bool telemetry) {
+    lanes.add(grads, convert);
+    if (!telemetry) return;
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) largest = std::max(largest, magnitude(grads.at[k]));
+  }
+
+  __device__ GradMeasures result(Converter convert) {
+    return {fold<Norm>(lanes.at), convert.widen(bit_cast<grad_t>(largest))};
+  }
+};
+
+// Leaves the numbers of inf and of nan among a chunk's gradients in thread 0.
+template <class grad_t>
+__device__ void count_nonfinite(const Stretch<grad_t>& grads, int size, Converter convert,
+                                double& infs, double& nans) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < size; i += kThreads) {
+    const auto value = convert.widen(grads.template load<1>(i).at[0]);
+    const bool is_nan = value != value;
+    infs += !is_nan && value - value != 0 ? 1 : 0;
+    nans += is_nan ? 1 : 0;
+  }
+  infs = block_total<SumOfSquares>(infs);
+  nans = block_total<SumOfSquares>(nans);
+}
+
+template <class Body>
+__device__ __forceinline__ void visit_grads(const TensorEntry& tensor, const void* grad,
+                                            Chunk chunk, Body&& body) {
+  if (tensor.grad_dtype == Dtype::kFloat32) return body(Stretch<float>(grad, chunk.begin()));
+  if (tensor.grad_dtype == Dtype::kFloat64) return body(Stretch<double>(grad, chunk.begin()));
+  body(Stretch<either16>(grad, chunk.begin()));
+}
+
+// Of a chunk that has gradients, from what each thread has seen of them.
+template <class Norm>
+__device__ void leave_grad_measures(const Pass& pass, int64_t index, const GradMeasures& mine,
+                                    bool telemetry) {
+  const double norm = block_total<Norm>(mine.norm);
+  if (threadIdx.x == 0) pass.chunk_sums[index] = norm;
+  if (!telemetry) return;
+  const double grad_max = block_total<Largest>(mine.largest);
+  double infs = 0, nans = 0;
+  // Hardly ever is a chunk read again.
+  if (__syncthreads_or(mine.largest - mine.largest != 0) != 0) {
+    const Chunk chunk = pass.chunks[index];
+    const TensorEntry& tensor = pass.tensors[chunk.tensor];
+    const int size = static_cast<int>(chunk.size(tensor.numel));
+    visit_grads(tensor, pass.grads[chunk.tensor], chunk, [&](const auto& grads) {
+      count_nonfinite(grads, size, Converter(tensor), infs, nans);
+    });
+  }
+  if (threadIdx.x == 0) {
+    ChunkMeasures& measures = pass.telemetry.chunks[index];
+    measures.grad_max = grad_max;
+    measures.infs = infs;
+    measures.nans = nans;
+  }
+}
+
+// The sums of squares of a chunk's parameters and of their updates, lane by lane, in shared memory:
+// registers are what the update has none to spare of.
+struct alignas(kVectorBytes) UpdateLanes {
+  unsigned char bytes[2 * kRowBytes / sizeof(either16) * sizeof(opmath_t<either16>)];
+};
+
+// The lanes of a chunk whose parameters are param_t.
+template <class param_t>
+struct LanesOf {
+  using T = opmath_t<param_t>;
+  static constexpr int kRow = kRowBytes / sizeof(param_t);
+  static_assert(2 * kRow * sizeof(T) <= sizeof(UpdateLanes), "two rows of lanes");
+  T* const params;
+  T* const updates;
+
+  __device__ explicit LanesOf(UpdateLanes& lanes)
+      : params(reinterpret_cast<T*>(lanes.bytes)), updates(params + kRow) {}
+
+  // By the thread that owns the lanes of a vector.
+  __device__ void clear() const {
+    constexpr int kVector = vector_size<param_t>;
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      params[threadIdx.x * kVector + k] = updates[threadIdx.x * kVector + k] = 0;
+    }
+  }
+
+  // Elements first, first + kStride, ... as far as they are there: as they were, and as they are.
+  template <int kStride, int kCount>
+  __device__ void add(int first, int size, const Vector<param_t, kCount>& before,
+                      const Vector<param_t, kCount>& after, Converter convert) const {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const int i = first + k * kStride;
+      if (i >= size) continue;
+      const T old = convert.widen(before.at[k]);
+      const T change = convert.widen(after.at[k]) - old;
+      params[i % kRow] += old * old;
+      updates[i % kRow] += change * change;
+    }
+  }
+
+  // By two warps, a sum each.
+  __device__ void leave_totals(ChunkMeasures& measures, int size) const {
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    if (warp > 1) return;
+    const T* const lanes = warp == 0 ? params : updates;
+    double sum = 0;
+#pragma unroll 1
+    for (int i = lane; i < kRow && i < size; i += kWarpSize) {
+      sum = SumOfSquares::combine(sum, static_cast<double>(lanes[i]));
+    }
+    sum = warp_total<SumOfSquares>(sum);
+    if (lane == 0) (warp == 0 ? measures.param_squares : measures.update_squares) = sum;
+  }
+};
+
+// Of a chunk whose elements have all been added.
+__device__ inline void leave_update_measures(const Pass& pass, int64_t index, UpdateLanes& lanes) {
+  const Chunk chunk = pass.chunks[index];
+  const TensorEntry& tensor = pass.tensors[chunk.tensor];
+  const int size = static_cast<int>(chunk.size(tensor.numel));
+  ChunkMeasures& measures = pass.telemetry.chunks[index];
+  __syncthreads();
+  if (tensor.param_dtype == Dtype::kFloat64) {
+    LanesOf<double>(lanes).leave_totals(measures, size);
+  } else if (tensor.param_dtype == Dtype::kFloat32) {
+    LanesOf<float>(lanes).leave_totals(measures, size);
+  } else {
+    LanesOf<either16>(lanes).leave_totals(measures, size);
+  }
+}
+
+// A tensor's row, from its chunks, in all threads of a warp. Other blocks have written them: past
+// the L1 cache.
+__device__ inline ParamRow param_row(const Pass& pass, int64_t tensor, const Decision& decision) {
+  if (pass.grads[tensor] == nullptr) return absent_row();
+  double grad_squares = 0;
+  ChunkMeasures sums{};
+  const int64_t first = pass.first_chunks[tensor] + threadIdx.x % kWarpSize;
+  for (int64_t i = first; i < pass.first_chunks[tensor + 1]; i += kWarpSize) {
+    const ChunkMeasures& measures = pass.telemetry.chunks[i];
+    grad_squares += __ldcg(pass.chunk_sums + i);
+    sums.grad_max = Largest::combine(sums.grad_max, __ldcg(&measures.grad_max));
+    sums.infs += __ldcg(&measures.infs);
+    sums.nans += __ldcg(&measures.nans);
+    if (decision.skip) continue;  // without these
+    sums.update_squares += __ldcg(&measures.update_squares);
+    sums.param_squares += __ldcg(&measures.param_squares);
+  }
+  const ChunkMeasures totals{
+      warp_total<Largest>(sums.grad_max), warp_total<SumOfSquares>(sums.infs),
+      warp_total<SumOfSquares>(sums.nans), warp_total<SumOfSquares>(sums.update_squares),
+      warp_total<SumOfSquares>(sums.param_squares)};
+  return fusedopt::param_row(warp_total<SumOfSquares>(grad_squares), totals, decision);
+}
+
+// All tensors' rows, by a block.
+__device__ inline void record_params(const Pass& pass, const Decision& decision) {
+  ParamRow* const rows = param_rows(pass);
+  for (int64_t t = threadIdx.x / kWarpSize; t < pass.num_tensors; t += kThreads / kWarpSize) {
+    const ParamRow row = param_row(pass, t, decision);
+    if (threadIdx.x % kWarpSize == 0) rows[t] = row;
+  }
+}
+
+}  // namespace fusedopt::cuda

@@ -1,0 +1,172 @@
+"""Limits that adapt themselves: the formulas by hand, equal bits, checkpoints, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from cases import CLASSES, assert_same_bits, make_params, set_grads, snapshot, tensors_of
+
+import fusedopt
+from fusedopt.clip import Percentile, ZScore
+
+LIMITS = [Percentile(80, window=5, warmup=3), Percentile(100, window=4, warmup=1), ZScore(warmup=4)]
+# Of the gradients, by step: two spikes, and a step without a finite gradient.
+SCALES = [1.0, 1.2, 0.8, 1.1, 30.0, 0.9, math.nan, 1.0, 50.0, 1.1, 1.0]
+
+
+def run(optimizer, params, scales=SCALES, first=0):
+    """The limits' effect on each step, and the norms."""
+    norms, coefs = [], []
+    for step, scale in enumerate(scales, first):
+        set_grads(params, step, scale)
+        optimizer.step()
+        norms.append(optimizer.grad_norm.item())
+        coefs.append(optimizer._readings()[2].item())
+    return norms, coefs
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=str)
+@pytest.mark.parametrize("case", CLASSES, ids=str)
+def test_bits_of_the_reference(backend, case, limit):
+    params = make_params(device=backend.device)
+    twins = [p.detach().clone().requires_grad_() for p in params]
+    ours = backend.make(case.cls, params, **case.kwargs, max_grad_norm=limit)
+    reference = case.cls(twins, backend="reference", **case.kwargs, max_grad_norm=limit)
+    np.testing.assert_array_equal(run(ours, params), run(reference, twins))
+    assert_same_bits(tensors_of(ours), tensors_of(reference))
+    assert_same_bits({"state": ours._own["clip_state"]}, {"state": reference._own["clip_state"]})
+    assert ours.skipped_steps == 1
+
+
+def test_percentile_by_hand(backend):
+    limit = Percentile(80, window=5, warmup=3)
+    params = make_params(device=backend.device)
+    optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=limit)
+    norms, coefs = run(optimizer, params)
+    seen: list[float] = []
+    for norm, coef in zip(norms, coefs):
+        if not math.isfinite(norm):
+            continue
+        largest = np.percentile(seen[-5:], 80) if len(seen) >= 3 else math.inf
+        assert coef == pytest.approx(min(1.0, largest / (norm + 1e-6)), rel=1e-6)
+        seen.append(norm)
+    assert min(coefs[:4]) == 1.0 and coefs[4] < 0.05
+
+
+@pytest.mark.parametrize("limit", [Percentile, ZScore])
+def test_never_above_a_fixed_limit(backend, limit):
+    params = make_params(device=backend.device)
+    optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=limit(max_norm=100.0))
+    norms, coefs = run(optimizer, params, SCALES[:6])
+    expected = [min(1.0, 100.0 / (norm + 1e-6)) for norm in norms]
+    assert coefs == pytest.approx(expected, rel=1e-6)
+
+
+def test_z_score_by_hand(backend):
+    params = make_params(device=backend.device)
+    optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=ZScore(warmup=4))
+    norms, coefs = run(optimizer, params)
+    warm_up = norms[:4]
+    mean, variance = statistics.fmean(warm_up), statistics.pvariance(warm_up)
+    for norm, coef in list(zip(norms, coefs))[4:]:
+        if not math.isfinite(norm):
+            continue
+        z = (norm - mean) / (math.sqrt(variance) + 1e-6)
+        clipped = mean + 2.5**2 / z * math.sqrt(variance) if z > 2.5 else norm
+        assert coef == pytest.approx(min(1.0, clipped / (norm + 1e-6)), rel=1e-5)
+        mean = 0.97 * mean + 0.03 * clipped
+        variance = 0.97 * variance + 0.03 * (clipped - mean) ** 2
+    assert coefs[:4] == [1.0] * 4 and coefs[4] < 0.05
+
+
+@pytest.mark.parametrize("nonfinite", [None, "propagate"])
+@pytest.mark.parametrize("limit", LIMITS, ids=str)
+def test_bad_steps_teach_nothing(backend, limit, nonfinite):
+    params = make_params(device=backend.device)
+    optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=limit, nonfinite=nonfinite)
+    run(optimizer, params, [1.0, 1.1, 0.9, 1.0, 1.0])
+    before = optimizer._own["clip_state"].clone()
+    run(optimizer, params, [math.nan, math.inf])
+    assert torch.equal(optimizer._own["clip_state"], before)
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=str)
+def test_a_checkpoint_goes_on(backend, limit):
+    params = make_params(device=backend.device)
+    optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=limit)
+    run(optimizer, params, SCALES[:6])
+    twins = [p.detach().clone().requires_grad_() for p in params]
+    resumed = backend.make(fusedopt.FusedAdam, twins, max_grad_norm=limit)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert run(optimizer, params, SCALES[6:], 6)[1][1:] == run(resumed, twins, SCALES[6:], 6)[1][1:]
+    assert_same_bits(snapshot(optimizer), snapshot(resumed))
+
+
+def test_checkpoints_with_and_without():
+    params = make_params()
+    adapts = fusedopt.FusedAdam(params, max_grad_norm=ZScore())
+    run(adapts, params, SCALES[:3])
+    saved = adapts.state_dict()
+    twin = torch.optim.Adam(params)
+    twin.load_state_dict(saved)  # looks past what it doesn't know
+    fixed = fusedopt.FusedAdam(params, max_grad_norm=1.0)
+    fixed.load_state_dict(saved)
+    assert "clip" not in fixed.state_dict()
+    adapts.load_state_dict(twin.state_dict())
+    assert adapts._own["clip_state"] is None  # learns anew
+    other = fusedopt.FusedAdam(params, max_grad_norm=ZScore(threshold=3.0))
+    other.load_state_dict(saved)
+    assert other._own["clip_state"] is None
+    saved["clip"]["state"] = torch.zeros(2)
+    with pytest.raises(ValueError, match=r"state of ZScore.*float64 tensor of shape \(3,\)"):
+        fusedopt.FusedAdam(params, max_grad_norm=ZScore()).load_state_dict(saved)
+
+
+def test_another_limit_learns_anew(backend):
+    params = make_params(device=backend.device)
+    optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=ZScore(warmup=2))
+    run(optimizer, params, SCALES[:3])
+    optimizer.max_grad_norm = ZScore(warmup=2)
+    assert optimizer._own["clip_state"][0] == 3
+    optimizer.max_grad_norm = Percentile()
+    run(optimizer, params, SCALES[:2])
+    assert optimizer._own["clip_state"][0] == 2
+    optimizer.max_grad_norm = 1.0
+    run(optimizer, params, SCALES[:1])
+
+
+def test_unscaled_norms_are_learned(backend):
+    params = make_params(device=backend.device)
+    states = []
+    for scale in (1.0, 1024.0):
+        optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=ZScore(warmup=2))
+        optimizer.grad_scale = torch.tensor(scale, device=backend.device)
+        run(optimizer, params, [scale * it for it in (1.0, 1.5, 1.25)])
+        states.append(optimizer._own["clip_state"])
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: Percentile(101), ValueError, "Percentile's percentile is 101; expected from 0"),
+        (lambda: Percentile(math.nan), ValueError, "percentile is nan"),
+        (lambda: Percentile("95"), TypeError, "Percentile's percentile is a str"),
+        (lambda: Percentile(window=0), ValueError, "window is 0; expected from 1 to 4096"),
+        (lambda: Percentile(window=2.0), TypeError, "window is a float; expected an int"),
+        (lambda: Percentile(window=5, warmup=6), ValueError, "warmup is 6; expected from 1 to 5"),
+        (lambda: ZScore(alpha=1.5), ValueError, "ZScore's alpha is 1.5; expected from 0 to 1"),
+        (lambda: ZScore(threshold=0), ValueError, "threshold is 0; expected a finite number above"),
+        (lambda: ZScore(max_norm=0.0), ValueError, "max_norm is 0.0; expected a finite number"),
+        (lambda: ZScore(eps=math.inf), ValueError, "eps is inf"),
+        (lambda: ZScore(warmup=True), TypeError, "warmup is a bool"),
+    ],
+)
+def test_refused(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
