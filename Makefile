@@ -98,7 +98,7 @@ clean:
 
 tools:
 	@$(python) -c "import importlib.util, sys; \
-	needed = 'torch setuptools ninja pytest xdist pytest_benchmark hypothesis numpy sklearn matplotlib tqdm'.split(); \
+	needed = 'torch setuptools ninja pytest xdist pytest_benchmark hypothesis numpy sklearn matplotlib rich tqdm'.split(); \
 	missing = [name for name in needed if importlib.util.find_spec(name) is None]; \
 	missing and sys.exit(f'$(PYTHON) lacks {missing}: see the extra \'test\' in pyproject.toml')"
 

@@ -5,6 +5,7 @@ from fusedopt.adam import FusedAdam, FusedAdamW
 from fusedopt.checks import NonFiniteGradientError
 from fusedopt.clip_grad import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 from fusedopt.grad_scaler import GradScaler
+from fusedopt.monitoring import Monitor, NotALogError, RunLog, read_log
 from fusedopt.nadam import FusedNAdam
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.rmsprop import FusedRMSprop
@@ -22,14 +23,18 @@ __all__ = [
     "FusedRMSprop",
     "FusedSGD",
     "GradScaler",
+    "Monitor",
     "NonFiniteGradientError",
+    "NotALogError",
     "ParamTelemetry",
     "PendingTelemetry",
+    "RunLog",
     "Telemetry",
     "TooManySkipsError",
     "clip",
     "clip_grad_norm_",
     "clip_grads_with_norm_",
     "get_total_norm",
+    "read_log",
     "reference",
 ]

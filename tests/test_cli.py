@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import fusedopt
-import fusedopt.__main__ as cli
 from fusedopt import backends, reference
+from fusedopt import selfcheck as cli
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

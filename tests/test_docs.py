@@ -6,6 +6,7 @@ import importlib
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,8 +80,13 @@ def names_for(heading: str, folder: Path) -> dict[str, Any]:
         sys.path.insert(0, str(ROOT / "examples"))
         example = importlib.import_module("transformers_gpt2")
         names |= {"gpt2": example.make_model(), "dataset": example.make_data()[:32]}
-    if heading == "Lightning":
+    if "Lightning" in heading:
         pytest.importorskip("pytorch_lightning")
+    if "TensorBoard" in heading:
+        pytest.importorskip("tensorboard")
+    if "Weights" in heading:
+        names["run"] = SimpleNamespace(logged=[], define_metric=lambda *_, **__: None)
+        names["run"].log = names["run"].logged.append
     if heading == "Accelerate":
         state = pytest.importorskip("accelerate.state")
         state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -106,6 +112,25 @@ def test_code_runs(heading, blocks, tmp_path, monkeypatch):
             states = opt.state_dict()["state"]
             assert [state["step"] for state in states.values()] == [8, 8]
             assert all((state["exp_avg"] > 0.5).all() for state in states.values())
+    assert_monitored(heading, names, tmp_path)
+
+
+def assert_monitored(heading: str, names: dict[str, Any], folder: Path) -> None:
+    """What docs/monitoring.md promises is there."""
+    if heading == "To a file":
+        assert names["log"].telemetry.step.tolist() == [1, 2, 3, 4]
+        assert names["columns"]["grad_norm/weight"].gt(0).all()
+    elif heading == "To TensorBoard":
+        assert list((folder / "output").glob("events.*"))
+    elif heading == "To Weights & Biases, or any logger":
+        assert [row["optimizer/step"] for row in names["run"].logged] == [1]
+    elif heading == "In Lightning":
+        metrics = next((folder / "output").rglob("metrics.csv")).read_text().splitlines()
+        assert "grad_norm" in metrics[0].split(",") and len(metrics) == 5
+    elif heading == "In Hugging Face's Trainer":
+        log = fusedopt.read_log(folder / "gpt2.jsonl")
+        assert log.telemetry.step.tolist() == [1, 2]
+        assert "transformer.h.0.attn.c_attn.weight" in log.telemetry.params
 
 
 def test_every_name_in_the_docs_exists():

@@ -1,0 +1,181 @@
+"""The file of a log: begun, or continued, or refused; written line by line."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from fusedopt.monitoring.log_format import BY_SUFFIX, FormatError, Header, format_of
+from fusedopt.telemetry import PARAM_COLUMNS, ParamTelemetry, Telemetry
+
+BLOCK = 2**16
+
+
+class LogWriteError(OSError):
+    """The log can't be written any more; it ends with its last whole line."""
+
+
+class LogWriter:
+    """Appends to a log. What is there already is checked, and kept but for a cut last line.
+
+    Attributes:
+        params_every: the measurements of every parameter are for every step.
+        last_step: the number of the last step that was there, or -1.
+
+    Raises:
+        FileExistsError: the file is no log of these parameters, or has another writer.
+    """
+
+    params_every = 1
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self.path = path
+        self._format = BY_SUFFIX[path.suffix]
+        self._optimizer = header.optimizer or ""
+        self._header: Header | None = None  # the last one in the file, if more rows may follow it
+        self._warned = False
+        # Unbuffered: what couldn't be written is not tried again at the end.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        try:
+            self._lock()
+            with open(path, "rb") as written:
+                self.last_step = self._continue(written, header)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"{self.path} is being written by another Monitor: every rank and every optimizer "
+                "needs a path of its own"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+
+    def _continue(self, file: BinaryIO, header: Header) -> int:
+        """Returns the number of the last step, or -1. Changes nothing before all is checked."""
+        first = file.readline()
+        if first and format_of(first) is not self._format:
+            raise FileExistsError(
+                f"{self.path} is not a {self._format.name} log that a Monitor writes; it is left "
+                "as it is"
+            )
+        last_step = -1
+        if first.endswith(b"\n"):
+            try:
+                known = self._format.parse_header(first.decode().rstrip("\r\n"))
+                last_step = self._last_step(file)
+            except (FormatError, UnicodeDecodeError) as error:
+                raise FileExistsError(
+                    f"{self.path} is a damaged log and can't be continued: {error}; it is left as "
+                    "it is"
+                ) from None
+            self._check_params(known, header)
+            if not self._format.takes_new_params:
+                self._header = known
+        self._file.truncate(_end_of_lines(file, os.fstat(file.fileno()).st_size))
+        return last_step
+
+    def _last_step(self, file: BinaryIO) -> int:
+        for line in _lines_from_end(file):
+            if not self._format.is_header(line):
+                return self._format.parse_row(line.decode().rstrip("\r\n"), None).step
+        return -1
+
+    def _check_params(self, known: Header, header: Header) -> None:
+        for name, numel in known.params.items():
+            expected = header.params.get(name)
+            if expected is None or numel not in (0, expected):
+                has = "no such parameter" if expected is None else f"{expected} elements"
+                raise FileExistsError(
+                    f"{self.path} is the log of another model: {name!r} has {numel} elements "
+                    f"there, and this optimizer has {has}; it is left as it is"
+                )
+        columns = (list(known.params), known.groups), (list(header.params), header.groups)
+        if not self._format.takes_new_params and columns[0] != columns[1]:
+            raise FileExistsError(
+                f"{self.path} has columns for other parameters or param groups than this "
+                "optimizer's; it is left as it is"
+            )
+
+    def write(self, rows: Telemetry, with_params: Tensor) -> None:
+        """Raises LogWriteError, and leaves no half a line."""
+        header, lines = Header.of(rows, self._optimizer), []
+        fits = self._header is not None and list(header.params) == list(self._header.params)
+        if self._header is None or (self._format.takes_new_params and not fits):
+            lines.append(self._format.header_line(header))
+            self._header = header
+        elif not self._format.takes_new_params:
+            rows = self._in_columns_of(self._header, rows)
+        lines += self._format.row_lines(rows, with_params)
+        self._append("".join(f"{line}\n" for line in lines).encode())
+
+    def _in_columns_of(self, header: Header, rows: Telemetry) -> Telemetry:
+        """Rows with the parameters and param groups that there are columns for, and no others."""
+        new = [name for name in rows.params if name not in header.params]
+        if new and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.path} has no columns for parameters that came later, as {new[0]!r}; a "
+                ".jsonl log takes them",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        steps = len(rows.step)
+        unknown = torch.full((steps,), torch.nan, dtype=torch.float64)
+        absent = ParamTelemetry(0, *[unknown] * len(PARAM_COLUMNS))
+        lr = torch.full((steps, header.groups or 0), torch.nan, dtype=torch.float64)
+        shared = min(lr.shape[1], rows.lr.shape[1])
+        lr[:, :shared] = rows.lr[:, :shared]
+        return replace(rows, lr=lr, params={n: rows.params.get(n, absent) for n in header.params})
+
+    def _append(self, data: bytes) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(size)
+            raise LogWriteError(f"{self.path} can't be written any more: {error}") from error
+
+    def flush(self) -> None:
+        """Nothing: every line is with the operating system once it is written."""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _end_of_lines(file: BinaryIO, end: int) -> int:
+    """Where the last line before `end` that has an end ends."""
+    while end > 0:
+        start = max(0, end - BLOCK)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+def _lines_from_end(file: BinaryIO) -> Iterator[bytes]:
+    """The lines that have an end, the last one first."""
+    end = _end_of_lines(file, file.seek(0, os.SEEK_END))
+    while end > 0:
+        start = _end_of_lines(file, end - 1)
+        file.seek(start)
+        yield file.read(end - start)
+        end = start

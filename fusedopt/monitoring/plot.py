@@ -1,0 +1,236 @@
+"""`python -m fusedopt plot LOG`: a run on one page.
+
+from fusedopt.monitoring.plot import draw, history_of
+
+history, reader = history_of("run.jsonl")
+draw(history, "my run").savefig("run.png")
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fusedopt.monitoring.history import History
+from fusedopt.monitoring.layers import gather
+from fusedopt.monitoring.log_reader import LogReader, NotALogError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colors, told apart by every kind of eye.
+BLUE, ORANGE, RED, GREEN = "#0072b2", "#e69f00", "#d55e00", "#009e73"
+ABSENT = "#d9d9d9"
+MOST_ROWS = 48  # of the heat map
+MOST_COLUMNS = 1024
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status: 2 if there is nothing to draw."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fusedopt plot", description="Draws the log of a fusedopt.Monitor."
+    )
+    parser.add_argument("log", type=Path, help="a .jsonl or .csv file")
+    parser.add_argument("-o", "--output", type=Path, help="default: the log's name with .png")
+    args = parser.parse_args(argv)
+    output = args.output or args.log.with_suffix(".png")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return fail("plot needs matplotlib: pip install 'fusedopt[plot]'")
+    try:
+        history, reader = history_of(args.log)
+        if reader.damage:
+            print(reader.damage, file=sys.stderr)
+        if len(history) == 0:
+            return fail(f"{args.log} has no steps yet")
+        optimizer = reader.header.optimizer if reader.header else None
+        draw(history, args.log.name, optimizer).savefig(output, dpi=120)
+    except NotALogError as error:
+        return fail(str(error))
+    except OSError as error:
+        return fail(f"{error.filename or output}: {error.strerror or error}")
+    except ValueError as error:  # a format that matplotlib doesn't know
+        return fail(f"{output}: {error}")
+    print(f"wrote {output}")
+    return 0
+
+
+def fail(reason: str) -> int:
+    print(f"python -m fusedopt: {reason}", file=sys.stderr)
+    return 2
+
+
+def history_of(path: str | os.PathLike[str]) -> tuple[History, LogReader]:
+    """Reads a log; the reader says whether it was damaged."""
+    reader, history = LogReader(path), History(MOST_COLUMNS)
+    for batch in reader.batches():
+        history.add(batch)
+    return history, reader
+
+
+def draw(history: History, title: str, optimizer: str | None = None) -> Figure:
+    """The norm, the clip coefficient and the learning rate over the steps; the layers below."""
+    from matplotlib.figure import Figure
+
+    rows = gather(history.names, MOST_ROWS)
+    heights = [3.0, 1.3, 1.3, max(1.2, 0.5 + 0.17 * len(rows))]
+    figure = Figure(figsize=(12, 1.2 + sum(heights)), layout="constrained")
+    norm, coef, lr, layers = figure.subplots(4, sharex=True, height_ratios=heights)
+    figure.suptitle(f"{title}\n{summary(history, optimizer)}", fontsize=11)
+    draw_norm(norm, history)
+    draw_coef(coef, history)
+    draw_lr(lr, history)
+    draw_layers(layers, history, rows)
+    half = history.width / 2
+    norm.set_xlim(history.first - half, history.first + history.width * len(history) - half)
+    layers.set_xlabel("step" if history.width == 1 else f"step ({history.width} to a point)")
+    return figure
+
+
+def summary(history: History, optimizer: str | None) -> str:
+    total, clipped, skipped, bad = (
+        int(history[name].sum()) for name in ("steps", "clipped", "skipped", "nonfinite")
+    )
+    parts = [optimizer] if optimizer else []
+    parts.append(f"{total:,} steps")
+    parts.append(f"{clipped:,} clipped ({clipped / total:.1%})")
+    parts.append(f"{skipped:,} skipped")
+    parts += [f"{bad:,} updated with inf or nan"] if bad else []
+    parts.append(f"{len(history.names):,} parameter{'s' * (len(history.names) != 1)}")
+    return ", ".join(parts)
+
+
+def positive(values: Tensor) -> Tensor:
+    """What a logarithmic axis can't show becomes a gap."""
+    return values.masked_fill(values <= 0, torch.nan)
+
+
+def draw_norm(axes: Axes, history: History) -> None:
+    x = history.starts()
+    largest, smallest = positive(history["norm_max"]), positive(history["norm_min"])
+    if history.width > 1:
+        label = "smallest to largest"
+        axes.fill_between(x, smallest, largest, color=BLUE, alpha=0.3, linewidth=0, label=label)
+    marker = "." if len(history) < 50 else None
+    label = "norm" if history.width == 1 else "largest"
+    axes.plot(x, largest, color=BLUE, linewidth=1, marker=marker, label=label)
+    clipped = history["clipped"] > 0
+    style: Any = {"color": ORANGE, "label": "clipped"}
+    if 0 < clipped.sum() <= len(history) / 4:
+        axes.scatter(x[clipped], largest[clipped], s=12, zorder=3, **style)
+    elif clipped.any():  # a mark on each would hide the line
+        bottom: Any = {"transform": axes.get_xaxis_transform(), "width": history.width}
+        axes.bar(x[clipped], 0.03, **bottom, **style)
+    mark_at_top(axes, x[history["skipped"] > 0], "X", RED, "skipped")
+    mark_at_top(axes, x[history["nonfinite"] > 0], "v", "black", "inf or nan, not skipped")
+    if (largest > 0).any():
+        axes.set_yscale("log")
+    axes.margins(y=0.15)  # room for the marks
+    finish(axes, "gradient norm\nbefore clipping")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False, borderpad=0)
+
+
+def mark_at_top(axes: Axes, x: Tensor, marker: str, color: str, label: str) -> None:
+    if len(x):
+        style: Any = {"marker": marker, "s": 45, "color": color, "zorder": 4, "label": label}
+        style |= {"linewidths": 0.5, "edgecolors": "white", "clip_on": False}
+        axes.scatter(x, torch.full((len(x),), 0.95), transform=axes.get_xaxis_transform(), **style)
+
+
+def draw_coef(axes: Axes, history: History) -> None:
+    coef = positive(history["coef_min"])
+    axes.plot(history.starts(), coef, color=ORANGE, linewidth=1, drawstyle="steps-mid")
+    if (coef < 0.01).any():
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, 1.05)
+    share = "" if history.width == 1 else "\n(smallest)"
+    finish(axes, f"clip\ncoefficient{share}")
+
+
+def draw_lr(axes: Axes, history: History) -> None:
+    lrs = history["lr"].unbind(1)
+    shown: list[Tensor] = []
+    for group, lr in enumerate(lrs):
+        if group == 0 or not any(torch.equal(lr, other) for other in shown):
+            color = GREEN if group == 0 else None
+            axes.plot(history.starts(), lr, color=color, linewidth=1, label=f"group {group}")
+            shown.append(lr)
+    if 1 < len(shown) <= 8:
+        axes.legend(loc="upper right", fontsize=7, ncols=4)
+    axes.set_ylim(bottom=0)
+    finish(axes, "learning\nrate")
+
+
+def draw_layers(axes: Axes, history: History, rows: list[tuple[str, list[int]]]) -> None:
+    """A row for every parameter or module, and in it the largest norm of a gradient."""
+    from matplotlib.colors import ListedColormap, LogNorm
+    from matplotlib.patches import Patch
+
+    largest, bad = history["param_max"], history["param_bad"]
+    largest = largest[_last_logged(history, bad)]
+    norms = torch.stack([_nanmax(largest[:, members]) for _, members in rows])
+    broken = torch.stack([(bad[:, members] == 1).any(1) for _, members in rows])
+    first, last = history.first, history.first + history.width * len(history)
+    half = history.width / 2
+    place: Any = {"extent": (first - half, last - half, len(rows) - 0.5, -0.5), "aspect": "auto"}
+    place |= {"interpolation": "nearest"}
+    axes.set_facecolor(ABSENT)
+    shown = positive(norms)
+    seen = shown[shown > 0]
+    if len(seen):
+        # The few smallest share a color, so that the others can be told apart.
+        low, high = float(seen.sort().values[len(seen) // 100]), float(seen.max())
+        colors = LogNorm(min(low, high / 10), high)
+        picture = axes.imshow(shown.numpy(), norm=colors, cmap="viridis", **place)
+        bar = axes.figure.colorbar(picture, ax=axes, pad=0.01, aspect=15, extend="min")
+        bar.set_label("gradient norm")
+    absent = norms.isnan() & ~broken
+    handles: list[Any] = [Patch(color=ABSENT, label="no gradient")] if absent.any() else []
+    if broken.any():
+        # A cell may be narrower than a pixel: a mark is not.
+        axes.imshow(_only(broken), cmap=ListedColormap([RED]), **place)
+        row, column = broken.nonzero().unbind(1)
+        style: Any = {"marker": "X", "s": 40, "color": RED, "linewidths": 0.5, "zorder": 3}
+        style |= {"edgecolors": "white", "clip_on": False, "label": "inf or nan"}
+        handles.append(axes.scatter(history.starts()[column], row, **style))
+    axes.set_yticks(range(len(rows)), [label_of(*row) for row in rows], fontsize=7)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    legend: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False}
+    axes.legend(handles=handles, ncols=2, borderpad=0, **legend)
+
+
+def _last_logged(history: History, bad: Tensor) -> Tensor:
+    """For every interval the one to show: where no parameter was asked for, the last that was."""
+    logged = ~bad.isnan().all(1) | (history["norm_max"] == 0)
+    return torch.where(logged, torch.arange(len(history)), 0).cummax(0).values
+
+
+def _only(cells: Tensor) -> Any:
+    """A picture of 0 where a cell is set, and of nothing elsewhere."""
+    return torch.where(cells, 0.0, torch.nan).numpy()
+
+
+def label_of(name: str, members: list[int]) -> str:
+    short = name if len(name) <= 45 else f"{name[:14]}...{name[-28:]}"
+    return short if len(members) == 1 or name.endswith("more") else f"{short} ({len(members)})"
+
+
+def _nanmax(values: Tensor) -> Tensor:
+    largest = values.nan_to_num(-torch.inf).amax(1)
+    return largest.masked_fill(largest == -torch.inf, torch.nan)
+
+
+def finish(axes: Axes, label: str) -> None:
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,128 @@
+"""What this build has, and whether it agrees with the reference."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import math
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fusedopt
+from fusedopt import backends
+from fusedopt.checks import DTYPES
+
+CLASSES = (
+    fusedopt.FusedAdam,
+    fusedopt.FusedAdamW,
+    fusedopt.FusedNAdam,
+    fusedopt.FusedRMSprop,
+    fusedopt.FusedSGD,
+)
+SHAPES = ((), (3,), (33, 41), (0,), (20011,))
+STEPS = 4
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 1 if a check failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fusedopt",
+        description="Shows what this build has, and checks it, bit by bit, against the reference.",
+        epilog="`python -m fusedopt plot LOG` and `... watch LOG` show the log of a Monitor.",
+    )
+    parser.add_argument(
+        "--backend", choices=("cpu", "cuda"), help="check only this one, which has to be usable"
+    )
+    wanted = parser.parse_args(argv).backend
+
+    print(f"fusedopt {fusedopt.__version__}, torch {torch.__version__}", end="")
+    print(f" with CUDA {torch.version.cuda or '(none)'}, Python {platform.python_version()}")
+    passed = True
+    for backend in [wanted] if wanted else ["cpu", "cuda"]:
+        reason = backends.why_missing(backend)
+        if reason is not None:
+            print(f"{backend}: can't be used: {reason}")
+            passed = passed and wanted is None
+            continue
+        for device in devices_of(backend):
+            print(f"{device}: {describe(device)}")
+            results = {cls.__name__: same_as_reference(cls, backend, device) for cls in CLASSES}
+            results["clip_grad_norm_"] = clips_as_reference(backend, device)
+            for name, ok in results.items():
+                print(f"    {name:15} {'ok' if ok else 'FAILED'}")
+                passed = passed and ok
+    return 0 if passed else 1
+
+
+def devices_of(backend: str) -> list[torch.device]:
+    if backend == "cpu":
+        return [torch.device("cpu")]
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"{backends._C.cpu_isa()} kernels, {torch.get_num_threads()} threads"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, compute capability {properties.major}.{properties.minor}"
+
+
+def same_as_reference(
+    cls: type[fusedopt.FusedOptimizer], backend: str, device: torch.device
+) -> bool:
+    """Whether some steps give the bits that the reference gives on the CPU."""
+    actual = run(cls, backend, device)
+    expected = run(cls, "reference", torch.device("cpu"))
+    return all(torch.equal(a.cpu(), b) for a, b in zip(actual, expected, strict=True))
+
+
+def clips_as_reference(backend: Any, device: torch.device) -> bool:
+    """Whether clipping by itself gives the bits that the reference gives on the CPU."""
+    actual = clip(backend, device)
+    expected = clip("reference", torch.device("cpu"))
+    return all(torch.equal(a.cpu(), b) for a, b in zip(actual, expected, strict=True))
+
+
+def clip(backend: Any, device: torch.device) -> list[Tensor]:
+    """Norms of both fused orders and gradients clipped by them, as integers."""
+    results = []
+    for norm_type in (2.0, math.inf):
+        generator = torch.Generator().manual_seed(0)
+        params = []
+        for dtype in DTYPES:
+            for shape in SHAPES:
+                grad = torch.randn(shape, generator=generator).to(device, dtype)
+                params.append(torch.zeros_like(grad, requires_grad=True))
+                params[-1].grad = grad
+        results.append(fusedopt.clip_grad_norm_(params, 1.0, norm_type, backend=backend))
+        results += [param.grad for param in params]
+    return [bits(tensor) for tensor in results]
+
+
+def run(cls: Any, backend: str, device: torch.device) -> list[Tensor]:
+    """Parameters, states and readings after steps of which one is skipped, as integers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    params = [draw(shape, dtype).requires_grad_() for dtype in DTYPES for shape in SHAPES]
+    momentum = {"momentum": 0.9} if "momentum" in inspect.signature(cls).parameters else {}
+    optimizer = cls(params, weight_decay=0.1, max_grad_norm=1.0, backend=backend, **momentum)
+    for step in range(STEPS):
+        for param in params:
+            param.grad = draw(tuple(param.shape), param.dtype)
+        if step == 1:
+            params[1].grad = torch.full_like(params[1], torch.inf)
+        optimizer.step()
+    states = [value for param in params for value in optimizer.state[param].values()]
+    readings = [optimizer.grad_norm, optimizer.skipped_steps]
+    return [bits(tensor.detach()) for tensor in (*params, *states, *readings)]
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
