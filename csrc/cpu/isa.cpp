@@ -9,7 +9,7 @@ namespace fusedopt::cpu {
 namespace {
 
 Isa detect() {
-#if defined(__x86_64__)
+#if FUSEDOPT_X86_ISAS
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("bmi2");

@@ -1,6 +1,13 @@
 // One source, several instruction sets: the best that the processor has is chosen at run time.
 #pragma once
 
+// -DFUSEDOPT_ONE_ISA: none but the baseline, for a build that is not for speed, as the emulator's.
+#if defined(__x86_64__) && !defined(FUSEDOPT_ONE_ISA)
+#define FUSEDOPT_X86_ISAS 1
+#else
+#define FUSEDOPT_X86_ISAS 0
+#endif
+
 namespace fusedopt::cpu {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
@@ -15,7 +22,7 @@ void run_baseline(Arguments... arguments) {
   Kernel::run(arguments...);
 }
 
-#if defined(__x86_64__)
+#if FUSEDOPT_X86_ISAS
 template <class Kernel, class... Arguments>
 __attribute__((target("avx2,f16c,fma,bmi2"))) void run_avx2(Arguments... arguments) {
   Kernel::run(arguments...);
@@ -32,7 +39,7 @@ run_avx512(Arguments... arguments) {
 
 template <class Kernel, class... Arguments>
 void run_best(Isa isa, Arguments... arguments) {
-#if defined(__x86_64__)
+#if FUSEDOPT_X86_ISAS
   if (isa == Isa::kAvx512) return run_avx512<Kernel>(arguments...);
   if (isa == Isa::kAvx2) return run_avx2<Kernel>(arguments...);
 #endif

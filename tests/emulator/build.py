@@ -26,6 +26,7 @@ FLAGS = [
     "-ffp-contract=off",
     "-fvisibility=hidden",
     "-Wno-unknown-pragmas",
+    "-DFUSEDOPT_ONE_ISA",
     "-DFUSEDOPT_WITH_CUDA=1",
     "-DFUSEDOPT_CUDA_DEVICE=c10::kCPU",
 ]
