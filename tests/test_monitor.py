@@ -400,7 +400,8 @@ def test_memory_does_not_grow_with_the_steps(tmp_path):
                 sizes.append(tracemalloc.get_traced_memory()[0])
         finally:
             tracemalloc.stop()
-    assert max(sizes[1:]) - sizes[0] < 20_000, sizes
+    # A pointer per step would make 120,000; caches of the process come and go beside it.
+    assert max(sizes[1:]) - sizes[0] < 100_000, sizes
     assert len(read_log(tmp_path / "run.jsonl").telemetry.step) == 20_000
 
 
