@@ -38,6 +38,8 @@ struct TensorEntry {
 };
 static_assert(sizeof(TensorEntry) == 64, "the CUDA table is to cost 64 bytes per tensor");
 
+FUSEDOPT_INLINE int64_t chunks_of(int64_t numel) { return (numel + kChunkSize - 1) / kChunkSize; }
+
 struct Chunk {
   uint32_t tensor;  // index into the table of tensors
   uint32_t index;   // of this chunk in its tensor
@@ -71,6 +73,57 @@ struct Telemetry {
 };
 inline constexpr int kStepColumns = 3;  // grad_norm, clip_coef, skipped
 
+// The units of one tensor, for a clip that looks at each: as many neighboring elements as one index
+// of the first dimension selects.
+struct Units {
+  int64_t size;         // elements of each
+  int64_t first;        // where they begin among the units of all tensors
+  int64_t first_chunk;  // of the tensor
+  int64_t number;       // of the tensor, counted over all devices
+
+  FUSEDOPT_INLINE int64_t first_chunk_of(int64_t unit) const {
+    return first_chunk + unit * size / kChunkSize;
+  }
+  FUSEDOPT_INLINE int64_t chunks_of(int64_t unit) const {
+    return ((unit + 1) * size - 1) / kChunkSize - unit * size / kChunkSize + 1;
+  }
+};
+// The units of a chunk, one after the other, as far as they lie in it.
+struct Piece {
+  int64_t unit;         // counted in its tensor
+  int64_t first, last;  // elements of the chunk
+
+  FUSEDOPT_INLINE Piece(const Units& units, int64_t begin, int64_t count)
+      : unit(begin / units.size), first(0), size_(units.size), count_(count) {
+    end_at((unit + 1) * size_ - begin);
+  }
+  FUSEDOPT_INLINE bool is_there() const { return first < count_; }
+  FUSEDOPT_INLINE void next() {
+    ++unit;
+    first = last;
+    end_at(first + size_);
+  }
+
+ private:
+  FUSEDOPT_INLINE void end_at(int64_t end) { last = end < count_ ? end : count_; }
+  int64_t size_, count_;
+};
+
+struct UnitSums {
+  double grads, params;  // of squares
+};
+
+// For clips that look at every tensor or unit by itself: what the norm pass leaves for the update.
+// All null for others.
+struct OwnClips {
+  const Units* units;    // one per tensor
+  double* tensor_norms;  // one per tensor: kPerTensor
+  // Of a unit's part in a chunk, at the sum of their numbers, each counted over all tensors: two
+  // chunks share one unit at most. With `coefs`, one per unit: kUnit.
+  UnitSums* unit_sums;
+  double* coefs;
+};
+
 // Everything that a pass over the tensors of one device reads and writes.
 struct Pass {
   const TensorEntry* tensors;
@@ -85,7 +138,26 @@ struct Pass {
   int64_t num_groups;
   StepOptions options;
   bool learns;  // the state of options.clip is its owner's: it takes this step's norm in
+  OwnClips own_clips;
   Telemetry telemetry;
 };
+
+// What one tensor's gradient is multiplied by.
+FUSEDOPT_INLINE double factor_of_tensor(const Pass& pass, const Decision& decision,
+                                        int64_t tensor) {
+  if (pass.own_clips.tensor_norms == nullptr) return decision.grad_factor;
+  return decision.inv_scale * coef_of_tensor(pass.options, decision,
+                                             pass.own_clips.units[tensor].number,
+                                             pass.own_clips.tensor_norms[tensor]);
+}
+
+// Takes a tensor's norm, as it was clipped, into its average.
+FUSEDOPT_INLINE void observe_tensor(const Pass& pass, const Decision& decision, int64_t tensor) {
+  if (pass.grads[tensor] == nullptr) return;
+  const int64_t number = pass.own_clips.units[tensor].number;
+  const double norm = pass.own_clips.tensor_norms[tensor];
+  const double coef = coef_of_tensor(pass.options, decision, number, norm);
+  PerTensor(pass.options.clip).observe(number, norm * decision.inv_scale * coef);
+}
 
 }  // namespace fusedopt

@@ -5,10 +5,29 @@
 
 namespace fusedopt {
 
+namespace {
+
+// A table in the memory that kernels read: the CPU's, or (without a wait for it) a GPU's.
+at::Tensor upload(const void* table, size_t size, c10::Device device, bool on_cuda) {
+  const auto options = at::TensorOptions(device).dtype(at::kByte);
+  at::Tensor bytes = at::empty({static_cast<int64_t>(size)}, options);
+#if FUSEDOPT_WITH_CUDA
+  if (on_cuda) {
+    check_launch(
+        cuda::upload(device_index(device), current_stream(device), bytes.data_ptr(), table, size),
+        device);
+    return bytes;
+  }
+#endif
+  if (size > 0) memcpy(bytes.data_ptr(), table, size);
+  return bytes;
+}
+
+}  // namespace
+
 DeviceTables::DeviceTables(const std::vector<TensorEntry>& tensors,
                            const std::vector<Chunk>& chunks,
                            const std::vector<int64_t>& first_chunk, c10::Device device) {
-#if FUSEDOPT_WITH_CUDA
   const size_t tensor_bytes = tensors.size() * sizeof(TensorEntry);
   const size_t chunk_bytes = chunks.size() * sizeof(Chunk);
   chunks_offset_ = kTicketBytes + static_cast<int64_t>(tensor_bytes);
@@ -20,12 +39,7 @@ DeviceTables::DeviceTables(const std::vector<TensorEntry>& tensors,
   if (first_chunk_bytes > 0) {
     memcpy(&host[first_chunks_offset_], first_chunk.data(), first_chunk_bytes);
   }
-  bytes_ =
-      at::empty({static_cast<int64_t>(host.size())}, at::TensorOptions(device).dtype(at::kByte));
-  check_launch(cuda::upload(device_index(device), current_stream(device), bytes_.data_ptr(),
-                            host.data(), host.size()),
-               device);
-#endif
+  bytes_ = upload(host.data(), host.size(), device, true);
 }
 
 void Partition::lay_out(size_t num_groups, bool runs_on_cuda) {
@@ -73,6 +87,40 @@ Pass Partition::pass() {
     if (step_ring.defined()) pass.telemetry.steps = step_ring.data_ptr<double>();
   }
   return pass;
+}
+
+OwnClips Partition::clips_for(ClipKind kind) {
+  if (kind != ClipKind::kPerTensor && kind != ClipKind::kUnit) return {};
+  const auto doubles = at::TensorOptions(device).dtype(at::kDouble);
+  const int64_t num_tensors = static_cast<int64_t>(tensors.size());
+  if (!own_clips.units.defined()) make_units();
+  OwnClips clips{};
+  clips.units = static_cast<const Units*>(own_clips.units.data_ptr());
+  if (kind == ClipKind::kPerTensor) {
+    if (!own_clips.tensor_norms.defined()) own_clips.tensor_norms = at::empty(num_tensors, doubles);
+    clips.tensor_norms = own_clips.tensor_norms.data_ptr<double>();
+    return clips;
+  }
+  if (!own_clips.coefs.defined()) {
+    int64_t num_units = 0;
+    for (int64_t t = 0; t < num_tensors; ++t) num_units += tensors[t].numel / unit_sizes[t];
+    const int64_t num_chunks = static_cast<int64_t>(chunks.size());
+    own_clips.coefs = at::empty(num_units, doubles);
+    own_clips.unit_sums = at::empty({num_units + num_chunks, 2}, doubles);
+  }
+  clips.coefs = own_clips.coefs.data_ptr<double>();
+  clips.unit_sums = static_cast<UnitSums*>(own_clips.unit_sums.data_ptr());
+  return clips;
+}
+
+void Partition::make_units() {
+  std::vector<Units> units;
+  int64_t num_units = 0;
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    units.push_back({unit_sizes[t], num_units, first_chunk[t], numbers[t]});
+    num_units += tensors[t].numel / unit_sizes[t];
+  }
+  own_clips.units = upload(units.data(), units.size() * sizeof(Units), device, on_cuda);
 }
 
 size_t partition_on(c10::Device device, std::vector<Partition>& partitions) {

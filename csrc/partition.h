@@ -45,21 +45,29 @@ class DeviceTables {
   int64_t chunks_offset_ = 0, first_chunks_offset_ = 0;
 };
 
+// What clips that look at every tensor or unit by itself need, on the device.
+struct OwnClipMemory {
+  at::Tensor units, tensor_norms, unit_sums, coefs;
+};
+
 // The tensors of one device: what one pass walks over.
 struct Partition {
   c10::Device device = at::kCPU;
   std::vector<TensorEntry> tensors;
   std::vector<Chunk> chunks;
   std::vector<int64_t> first_chunk;  // of each tensor, and the end of the last
+  std::vector<int64_t> unit_sizes;   // of each tensor; see `Units`
   std::vector<cpu::Span> spans;      // of chunks, for the CPU
   std::vector<const void*> grads;    // null: no gradient at this step
   std::vector<Group> groups;
+  std::vector<int64_t> numbers;  // of each tensor, counted over all devices
   std::vector<DenseParam> dense_params;
   std::vector<at::Tensor> dense_grads;  // of gradients laid out otherwise, at this step
   at::Tensor chunk_sums;
   at::Tensor chunk_measures, step_ring, param_ring;  // telemetry, if it was asked for
   at::Tensor control;                                // a StepControl
-  DeviceTables tables;                               // CUDA only
+  OwnClipMemory own_clips;
+  DeviceTables tables;              // CUDA only
   at::Tensor moving;                // CUDA only: what doesn't fit in a kernel's arguments
   std::optional<c10::Stream> home;  // CUDA only: the stream that was current at the first pass
   bool captured = false;            // in a CUDA graph
@@ -70,6 +78,12 @@ struct Partition {
 
   // A pass over these tensors; its options are the caller's.
   Pass pass();
+
+  // What a clip of that kind needs beside.
+  OwnClips clips_for(ClipKind kind);
+
+ private:
+  void make_units();
 };
 
 // Which of the partitions is that of this device: a new one for the first tensor on it.

@@ -117,6 +117,9 @@ void Plan::add_source(PyObject* object, uint32_t group) {
   entry.param_dtype = entry.state_dtype = to_dtype(dtype);
   const at::Tensor& grad = param.grad();
   entry.grad_dtype = to_dtype(grad_dtype_for(dtype, grad.defined() ? grad.scalar_type() : dtype));
+  partition.numbers.push_back(static_cast<int64_t>(sources_.size()));
+  const int64_t units = param.dim() > 1 ? std::max<int64_t>(1, param.size(0)) : 1;
+  partition.unit_sizes.push_back(std::max<int64_t>(1, param.numel() / units));
   if (!same_layout(param.sizes(), param.strides(), source.dense_strides) || param.is_neg()) {
     at::Tensor dense = at::empty_strided(param.sizes(), source.dense_strides, param.options());
     entry.param = dense.data_ptr();

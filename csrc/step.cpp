@@ -18,6 +18,10 @@ const float* scalar_on(const std::optional<at::Tensor>& scalar, c10::Device devi
   return owner.back().const_data_ptr<float>();
 }
 
+bool is_by_tensor(const AdaptiveClipRequest& clip) {
+  return static_cast<ClipKind>(clip.kind) == ClipKind::kPerTensor;
+}
+
 Pass make_pass(Partition& partition, const StepRequest& request, std::vector<at::Tensor>& owner) {
   Pass pass = partition.pass();
   pass.options.max_grad_norm = request.max_grad_norm;
@@ -30,11 +34,24 @@ Pass make_pass(Partition& partition, const StepRequest& request, std::vector<at:
     pass.options.clip.kind = static_cast<ClipKind>(clip.kind);
     std::copy_n(clip.arguments.begin(), std::min<size_t>(clip.arguments.size(), kMaxClipArguments),
                 pass.options.clip.arguments);
-    pass.learns = clip.state.device() == partition.device;
     owner.push_back(clip.state.to(partition.device));
     pass.options.clip.state = owner.back().data_ptr<double>();
+    pass.learns = is_by_tensor(clip) || clip.state.device() == partition.device;
+    pass.own_clips = partition.clips_for(pass.options.clip.kind);
   }
   return pass;
+}
+
+// What the other devices have learned, each of its own tensors, in its own copy.
+void gather_clip_states(const std::vector<Pass>& passes, const std::vector<Partition>& partitions,
+                        const AdaptiveClipRequest& clip, const at::Tensor& before) {
+  at::Tensor state = clip.state;
+  for (size_t i = 1; i < passes.size(); ++i) {
+    const auto options = at::TensorOptions(partitions[i].device).dtype(at::kDouble);
+    const at::Tensor now =
+        at::from_blob(passes[i].options.clip.state, state.sizes(), options).to(state.device());
+    state.copy_(at::where(now.ne(before), now, state));
+  }
 }
 
 // Parameters with gaps between their elements: the kernels see a dense copy.
@@ -74,7 +91,10 @@ bool step(Plan& plan, const py::list& param_groups, const py::dict& state,
     // What a step's own row says of all devices has to be known before the update writes it.
     for (Pass& pass : passes) pass.options.measure = true;
   }
+  const bool gathers = passes.size() > 1 && request.clip.has_value() && is_by_tensor(*request.clip);
+  const at::Tensor before = gathers ? request.clip->state.clone() : at::Tensor();
   run(plan.rule(), partitions, passes, Phases::kBoth, [&] { return plan.memory_in_use(); });
+  if (gathers) gather_clip_states(passes, partitions, *request.clip, before);
   for (Partition& partition : partitions) {
     store_dense_params(partition);
     partition.dense_grads.clear();

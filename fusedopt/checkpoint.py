@@ -142,7 +142,9 @@ def save_clip(clip: AdaptiveClip, state: Tensor) -> dict[str, Any]:
     return {"limit": repr(clip), "state": state}
 
 
-def load_clip(limit: object, state_dict: dict[str, Any]) -> Tensor | None:
+def load_clip(
+    limit: object, param_groups: list[Group], state_dict: dict[str, Any]
+) -> Tensor | None:
     """What this very limit has learned; None where the checkpoint doesn't know it."""
     saved = state_dict.get("clip")
     if saved is None or not isinstance(limit, AdaptiveClip):
@@ -151,7 +153,8 @@ def load_clip(limit: object, state_dict: dict[str, Any]) -> Tensor | None:
         raise ValueError(f"loaded state dict has {saved!r} as 'clip'; expected 'limit' and 'state'")
     if saved["limit"] != repr(limit):
         return None
-    state, expected = saved["state"], limit.new_state(torch.device("cpu"))
+    num_params = sum(len(group["params"]) for group in param_groups)
+    state, expected = saved["state"], limit.new_state(num_params, torch.device("cpu"))
     if (
         not isinstance(state, Tensor)
         or state.shape != expected.shape

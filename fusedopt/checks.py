@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt.clip import AdaptiveClip
+from fusedopt.clip import AdaptiveClip, Unit
 from fusedopt.reference import Group, Rule, compute_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -91,6 +91,18 @@ def named_params(param_groups: list[Group]) -> Iterator[tuple[Tensor, str]]:
 
 def _place_of(group: int, index: int) -> str:
     return f"parameter {index} of param group {group}"
+
+
+def check_rows(limit: object, param: Tensor, name: str) -> None:
+    """Refuses a parameter whose units a `Unit` limit would have to gather from all over it."""
+    if not isinstance(limit, Unit) or torch.nn.parameter.is_lazy(param) or param.dim() < 2:
+        return
+    dense = torch.empty_like(param, device="meta").stride()
+    if param.numel() > 0 and param.shape[0] > 1 and dense[0] != param.numel() // param.shape[0]:
+        raise ValueError(
+            f"{name} has shape {tuple(param.shape)} and strides {param.stride()}; {limit} expects "
+            "what one index of the first dimension selects to be contiguous in memory"
+        )
 
 
 def check_param(param: Tensor, name: str, backend: str | None) -> None:

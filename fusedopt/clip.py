@@ -2,18 +2,25 @@
 
     FusedAdamW(params, max_grad_norm=fusedopt.clip.ZScore())
 
-They look at the norms of the steps before, on the device, without waiting for it. A step that is
-skipped, or whose norm is inf or nan, never enters their statistics.
+`Percentile` and `ZScore` limit the global norm by the norms of the steps before; `PerTensor` limits
+each parameter's gradient by its own; `Unit` each row of a gradient by that of its parameter. All do
+so on the device, without waiting for it. A step that is skipped, or whose norm is inf or nan, never
+enters their statistics.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from fusedopt import reference
+
+if TYPE_CHECKING:
+    from fusedopt.reference import Decision
 
 _COUNT, _MEAN, _VARIANCE, _NORMS = range(4)  # of a state, and where the norms begin
 _LIMIT = _MEAN
@@ -21,7 +28,7 @@ _LIMIT = _MEAN
 
 @dataclass(frozen=True)
 class AdaptiveClip:
-    """What adaptive limits share. Each has a state: float64, on the first parameter's device."""
+    """What all limits share. Each has a state: float64, on the first parameter's device."""
 
     kind: ClassVar[int]
     max_norm: float = field(default=math.inf, kw_only=True)
@@ -34,20 +41,40 @@ class AdaptiveClip:
         """Its options, as the kernels know them; `max_norm` is a fixed limit's."""
         return [float(getattr(self, it.name)) for it in fields(self) if it.name != "max_norm"]
 
-    def new_state(self, device: torch.device) -> Tensor:
+    def new_state(self, num_params: int, device: torch.device) -> Tensor:
         """Of a run that begins."""
-        return torch.zeros(self._state_size(), dtype=torch.float64, device=device)
+        return torch.zeros(self._state_shape(num_params), dtype=torch.float64, device=device)
+
+    def fit(self, state: Tensor | None, num_params: int, device: torch.device) -> Tensor:
+        """What is known, for that many parameters on that device; new ones begin to learn."""
+        if state is None:
+            return self.new_state(num_params, device)
+        state = state.to(device)
+        if state.shape == self._state_shape(num_params):
+            return state
+        new = self.new_state(num_params, device)
+        known = min(len(new), len(state))
+        new[:known] = state[:known]
+        return new
 
     def limit(self, state: Tensor, norm: float) -> float:
-        """The largest norm that is not clipped, at a step with this norm; inf while warming up."""
-        raise NotImplementedError
+        """The largest global norm that is not clipped, at a step with this one; inf: none."""
+        return math.inf
 
-    def observe(self, state: Tensor, norm: float) -> None:
-        """Takes the norm of a step that was not skipped into the statistics."""
-        raise NotImplementedError
+    def own_coef(
+        self, state: Tensor, index: int, param: Tensor, decision: Decision
+    ) -> float | Tensor:
+        """What a parameter's gradient is multiplied by, unless the global limit asks for less.
 
-    def _state_size(self) -> int:
-        return _NORMS
+        A tensor stands for a coefficient per row, float64, in a shape that broadcasts.
+        """
+        return 1.0
+
+    def observe(self, state: Tensor, params: list[Tensor], decision: Decision) -> None:
+        """Takes a step that was not skipped into the statistics."""
+
+    def _state_shape(self, num_params: int) -> tuple[int, ...]:
+        return (_NORMS,)
 
 
 @dataclass(frozen=True)
@@ -87,9 +114,9 @@ class Percentile(AdaptiveClip):
     def limit(self, state: Tensor, norm: float) -> float:
         return math.inf if state[_COUNT] < self.warmup else state[_LIMIT].item()
 
-    def observe(self, state: Tensor, norm: float) -> None:
+    def observe(self, state: Tensor, params: list[Tensor], decision: Decision) -> None:
         count = int(state[_COUNT])
-        state[_NORMS + count % self.window] = norm
+        state[_NORMS + count % self.window] = decision.grad_norm
         state[_COUNT] = count + 1
         norms = sorted(state[_NORMS : _NORMS + min(count + 1, self.window)].tolist())
         position = float(len(norms) - 1) * (float(self.percentile) / 100)
@@ -97,8 +124,8 @@ class Percentile(AdaptiveClip):
         upper = norms[min(int(position) + 1, len(norms) - 1)]
         state[_LIMIT] = lower + (upper - lower) * (position - int(position))
 
-    def _state_size(self) -> int:
-        return _NORMS + self.window
+    def _state_shape(self, num_params: int) -> tuple[int, ...]:
+        return (_NORMS + self.window,)
 
 
 @dataclass(frozen=True)
@@ -151,9 +178,9 @@ class ZScore(AdaptiveClip):
             return math.inf
         return mean + (self.threshold * deviation) / (z / self.threshold)
 
-    def observe(self, state: Tensor, norm: float) -> None:
+    def observe(self, state: Tensor, params: list[Tensor], decision: Decision) -> None:
         count, mean, variance = state[:_NORMS].tolist()
-        clipped = min(norm, self.limit(state, norm))
+        clipped = min(decision.grad_norm, self.limit(state, decision.grad_norm))
         if count < self.warmup:  # Welford (1962): the variance, times the count
             before = clipped - mean
             mean += before / (count + 1)
@@ -165,6 +192,128 @@ class ZScore(AdaptiveClip):
             distance = clipped - mean
             variance = self.alpha * variance + (1 - self.alpha) * (distance * distance)
         state[:_NORMS] = state.new_tensor((count + 1, mean, variance))
+
+
+@dataclass(frozen=True)
+class PerTensor(AdaptiveClip):
+    """Clips every parameter's gradient by a running average of its own norms.
+
+    AdaGC (Wang et al., 2025, arXiv:2502.11034), with its defaults. Of a parameter's gradient g:
+
+        coef = min(1, threshold average / |g|)
+        average = beta average + (1 - beta) coef |g|
+
+    While a parameter warms up, the global norm is clipped to `warmup_norm` instead, and
+    `average` is the smallest norm so far (after clipping).
+
+    In AdaGC all parameters warm up in the run's first steps; here each does so in the first ones
+    that have a gradient for it, so that layers may join later. A gradient of zeros teaches nothing:
+    an average of zero would clip everything that follows to zero.
+
+    Args:
+        threshold: how many times its average a norm may be.
+        beta: how much of an average stays from step to step, from 0 to 1.
+        warmup: how many steps.
+        warmup_norm: the limit of the global norm meanwhile.
+        max_norm: a fixed limit of the global norm, for all steps. Of the two coefficients the
+            smaller one counts.
+
+    Raises:
+        TypeError, ValueError: an argument is no number, or outside of its range.
+    """
+
+    kind = 3
+
+    threshold: float = 1.05
+    beta: float = 0.98
+    warmup: int = 100
+    warmup_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_range(self, "threshold", 0, math.inf)
+        _check_range(self, "beta", 0, 1)
+        _check_whole(self, "warmup", 1, 2**53)
+        _check_range(self, "warmup_norm", 0, math.inf)
+
+    def own_coef(self, state: Tensor, index: int, param: Tensor, decision: Decision) -> float:
+        count, average = state[index].tolist()
+        if count < self.warmup:
+            return reference.clip_coefficient(self.warmup_norm, decision.grad_norm)
+        norm = _grad_norm(param, decision)
+        limit = self.threshold * average
+        return limit / norm if norm > limit else 1.0
+
+    def observe(self, state: Tensor, params: list[Tensor], decision: Decision) -> None:
+        for index, param in enumerate(params):
+            if param.grad is None:
+                continue
+            own = self.own_coef(state, index, param, decision)
+            clipped = _grad_norm(param, decision) * reference.smaller(own, decision.clip_coef)
+            if clipped == 0:
+                continue
+            count, average = state[index].tolist()
+            if count >= self.warmup:
+                average = self.beta * average + (1 - self.beta) * clipped
+            elif count == 0 or clipped < average:
+                average = clipped
+            state[index] = state.new_tensor((count + 1, average))
+
+    def _state_shape(self, num_params: int) -> tuple[int, ...]:
+        return (num_params, 2)
+
+
+def _grad_norm(param: Tensor, decision: Decision) -> float:
+    """A parameter's, unscaled."""
+    norm = reference.norm_of_chunks(reference.chunk_sums(param, param.grad))
+    return norm.item() * decision.inv_scale
+
+
+@dataclass(frozen=True)
+class Unit(AdaptiveClip):
+    """Clips every row of a gradient by the norm of the parameter's row.
+
+    AGC (Brock, De, Smith and Simonyan, 2021, arXiv:2102.06171), with its defaults. Of a unit's
+    weights w and gradient g:
+
+        coef = min(1, clipping max(|w|, eps) / |g|)
+
+    A unit is what one index of the first dimension selects: a row of a linear layer, a filter of a
+    convolution. A parameter of fewer than two dimensions is a unit by itself. AGC leaves the last
+    linear layer alone: give it an optimizer without this limit.
+
+    Args:
+        clipping: how many times its weights' norm a gradient's may be; 0.01 for batches of 4,096,
+            more for smaller ones.
+        eps: the least norm of weights that counts, so that those that start from zero can grow.
+        max_norm: a fixed limit of the global norm. Of the two coefficients the smaller one counts.
+
+    Raises:
+        TypeError, ValueError: an argument is no number, or outside of its range; or (where it is
+            set) a parameter's rows are not contiguous in memory, as a transposed one's are not.
+    """
+
+    kind = 4
+
+    clipping: float = 0.01
+    eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_range(self, "clipping", 0, math.inf)
+        _check_range(self, "eps", 0, math.inf)
+
+    def own_coef(self, state: Tensor, index: int, param: Tensor, decision: Decision) -> Tensor:
+        assert param.grad is not None
+        weights = reference.unit_norms(param, param)
+        limits = self.clipping * weights.where(weights > self.eps, self.eps)
+        norms = reference.unit_norms(reference.as_read(param.grad, param), param)
+        norms = norms * decision.inv_scale
+        coefs = torch.where(norms > limits, limits / norms, 1.0)
+        return coefs.view(-1, *[1] * (param.dim() - 1)) if param.dim() > 1 else coefs.view(())
+
+    def _state_shape(self, num_params: int) -> tuple[int, ...]:
+        return (0,)
 
 
 MAX_WINDOW = 4096

@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from fusedopt import backends, checkpoint, checks, explain, reference, state
-from fusedopt.clip import AdaptiveClip
+from fusedopt.clip import AdaptiveClip, Unit
 from fusedopt.reference import Control, Group, Request, Rule
 from fusedopt.skip_limit import SkipLimit, TooManySkipsError
 from fusedopt.telemetry import PendingTelemetry, Rings, Telemetry
@@ -32,8 +32,9 @@ class FusedOptimizer(Optimizer):
 
     * `max_grad_norm` (float > 0, or None): clip the global L2 norm of all gradients of all groups:
       `coef = min(1, max_grad_norm / (norm + 1e-6))`, as `torch.nn.utils.clip_grad_norm_` does.
-      inf measures and checks, but never clips. Or a limit that follows the norms of earlier steps:
-      `fusedopt.clip.Percentile()`, `fusedopt.clip.ZScore()`.
+      inf measures and checks, but never clips. Or a limit of `fusedopt.clip`: `Percentile()` and
+      `ZScore()` follow the norms of earlier steps, `PerTensor()` those of each parameter, and
+      `Unit()` compares rows of gradients with rows of weights.
     * `nonfinite`: what a gradient with inf or nan does. "skip" leaves every parameter and state as
       it was; "raise" does too, and raises `NonFiniteGradientError` naming the parameters (it waits
       for the device); "propagate" updates regardless, as torch does. None: "skip" where
@@ -97,6 +98,11 @@ class FusedOptimizer(Optimizer):
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | AdaptiveClip | None) -> None:
         value = checks.check_max_grad_norm(value)
+        if isinstance(value, Unit):
+            for index, group in enumerate(self.__dict__.get("param_groups", ())):
+                for position, param in enumerate(group["params"]):
+                    name = checks.name_of(self.param_groups, index, position)
+                    checks.check_rows(value, param, name)
         if value != self._own.get("max_grad_norm"):
             self._own["clip_state"] = None  # another limit learns anew
         self._own["max_grad_norm"] = value
@@ -207,7 +213,8 @@ class FusedOptimizer(Optimizer):
             self._perhaps_unused.clear()
         state_dict = super().state_dict()
         if isinstance(self.max_grad_norm, AdaptiveClip) and self._own["clip_state"] is not None:
-            state_dict["clip"] = checkpoint.save_clip(self.max_grad_norm, self._own["clip_state"])
+            clip_state = self._clip_state(self.max_grad_norm)
+            state_dict["clip"] = checkpoint.save_clip(self.max_grad_norm, clip_state)
         return state_dict
 
     def _count_of(self, param: Tensor) -> Tensor | None:
@@ -230,6 +237,7 @@ class FusedOptimizer(Optimizer):
         for position, param in enumerate(group["params"]):
             name = checks.name_of(self.param_groups, index, position)
             checks.check_param(param, name, self._backend)
+            checks.check_rows(self.max_grad_norm, param, name)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -321,10 +329,9 @@ class FusedOptimizer(Optimizer):
     def _clip_state(self, clip: AdaptiveClip) -> Tensor:
         """What an adaptive limit has learned, on the first parameter's device."""
         device = self._readings().device
+        num_params = sum(len(group["params"]) for group in self.param_groups)
         state = self._own["clip_state"]
-        if state is None:
-            state = clip.new_state(device)
-        self._own["clip_state"] = state = state.to(device)
+        self._own["clip_state"] = state = clip.fit(state, num_params, device)
         return state
 
     def _nonfinite_mode(self) -> NonFinite:
@@ -432,7 +439,7 @@ class FusedOptimizer(Optimizer):
             for index, group in enumerate(groups):
                 checks.check_options(index, group, self.defaults)
             loaded = checkpoint.load_state(self.rule, groups, state_dict)
-            clip_state = checkpoint.load_clip(self.max_grad_norm, state_dict)
+            clip_state = checkpoint.load_clip(self.max_grad_norm, groups, state_dict)
             self.__setstate__({"state": loaded, "param_groups": groups})
             self._own["clip_state"] = clip_state
         except Exception:

@@ -16,10 +16,14 @@ number of threads or blocks.
 Telemetry sums up the same way, but for the chunks of one parameter, whose sums go to `TENSOR_LANES`
 lanes. The squares of parameters and of their updates are summed in a chunk's lanes in float32
 (float64 for float64 parameters); from there in float64, the lanes in `TENSOR_LANES`, too.
+
+A clip of single units cuts them where chunks end. The squares of each piece are summed in float64
+in `TENSOR_LANES` lanes, element i of the piece in lane i % lanes, and then the pieces likewise.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -205,6 +209,29 @@ def norm_of_chunks(sums: Tensor) -> Tensor:
     return sqrt(sum_in_lanes(sums, TENSOR_LANES))
 
 
+def unit_norms(values: Tensor, param: Tensor) -> Tensor:
+    """The norms of values shaped as a parameter, by index of its first dimension: float64.
+
+    Of one with fewer than two dimensions it is one norm. Shape (units,).
+    """
+    units = param.shape[0] if param.dim() > 1 else 1
+    if param.numel() == 0:
+        return torch.zeros(units, dtype=torch.float64, device=param.device)
+    squares = in_memory_order(values, param).to(torch.float64).square()
+    size = param.numel() // units
+    totals = sum_in_lanes(squares.view(units, size), TENSOR_LANES)
+    cuts = range(CHUNK_SIZE, param.numel(), CHUNK_SIZE)
+    for unit in {cut // size for cut in cuts if cut % size != 0}:
+        first, last = unit * size, (unit + 1) * size
+        ends = [first, *(cut for cut in cuts if first < cut < last), last]
+        pieces = [
+            sum_in_lanes(squares[begin:end], TENSOR_LANES)
+            for begin, end in itertools.pairwise(ends)
+        ]
+        totals[unit] = sum_in_lanes(torch.stack(pieces), TENSOR_LANES)
+    return sqrt(totals)
+
+
 def sum_of_squares(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> float:
     """Of all gradients of pairs (parameter, gradient), summed as the module's docstring says."""
     sums_by_device: dict[torch.device, list[Tensor]] = {}
@@ -244,6 +271,22 @@ def decide(request: Request, sum_of_squares: float) -> Decision:
     return Decision(inv_scale, grad_norm, clip_coef, inv_scale * clip_coef, skip)
 
 
+def smaller(own: float, shared: float) -> float:
+    """Of a parameter's own coefficient and that of all; a nan of the latter stays one."""
+    return own if own < shared else shared
+
+
+def factor_of(request: Request, index: int, param: Tensor, decision: Decision) -> float | Tensor:
+    """What a parameter's gradient is multiplied by: unscaling and clipping, in float64."""
+    if request.clip is None:
+        return decision.grad_factor
+    clip, clip_state = request.clip
+    own = clip.own_coef(clip_state, index, param, decision)
+    if isinstance(own, Tensor):
+        return own.where(own < decision.clip_coef, decision.clip_coef) * decision.inv_scale
+    return decision.inv_scale * smaller(own, decision.clip_coef)
+
+
 def distinct_params(param_groups: list[Group]) -> Iterator[tuple[Group, Tensor]]:
     """Every parameter with its group, once: one that is listed again is updated once."""
     seen: set[int] = set()
@@ -270,19 +313,23 @@ def step(
     decision = decide(request, total if request.measure else 0.0)
     before = None if rings is None else [param.clone() for _, param in pairs]
     if not decision.skip:
-        for group, param in pairs:
+        factors = [
+            1.0 if param.grad is None else factor_of(request, index, param, decision)
+            for index, (_, param) in enumerate(pairs)
+        ]
+        for index, (group, param) in enumerate(pairs):
             if param.grad is not None:
                 kept = dict(state.get(param, {}))
                 if rule.counts_apart:
                     kept[rule.counter] = counters[param]
-                update(rule, group, param, kept, decision.grad_factor)
+                update(rule, group, param, kept, factors[index])
     if not request.measure:
         decision = decide(request, total)
     if rings is not None and before is not None:
         record(rings, int(control[Control.STEPS]), param_groups, before, decision)
     if request.clip is not None and not decision.skip and math.isfinite(decision.grad_norm):
         clip, clip_state = request.clip
-        clip.observe(clip_state, decision.grad_norm)
+        clip.observe(clip_state, [param for _, param in pairs], decision)
     skipped = control[Control.SKIPPED_STEPS].item() + decision.skip
     consecutive = control[Control.CONSECUTIVE_SKIPS].item() + 1 if decision.skip else 0
     steps = control[Control.STEPS].item() + 1
@@ -333,14 +380,20 @@ def measures(param: Tensor, before: Tensor, decision: Decision) -> Tensor:
 
 
 def update(
-    rule: Rule, group: Group, param: Tensor, state: dict[str, Tensor], grad_factor: float
+    rule: Rule,
+    group: Group,
+    param: Tensor,
+    state: dict[str, Tensor],
+    grad_factor: float | Tensor,
 ) -> None:
-    """Applies a rule to one parameter, in place."""
+    """Applies a rule to one parameter, in place. The factor (float64) is rounded once."""
     assert param.grad is not None
     dtype = compute_dtype(param.dtype)
     names = {*rule.scalars, rule.counter}
     scalars = rule.advance(group, {name: state[name] for name in names})
     factor = -grad_factor if group["maximize"] else grad_factor
+    if isinstance(factor, Tensor):
+        factor = factor.to(dtype)
     new_param, new_states = rule.update(
         {**group, "lr": float(group["lr"])},
         scalars,

@@ -9,12 +9,17 @@ import statistics
 import numpy as np
 import pytest
 import torch
-from cases import CLASSES, assert_same_bits, make_params, set_grads, snapshot, tensors_of
+from cases import CLASSES, DTYPES, assert_same_bits, make_params, set_grads, snapshot, tensors_of
 
 import fusedopt
-from fusedopt.clip import Percentile, ZScore
+from fusedopt.clip import Percentile, PerTensor, Unit, ZScore
 
-LIMITS = [Percentile(80, window=5, warmup=3), Percentile(100, window=4, warmup=1), ZScore(warmup=4)]
+GLOBAL = [Percentile(80, window=5, warmup=3), Percentile(100, window=4, warmup=1), ZScore(warmup=4)]
+OWN = [PerTensor(warmup=3), Unit(0.5), PerTensor(warmup=2, max_norm=50.0), Unit(0.1, max_norm=50.0)]
+LIMITS = [*GLOBAL, *OWN]
+LEARNING = [limit for limit in LIMITS if not isinstance(limit, Unit)]
+# Units that fit a chunk, that two share, that are longer than one, and those of a single element.
+UNITS = [(4, 5), (1,), (0, 3), (3, 0), (700, 33), (3, 20000), (40000,), (6, 2, 3, 3), (50, 1), ()]
 # Of the gradients, by step: two spikes, and a step without a finite gradient.
 SCALES = [1.0, 1.2, 0.8, 1.1, 30.0, 0.9, math.nan, 1.0, 50.0, 1.1, 1.0]
 
@@ -58,6 +63,20 @@ def test_percentile_by_hand(backend):
     assert min(coefs[:4]) == 1.0 and coefs[4] < 0.05
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("limit", OWN, ids=str)
+def test_bits_of_every_dtype(backend, limit, dtype):
+    params = make_params(UNITS, dtype, backend.device)
+    params[3].grad = None
+    twins = [p.detach().clone().requires_grad_() for p in params]
+    ours = backend.make(fusedopt.FusedAdamW, params, max_grad_norm=limit, telemetry=3)
+    reference = fusedopt.FusedAdamW(twins, backend="reference", max_grad_norm=limit, telemetry=3)
+    scales = [1.0, 1.2, 0.8, 30.0, 0.9]
+    np.testing.assert_array_equal(run(ours, params, scales), run(reference, twins, scales))
+    assert_same_bits(tensors_of(ours), tensors_of(reference))
+    assert_same_bits(ours.telemetry().columns(), reference.telemetry().columns())
+
+
 @pytest.mark.parametrize("limit", [Percentile, ZScore])
 def test_never_above_a_fixed_limit(backend, limit):
     params = make_params(device=backend.device)
@@ -84,8 +103,103 @@ def test_z_score_by_hand(backend):
     assert coefs[:4] == [1.0] * 4 and coefs[4] < 0.05
 
 
+def clipped_grads(limit, params, backend, scales):
+    """What SGD with a learning rate of 1 subtracts: the gradients, as clipped; by step."""
+    optimizer = backend.make(fusedopt.FusedSGD, params, lr=1.0, max_grad_norm=limit)
+    steps = []
+    for step, scale in enumerate(scales):
+        set_grads(params, step, scale)
+        before = [p.detach().double().clone() for p in params]
+        optimizer.step()
+        steps.append([b - p.detach().double() for b, p in zip(before, params)])
+    return steps
+
+
+def test_per_tensor_by_hand(backend):
+    params = make_params([(30, 7), (11,)], torch.float64, backend.device)
+    scales = [3.0, 1.0, 2.0, 40.0, 1.0, 0.5, 25.0]
+    limit = PerTensor(threshold=1.5, beta=0.9, warmup=3, warmup_norm=2.0)
+    steps = clipped_grads(limit, params, backend, scales)
+    averages = [math.inf, math.inf]
+    for step, scale in enumerate(scales):
+        set_grads(params, step, scale)
+        norms = [p.grad.norm().item() for p in params]
+        coefs = [min(1.0, 1.5 * a / n) for a, n in zip(averages, norms)]
+        if step < 3:
+            coefs = [min(1.0, 2.0 / (math.hypot(*norms) + 1e-6))] * 2
+        for i, param in enumerate(params):
+            torch.testing.assert_close(steps[step][i], param.grad * coefs[i])
+            clipped = coefs[i] * norms[i]
+            if step < 3:
+                averages[i] = min(averages[i], clipped)
+            else:
+                averages[i] = 0.9 * averages[i] + 0.1 * clipped
+    assert coefs[0] < 1 and coefs[1] < 1
+
+
+def test_unit_by_hand(backend):
+    params = make_params([(30, 7), (11,), (4, 3, 3, 3), ()], torch.float64, backend.device)
+    with torch.no_grad():
+        params[0][3] = 0  # rows of zeros may grow, by eps
+    before = [p.detach().clone() for p in params]
+    (step,) = clipped_grads(Unit(0.3, eps=0.01), params, backend, [1.0])
+    for weights, param, clipped in zip(before, params, step):
+        rows = (lambda x: x.flatten(1)) if param.dim() > 1 else (lambda x: x.reshape(1, -1))
+        limits = 0.3 * rows(weights).norm(dim=1).clamp(min=0.01)
+        coefs = (limits / rows(param.grad).norm(dim=1)).clamp(max=1.0)
+        torch.testing.assert_close(rows(clipped), rows(param.grad) * coefs[:, None])
+    assert 0 < step[0][3].norm() <= 0.003001
+
+
+def test_a_layer_that_joins_later_warms_up(backend):
+    params = make_params([(30,), (20,)], device=backend.device)
+    optimizer = backend.make(fusedopt.FusedSGD, params, lr=0.1, max_grad_norm=PerTensor(warmup=2))
+    for step in range(4):
+        set_grads(params, step)
+        if step < 2:
+            params[1].grad = None
+        optimizer.step()
+    assert optimizer._own["clip_state"][:, 0].tolist() == [4, 2]
+    late = make_params([(5, 5)], device=backend.device)
+    optimizer.add_param_group({"params": late})
+    set_grads([*params, *late], 9)
+    params[0].grad.zero_()  # teaches nothing
+    optimizer.step()
+    assert optimizer._own["clip_state"][:, 0].tolist() == [4, 3, 1]
+
+
+def test_rows_that_are_not_contiguous_are_refused(backend):
+    transposed = torch.nn.Parameter(torch.randn(4, 6, device=backend.device).t())
+    words = r"parameter 0 of param group 0 has shape \(6, 4\) and strides \(1, 6\); Unit"
+    with pytest.raises(ValueError, match=words):
+        backend.make(fusedopt.FusedAdam, [transposed], max_grad_norm=Unit())
+    optimizer = backend.make(fusedopt.FusedAdam, [transposed], max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=words):
+        optimizer.max_grad_norm = Unit()
+    assert optimizer.max_grad_norm == 1.0
+    images = torch.nn.Parameter(torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last))
+    backend.make(fusedopt.FusedAdam, [images.to(backend.device)], max_grad_norm=Unit())
+
+
+def test_rows_of_other_layouts(backend):
+    shapes = [(4, 3, 5, 5), (6, 8)]
+    results = []
+    for layout in ("contiguous", "otherwise"):
+        params = make_params(shapes, device=backend.device)
+        if layout == "otherwise":  # channels last, and with gaps between the rows
+            params[0] = torch.nn.Parameter(params[0].to(memory_format=torch.channels_last))
+            wide = torch.zeros(6, 11, device=backend.device)
+            wide[:, :8] = params[1].detach()
+            params[1] = torch.nn.Parameter(wide[:, :8])
+        optimizer = backend.make(fusedopt.FusedSGD, params, lr=0.1, max_grad_norm=Unit(0.05))
+        run(optimizer, params, [1.0, 2.0])
+        results.append([p.detach().contiguous() for p in params])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("nonfinite", [None, "propagate"])
-@pytest.mark.parametrize("limit", LIMITS, ids=str)
+@pytest.mark.parametrize("limit", LEARNING, ids=str)
 def test_bad_steps_teach_nothing(backend, limit, nonfinite):
     params = make_params(device=backend.device)
     optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=limit, nonfinite=nonfinite)
@@ -95,7 +209,7 @@ def test_bad_steps_teach_nothing(backend, limit, nonfinite):
     assert torch.equal(optimizer._own["clip_state"], before)
 
 
-@pytest.mark.parametrize("limit", LIMITS, ids=str)
+@pytest.mark.parametrize("limit", LEARNING, ids=str)
 def test_a_checkpoint_goes_on(backend, limit):
     params = make_params(device=backend.device)
     optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=limit)
@@ -151,6 +265,18 @@ def test_unscaled_norms_are_learned(backend):
     assert torch.equal(*states)
 
 
+@pytest.mark.parametrize("limit", OWN, ids=str)
+def test_own_limits_look_at_unscaled_gradients(backend, limit):
+    updated = []
+    for scale in (1.0, 1024.0):
+        params = make_params(UNITS, device=backend.device)
+        optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=limit)
+        optimizer.grad_scale = torch.tensor(scale, device=backend.device)
+        run(optimizer, params, [scale * it for it in (1.0, 1.5, 1.25, 9.0)])
+        updated.append(tensors_of(optimizer))
+    assert_same_bits(*updated)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
@@ -165,6 +291,12 @@ def test_unscaled_norms_are_learned(backend):
         (lambda: ZScore(max_norm=0.0), ValueError, "max_norm is 0.0; expected a finite number"),
         (lambda: ZScore(eps=math.inf), ValueError, "eps is inf"),
         (lambda: ZScore(warmup=True), TypeError, "warmup is a bool"),
+        (lambda: PerTensor(threshold=0), ValueError, "threshold is 0; expected a finite number"),
+        (lambda: PerTensor(beta=2), ValueError, "beta is 2; expected from 0 to 1"),
+        (lambda: PerTensor(warmup=0), ValueError, "warmup is 0; expected from 1"),
+        (lambda: PerTensor(warmup_norm=math.inf), ValueError, "warmup_norm is inf"),
+        (lambda: Unit(clipping=-1), ValueError, "Unit's clipping is -1; expected a finite number"),
+        (lambda: Unit(eps="0"), TypeError, "eps is a str"),
     ],
 )
 def test_refused(make, error, words):

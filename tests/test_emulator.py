@@ -100,6 +100,8 @@ def test_telemetry_and_an_adaptive_limit_launch_no_more(launches):
     for limits, expected in (
         ({"max_grad_norm": 1.0}, [3, 2, 2]),
         ({"max_grad_norm": fusedopt.clip.Percentile(window=3, warmup=1)}, [3, 2, 2]),
+        ({"max_grad_norm": fusedopt.clip.PerTensor(warmup=1)}, [4, 2, 2]),  # with another table
+        ({"max_grad_norm": fusedopt.clip.Unit()}, [4, 2, 2]),
         ({}, [2, 1, 1]),
     ):
         optimizer = optimizer_of(CLASSES[0], 3, telemetry=4, **limits)
@@ -172,6 +174,15 @@ def test_bytes_of_telemetry(traffic, dtype):
         *norm, update = traffic(optimizer.step)
         assert norm == ([(size * count + again, 0)] if limits else [])
         assert update == (5 * size * count + (0 if limits else again), 3 * size * count)
+
+
+def test_bytes_of_clips_by_tensor_and_by_unit(traffic):
+    """Units need the parameter's norms as well. Gradients are loaded again, from the cache."""
+    update = (4 * 4, 3 * 4)
+    for limit, measured in ((fusedopt.clip.PerTensor(), 4), (fusedopt.clip.Unit(), 3 * 4)):
+        optimizer, count, _ = filled(CLASSES[0], torch.float32, max_grad_norm=limit)
+        found = [(loaded / count, stored / count) for loaded, stored in traffic(optimizer.step)]
+        assert found == [(measured, 0), update]
 
 
 def test_adam_moves_32_bytes_for_each_float32(traffic):

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../dispatch.h"
 #include "../math/convert.h"
 #include "../math/norm.h"
 #include "../params.h"
@@ -85,6 +86,26 @@ double total(const double* chunk_sums, int64_t num_chunks) {
   Lanes<Norm, kTotalLanes> lanes;
   lanes.add([=](int64_t i) { return chunk_sums[i]; }, num_chunks);
   return lanes.fold();
+}
+
+// Of what `of(i)` says of so many neighbors, from the first.
+template <class Norm, class Of>
+double total_of(int64_t first, int64_t count, Of of) {
+  Lanes<Norm, kTensorLanes> lanes;
+  lanes.add([&](int64_t i) { return of(first + i); }, count);
+  return lanes.fold();
+}
+
+// Calls body(Types<...>{}, the first of a chunk's gradients, their number).
+template <class Body>
+void visit_grads(const Pass& pass, int64_t index, Body body) {
+  const Chunk chunk = pass.chunks[index];
+  const TensorEntry& tensor = pass.tensors[chunk.tensor];
+  visit_types(tensor, [&](auto types) {
+    using grad_t = typename decltype(types)::grad_t;
+    const auto* grads = static_cast<const grad_t*>(pass.grads[chunk.tensor]) + chunk.begin();
+    body(types, grads, chunk.size(tensor.numel));
+  });
 }
 
 }  // namespace fusedopt::cpu

@@ -6,22 +6,11 @@
 
 #include "../dispatch.h"
 #include "grad_norm.h"
+#include "units.h"
 
 namespace fusedopt::cpu {
 
 namespace {
-
-// Calls body(Types<...>{}, the first of the chunk's gradients, their number).
-template <class Body>
-void visit_grads(const Pass& pass, int64_t index, Body body) {
-  const Chunk chunk = pass.chunks[index];
-  const TensorEntry& tensor = pass.tensors[chunk.tensor];
-  visit_types(tensor, [&](auto types) {
-    using grad_t = typename decltype(types)::grad_t;
-    const auto* grads = static_cast<const grad_t*>(pass.grads[chunk.tensor]) + chunk.begin();
-    body(types, grads, chunk.size(tensor.numel));
-  });
-}
 
 // The sum of squares and the largest magnitude, row by row, from one read.
 template <class param_t, class grad_t>
@@ -69,18 +58,10 @@ void finish_measures(const Pass& pass, int64_t chunk, const grad_t* grads, int64
   if (!std::isfinite(pass.chunk_sums[chunk])) count_nonfinite(grads, count, measures);
 }
 
-// Over the chunks of one tensor, of what `of(chunk)` says of each.
-template <class Norm, class Of>
-double total_of_tensor(const Pass& pass, int64_t tensor, Of of) {
-  const int64_t first = pass.first_chunks[tensor];
-  Lanes<Norm, kTensorLanes> lanes;
-  lanes.add([&](int64_t i) { return of(first + i); }, pass.first_chunks[tensor + 1] - first);
-  return lanes.fold();
-}
-
 }  // namespace
 
 void measure_grads(const Pass& pass, Isa isa, int64_t chunk) {
+  if (pass.own_clips.coefs != nullptr) measure_units(pass, isa, chunk);
   visit_grads(pass, chunk, [&](auto types, const auto* grads, int64_t count) {
     using param_t = typename decltype(types)::param_t;
     using grad_t = typename decltype(types)::grad_t;
@@ -94,6 +75,14 @@ void measure_grads(const Pass& pass, Isa isa, int64_t chunk) {
                                                            &pass.chunk_sums[chunk]);
     });
   });
+}
+
+void measure_tensors(const Pass& pass) {
+  for (int64_t t = 0; t < pass.num_tensors; ++t) {
+    const int64_t count = chunks_of(pass.tensors[t].numel);
+    pass.own_clips.tensor_norms[t] = std::sqrt(total_of<SumOfSquares>(
+        pass.own_clips.units[t].first_chunk, count, [&](int64_t i) { return pass.chunk_sums[i]; }));
+  }
 }
 
 double total_of_lanes(Isa isa, const float* lanes, int64_t width) {
@@ -114,8 +103,14 @@ double total_of_chunks(const Pass& pass) {
   });
 }
 
-void observe(const AdaptiveClip& clip, double norm) {
+void observe(const Pass& pass, const Decision& decision) {
+  const AdaptiveClip& clip = pass.options.clip;
+  const double norm = decision.grad_norm;
   if (clip.kind == ClipKind::kZScore) return ZScore(clip).observe(norm);
+  if (clip.kind == ClipKind::kPerTensor) {
+    for (int64_t t = 0; t < pass.num_tensors; ++t) observe_tensor(pass, decision, t);
+  }
+  if (clip.kind != ClipKind::kPercentile) return;
   const Percentile percentile(clip);
   percentile.observe(norm);
   std::vector<double> norms(percentile.norms(), percentile.norms() + percentile.size());
@@ -128,12 +123,13 @@ void observe(const AdaptiveClip& clip, double norm) {
 ParamRow param_row(const Pass& pass, int64_t tensor, const Decision& decision) {
   if (pass.grads[tensor] == nullptr) return absent_row();
   const ChunkMeasures* const chunks = pass.telemetry.chunks;
+  const int64_t first = pass.first_chunks[tensor], count = chunks_of(pass.tensors[tensor].numel);
   const auto sum = [&](double ChunkMeasures::* field) {
-    return total_of_tensor<SumOfSquares>(pass, tensor, [=](int64_t i) { return chunks[i].*field; });
+    return total_of<SumOfSquares>(first, count, [=](int64_t i) { return chunks[i].*field; });
   };
   ChunkMeasures measures{};
   measures.grad_max =
-      total_of_tensor<Largest>(pass, tensor, [=](int64_t i) { return chunks[i].grad_max; });
+      total_of<Largest>(first, count, [=](int64_t i) { return chunks[i].grad_max; });
   measures.infs = sum(&ChunkMeasures::infs);
   measures.nans = sum(&ChunkMeasures::nans);
   if (!decision.skip) {
@@ -141,7 +137,7 @@ ParamRow param_row(const Pass& pass, int64_t tensor, const Decision& decision) {
     measures.param_squares = sum(&ChunkMeasures::param_squares);
   }
   const double grad_squares =
-      total_of_tensor<SumOfSquares>(pass, tensor, [&](int64_t i) { return pass.chunk_sums[i]; });
+      total_of<SumOfSquares>(first, count, [&](int64_t i) { return pass.chunk_sums[i]; });
   return fusedopt::param_row(grad_squares, measures, decision);
 }
 

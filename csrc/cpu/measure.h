@@ -27,11 +27,14 @@ struct UpdateLanes {
 double total_of_lanes(Isa isa, const float* lanes, int64_t width);
 double total_of_lanes(Isa isa, const double* lanes, int64_t width);
 
+// The norms of all tensors, once all chunks are measured.
+void measure_tensors(const Pass& pass);
+
 // Of all that the chunks have added to the norm.
 double total_of_chunks(const Pass& pass);
 
-// Takes a norm into an adaptive clip's statistics.
-void observe(const AdaptiveClip& clip, double norm);
+// Takes a step's norms into an adaptive clip's statistics.
+void observe(const Pass& pass, const Decision& decision);
 
 // A tensor's row of telemetry, from its chunks.
 ParamRow param_row(const Pass& pass, int64_t tensor, const Decision& decision);

@@ -8,6 +8,7 @@
 #include "../rules.h"
 #include "isa.h"
 #include "measure.h"
+#include "units.h"
 #include "update.h"
 
 namespace fusedopt::cpu {
@@ -18,24 +19,38 @@ namespace {
 template <class Rule>
 class Updater {
  public:
-  Updater(const Pass& pass, Isa isa, double grad_factor)
-      : pass_(pass), isa_(isa), grad_factor_(grad_factor) {}
+  Updater(const Pass& pass, Isa isa, const Decision& decision)
+      : pass_(pass), isa_(isa), decision_(decision), units_(pass, isa, decision) {}
 
   // The chunk of that index, and what the step measures of it.
   void update(int64_t index) {
     // By itself, as two loops in turn would keep the processor from fetching ahead. What it has
     // read is still in a cache.
     if (!pass_.options.measure) measure_grads(pass_, isa_, index);
-    const TensorEntry& tensor = pass_.tensors[pass_.chunks[index].tensor];
-    prepare_for(tensor);
+    const Chunk chunk = pass_.chunks[index];
+    TensorEntry tensor = pass_.tensors[chunk.tensor];
+    if (pass_.own_clips.coefs == nullptr) {
+      prepare_for(tensor, factor_of_tensor(pass_, decision_, chunk.tensor));
+      return update(tensor, index, pass_.grads[chunk.tensor], chunk.begin());
+    }
+    prepare_for(tensor, 1.0);
+    const void* const scaled = units_.scale(index);
+    tensor.grad_dtype = UnitScaler::dtype_of(tensor);
+    update(tensor, index, scaled, 0);
+  }
+
+ private:
+  // By gradients of which the chunk's first is at `first`.
+  void update(const TensorEntry& tensor, int64_t index, const void* grad, int64_t first) {
     visit_types(tensor, [&](auto types) {
+      const auto* grads = static_cast<const typename decltype(types)::grad_t*>(grad) + first;
       visit_variant<Rule>(pass_.groups[tensor.group].states_used, [&](auto used) {
         if (pass_.telemetry.chunks == nullptr) {
-          update<Update<Rule, used(), decltype(types), false>>(tensor, index, nullptr);
+          update<Update<Rule, used(), decltype(types), false>>(tensor, index, grads, nullptr);
         } else {
           using Kernel = Update<Rule, used(), decltype(types), true>;
           typename Kernel::Lanes lanes(pass_.chunks[index].size(tensor.numel));
-          update<Kernel>(tensor, index, &lanes);
+          update<Kernel>(tensor, index, grads, &lanes);
           ChunkMeasures& measures = pass_.telemetry.chunks[index];
           measures.param_squares = total_of_lanes(isa_, lanes.params, lanes.width);
           measures.update_squares = total_of_lanes(isa_, lanes.updates, lanes.width);
@@ -44,28 +59,32 @@ class Updater {
     });
   }
 
- private:
   template <class Kernel>
-  void update(const TensorEntry& tensor, int64_t index, typename Kernel::Lanes* lanes) {
+  void update(const TensorEntry& tensor, int64_t index, const typename Kernel::grad_t* grads,
+              typename Kernel::Lanes* lanes) {
     const Chunk chunk = pass_.chunks[index];
-    run_best<Kernel>(isa_, &tensor, pass_.grads[chunk.tensor], chunk.begin(),
-                     chunk.size(tensor.numel), &prepared_, lanes);
+    run_best<Kernel>(isa_, &tensor, grads, chunk.begin(), chunk.size(tensor.numel), &prepared_,
+                     lanes);
   }
 
-  void prepare_for(const TensorEntry& tensor) {
+  void prepare_for(const TensorEntry& tensor, double grad_factor) {
     float scalars[kMaxScalars] = {};
     load_scalars<Rule>(tensor, scalars);
-    if (tensor.group == group_ && memcmp(scalars, scalars_, sizeof(scalars)) == 0) return;
+    const bool same_scalars = memcmp(scalars, scalars_, sizeof(scalars)) == 0;
+    if (tensor.group == group_ && same_scalars && grad_factor == grad_factor_) return;
     group_ = tensor.group;
     memcpy(scalars_, scalars, sizeof(scalars));
-    prepared_ = prepare<Rule>(pass_.groups[group_], scalars, grad_factor_);
+    grad_factor_ = grad_factor;
+    prepared_ = prepare<Rule>(pass_.groups[group_], scalars, grad_factor);
   }
 
   const Pass& pass_;
   const Isa isa_;
-  const double grad_factor_;
+  const Decision decision_;
+  UnitScaler units_;
   uint32_t group_ = UINT32_MAX;
   float scalars_[kMaxScalars];
+  double grad_factor_ = 0;
   Prepared<Rule> prepared_;
 };
 
@@ -140,9 +159,7 @@ void finish(const Pass& pass, Decision decision) {
     ParamRow* const rows = param_rows(pass);
     for (int64_t i = 0; i < pass.num_tensors; ++i) rows[i] = param_row(pass, i, decision);
   }
-  if (pass.learns && is_to_be_observed(pass.options, decision)) {
-    observe(pass.options.clip, decision.grad_norm);
-  }
+  if (pass.learns && is_to_be_observed(pass.options, decision)) observe(pass, decision);
   record(*pass.control, decision, pass.control->sum_of_squares);
 }
 
@@ -166,10 +183,11 @@ void run(const Pass& pass, const Schedule& schedule, Phases phases) {
 #pragma omp single
     {
       if (measures) pass.control->sum_of_squares = total_of_chunks(pass);
+      if (measures && pass.own_clips.tensor_norms != nullptr) measure_tensors(pass);
       decision = decide(pass.options, pass.options.measure ? pass.control->sum_of_squares : 0.0);
     }
     if (updates && !decision.skip) {
-      Updater<Rule> updater(pass, isa, decision.grad_factor);
+      Updater<Rule> updater(pass, isa, decision);
       // In reverse: what the norm pass read last is still in the cache.
       walk(pass, schedule, next_to_update, true, [&](int64_t i) { updater.update(i); });
     }

@@ -21,27 +21,27 @@ struct Update {
   static constexpr int64_t kRow = kNormLanes<param_t>;
   using Lanes = UpdateLanes<T, kRow>;
 
-  // Elements [begin, begin + count) of the tensor, of which the first begins a row.
-  static FUSEDOPT_INLINE void run(const TensorEntry* tensor, const void* grads, int64_t begin,
+  // Elements [begin, begin + count) of the tensor, of which the first begins a row, by as many
+  // gradients.
+  static FUSEDOPT_INLINE void run(const TensorEntry* tensor, const grad_t* grads, int64_t begin,
                                   int64_t count, const Common* prepared, Lanes* lanes) {
     constexpr auto kAllStates = std::make_index_sequence<num_states<Rule>>{};
     if constexpr (!kMeasures) {
       update(*tensor, grads, begin, count, *prepared, lanes, kAllStates);
     } else {
       for (int64_t first = 0; first < count; first += kRow) {
-        update(*tensor, grads, begin + first, std::min(count - first, kRow), *prepared, lanes,
-               kAllStates);
+        update(*tensor, grads + first, begin + first, std::min(count - first, kRow), *prepared,
+               lanes, kAllStates);
       }
     }
   }
 
   template <size_t... k>
-  static FUSEDOPT_INLINE void update(const TensorEntry& tensor, const void* grad, int64_t begin,
+  static FUSEDOPT_INLINE void update(const TensorEntry& tensor, const grad_t* grads, int64_t begin,
                                      int64_t count, const Common& prepared, Lanes* lanes,
                                      std::index_sequence<k...>) {
     const auto c = rounded<Rule, T>(prepared.coefficients);
     const auto grad_factor = static_cast<T>(prepared.grad_factor);
-    const auto* const grads = static_cast<const grad_t*>(grad) + begin;
     auto* const params = static_cast<param_t*>(tensor.param) + begin;
     [[maybe_unused]]
     typename types::state_t* const states[state_slots<Rule>] = {first<k>(tensor, begin)...};

@@ -12,8 +12,8 @@ namespace fusedopt::cuda {
 
 // CUDA takes 4 KiB of arguments anywhere, and 32,764 bytes since 12.1 on compute capability 7.0.
 // The smaller size serves up to about 450 tensors.
-inline constexpr size_t kSmall = 3840;
-inline constexpr size_t kLarge = 32512;
+inline constexpr size_t kSmall = 3808;
+inline constexpr size_t kLarge = 32480;
 
 template <size_t kBytes>
 struct Arguments {

@@ -5,6 +5,7 @@
 #include "../dispatch.h"
 #include "arguments.cuh"
 #include "block.cuh"
+#include "own_clips.cuh"
 #include "telemetry.cuh"
 #include "vector.cuh"
 
@@ -38,7 +39,7 @@ __device__ GradMeasures measure_chunk(const void* grad, Chunk chunk, int size, C
 }
 
 // What one chunk adds to the norm; 0 where there is no gradient.
-template <class Norm, bool telemetry>
+template <class Norm, bool detailed>
 __device__ void measure_chunk(const Pass& pass, int64_t index) {
   const Chunk chunk = pass.chunks[index];
   const TensorEntry& tensor = pass.tensors[chunk.tensor];
@@ -52,21 +53,24 @@ __device__ void measure_chunk(const Pass& pass, int64_t index) {
     using param_t = typename decltype(types)::param_t;
     using grad_t = typename decltype(types)::grad_t;
     const int size = static_cast<int>(chunk.size(tensor.numel));
-    mine = measure_chunk<Norm, telemetry, param_t, grad_t>(grad, chunk, size, Converter(tensor));
+    mine = measure_chunk<Norm, detailed, param_t, grad_t>(grad, chunk, size, Converter(tensor));
   });
-  leave_grad_measures<Norm>(pass, index, mine, telemetry);
+  leave_grad_measures<Norm>(pass, index, mine, detailed && pass.telemetry.chunks != nullptr);
+  if (detailed && pass.own_clips.coefs != nullptr) measure_units(pass, index);
 }
 
-// With telemetry it is a kernel of its own: without, it has no register to spare.
-template <class Norm, bool telemetry, size_t kBytes>
-__global__ void __launch_bounds__(kThreads, telemetry ? 3 : 4)
+// For telemetry, and clips of single tensors or units, it is a kernel of its own: without, it has
+// no register to spare.
+template <class Norm, bool detailed, size_t kBytes>
+__global__ void __launch_bounds__(kThreads, detailed ? 3 : 4)
     grad_norm_kernel(const __grid_constant__ Arguments<kBytes> arguments) {
   arguments.leave();  // for the update pass
   const Pass pass = arguments.on_device();
   for (int64_t i = blockIdx.x; i < pass.num_chunks; i += gridDim.x) {
-    measure_chunk<Norm, telemetry>(pass, i);
+    measure_chunk<Norm, detailed>(pass, i);
   }
   if (!is_last_block(arguments.ticket)) return;
+  if (detailed && pass.own_clips.tensor_norms != nullptr) measure_tensors(pass);
   const double sum = total<Norm>(pass.chunk_sums, pass.num_chunks);
   if (threadIdx.x == 0) pass.control->sum_of_squares = sum;
 }

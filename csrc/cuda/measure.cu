@@ -8,16 +8,16 @@ namespace fusedopt::cuda {
 
 namespace {
 
-template <class Norm, bool telemetry>
+template <class Norm, bool detailed>
 cudaError_t measure_as(const Pass& pass, const Launch& launch) {
   unsigned* ticket = launch.tickets;
   const size_t size = total_bytes(pass);
   if (size > kSmall && size <= kLarge) {
-    return launch_pass<grad_norm_kernel<Norm, telemetry, kLarge>>(
+    return launch_pass<grad_norm_kernel<Norm, detailed, kLarge>>(
         launch, make_arguments<kLarge>(pass, ticket, nullptr, launch.moving));
   }
   if (size > kLarge) FUSEDOPT_RETURN_IF_ERROR(upload_moving(pass, launch));
-  return launch_pass<grad_norm_kernel<Norm, telemetry, kSmall>>(
+  return launch_pass<grad_norm_kernel<Norm, detailed, kSmall>>(
       launch, make_arguments<kSmall>(pass, ticket, launch.moving, nullptr));
 }
 
@@ -25,8 +25,9 @@ cudaError_t measure_as(const Pass& pass, const Launch& launch) {
 
 cudaError_t measure(const Pass& pass, const Launch& launch) {
   if (pass.options.norm_type == NormType::kInf) return measure_as<Largest, false>(pass, launch);
-  if (pass.telemetry.chunks == nullptr) return measure_as<SumOfSquares, false>(pass, launch);
-  return measure_as<SumOfSquares, true>(pass, launch);
+  const bool detailed = pass.telemetry.chunks != nullptr || pass.own_clips.units != nullptr;
+  return detailed ? measure_as<SumOfSquares, true>(pass, launch)
+                  : measure_as<SumOfSquares, false>(pass, launch);
 }
 
 }  // namespace fusedopt::cuda

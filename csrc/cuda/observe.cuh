@@ -4,17 +4,25 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../math/adaptive_clip.h"
+#include "../params.h"
 #include "block.cuh"
 
 namespace fusedopt::cuda {
 
-// By a block: takes a norm in.
-__device__ inline void observe(const AdaptiveClip& clip, double norm) {
+// By a block: takes a step's norms in.
+__device__ inline void observe(const Pass& pass, const Decision& decision) {
+  const AdaptiveClip& clip = pass.options.clip;
+  const double norm = decision.grad_norm;
+  if (clip.kind == ClipKind::kPerTensor) {
+    for (int64_t t = threadIdx.x; t < pass.num_tensors; t += kThreads) {
+      observe_tensor(pass, decision, t);
+    }
+  }
   if (clip.kind == ClipKind::kZScore) {
     if (threadIdx.x == 0) ZScore(clip).observe(norm);
     return;
   }
+  if (clip.kind != ClipKind::kPercentile) return;
   const Percentile percentile(clip);
   __shared__ double lower, upper;
   if (threadIdx.x == 0) percentile.observe(norm);

@@ -7,6 +7,7 @@
 #include "arguments.cuh"
 #include "block.cuh"
 #include "observe.cuh"
+#include "own_clips.cuh"
 #include "telemetry.cuh"
 #include "vector.cuh"
 
@@ -77,14 +78,15 @@ struct ChunkUpdate {
     }
   };
 
-  template <int kCount, size_t... k>
+  // `factor(i)`: what the gradient of element i is multiplied by.
+  template <int kCount, class Factor, size_t... k>
   __device__ static void update(Elements<kCount>& elements, unsigned used, Converter convert,
-                                const Coefficients& c, T grad_factor, std::index_sequence<k...>) {
+                                const Coefficients& c, Factor factor, std::index_sequence<k...>) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       T param = convert.widen(elements.param.at[i]);
       T state[state_slots<Rule>] = {convert.widen(elements.state[k].at[i])...};
-      const T grad = convert.widen(elements.grad.at[i]) * grad_factor;
+      const T grad = convert.widen(elements.grad.at[i]) * factor(i);
       Rule::update(used, c, grad, param, state[k]...);
       elements.param.at[i] = convert.template narrow<param_t>(param);
       ((elements.state[k].at[i] = convert.template narrow<state_t>(state[k])), ...);
@@ -93,10 +95,10 @@ struct ChunkUpdate {
 
   // With `measures`: returns what the thread has seen of the gradients. With `telemetry`: leaves
   // sums of squares in the lanes.
-  __device__ __forceinline__ static GradMeasures run(const TensorEntry& tensor, const void* grad,
-                                                     Chunk chunk, const Prepared<Rule>& prepared,
-                                                     unsigned states_used, bool measures,
-                                                     bool telemetry, UpdateLanes& update_lanes) {
+  __device__ __forceinline__ static GradMeasures run(const Pass& pass, Chunk chunk,
+                                                     const Prepared<Rule>& prepared,
+                                                     const Decision& decision,
+                                                     UpdateLanes& update_lanes) {
     constexpr int kVector = vector_size<param_t>;
     constexpr int kRow = kThreads * kVector;
     constexpr int kBytes = sizeof(Elements<kVector>) + sizeof(Lanes<SumOfSquares, kVector>);
@@ -105,12 +107,17 @@ struct ChunkUpdate {
     constexpr auto kAllStates = std::make_index_sequence<kStates>{};
     const Coefficients c = rounded<Rule, T>(prepared.coefficients);
     const T grad_factor = static_cast<T>(prepared.grad_factor);
+    const TensorEntry& tensor = pass.tensors[chunk.tensor];
     const int size = static_cast<int>(chunk.size(tensor.numel));
+    const bool measures = !pass.options.measure;
+    const bool telemetry = pass.telemetry.chunks != nullptr;
+    const bool by_units = pass.own_clips.coefs != nullptr;
 
-    const unsigned used = states_used | always_used<Rule>();  // which spares most of the questions
+    const unsigned used = pass.groups[tensor.group].states_used |
+                          always_used<Rule>();  // which spares most of the questions
     const Converter convert(tensor);
-    const Arrays arrays(tensor, grad, chunk, used);
-    const int aligned_size = arrays.template aligned<kVector>() ? size : 0;
+    const Arrays arrays(tensor, pass.grads[chunk.tensor], chunk, used);
+    const int aligned_size = arrays.template aligned<kVector>() && !by_units ? size : 0;
     const LanesOf<param_t> squares(update_lanes);
     if (telemetry) squares.clear();
     GradMeter<SumOfSquares, grad_t, kVector> meter;
@@ -127,7 +134,7 @@ struct ChunkUpdate {
 #pragma unroll
       for (int i = 0; i < kRowsInFlight; ++i) {
         if (measures) meter.add(rows[i].grad, convert, telemetry);
-        update(rows[i], used, convert, c, grad_factor, kAllStates);
+        update(rows[i], used, convert, c, [&](int) { return grad_factor; }, kAllStates);
         if (telemetry) {  // the parameter is loaded again, from the cache: no register holds it
           squares.template add<1>(first + i * kRow, size,
                                   arrays.param.template load<kVector>(first + i * kRow),
@@ -150,7 +157,17 @@ struct ChunkUpdate {
     for (int first = done + threadIdx.x; first < size; first += kSingles * kThreads) {
       Elements<kSingles> singles = arrays.template load<kSingles>(
           [&](auto array) { return array.template load_each<kSingles, kThreads>(first, size); });
-      update(singles, used, convert, c, grad_factor, kAllStates);
+      T factors[kSingles];
+#pragma unroll
+      for (int k = 0; k < kSingles; ++k) factors[k] = grad_factor;
+      if (by_units) {
+        const UnitFactors<T> own(pass, decision.inv_scale, chunk);
+#pragma unroll
+        for (int k = 0; k < kSingles; ++k) {
+          if (first + k * kThreads < size) factors[k] *= own(first + k * kThreads);
+        }
+      }
+      update(singles, used, convert, c, [&](int k) { return factors[k]; }, kAllStates);
       if (telemetry) {
         squares.template add<kThreads>(
             first, size, arrays.param.template load_each<kSingles, kThreads>(first, size),
@@ -169,19 +186,20 @@ template <class Rule>
 struct Memo {
   uint32_t group;
   float scalars[kMaxScalars];
+  double grad_factor;
   Prepared<Rule> prepared;
 
   // By thread 0, between two barriers.
-  __device__ void prepare_for(const TensorEntry& tensor, const Group& its_group,
-                              double grad_factor) {
+  __device__ void prepare_for(const TensorEntry& tensor, const Group& its_group, double factor) {
     float now[kMaxScalars] = {};
     load_scalars<Rule>(tensor, now);
-    bool same = tensor.group == group;
+    bool same = tensor.group == group && factor == grad_factor;
     for (int k = 0; k < num_scalars<Rule>; ++k) same = same && now[k] == scalars[k];
     if (same) return;
     group = tensor.group;
+    grad_factor = factor;
     for (int k = 0; k < num_scalars<Rule>; ++k) scalars[k] = now[k];
-    prepared = prepare<Rule>(its_group, now, grad_factor);
+    prepared = prepare<Rule>(its_group, now, factor);
   }
 };
 
@@ -189,6 +207,7 @@ struct Memo {
 template <class Rule>
 struct Shared {
   Decision decision;
+  int64_t known_unit;
   UpdateLanes lanes;
   alignas(8) unsigned char memo[sizeof(Memo<Rule>)];
 };
@@ -196,7 +215,7 @@ struct Shared {
 // With the gradients' squares, if no pass has measured them before.
 template <class Rule>
 __device__ __forceinline__ void update_chunk(const Pass& pass, int64_t index, Memo<Rule>& memo,
-                                             UpdateLanes& lanes, double grad_factor) {
+                                             Shared<Rule>& shared) {
   const Chunk chunk = pass.chunks[index];
   const TensorEntry& tensor = pass.tensors[chunk.tensor];
   const Group& group = pass.groups[tensor.group];
@@ -209,14 +228,19 @@ __device__ __forceinline__ void update_chunk(const Pass& pass, int64_t index, Me
   }
   GradMeasures mine{};
   __syncthreads();
-  if (threadIdx.x == 0) memo.prepare_for(tensor, group, grad_factor);
+  const bool by_units = pass.own_clips.coefs != nullptr;
+  if (threadIdx.x == 0) {
+    const double factor = by_units ? 1.0 : factor_of_tensor(pass, shared.decision, chunk.tensor);
+    memo.prepare_for(tensor, group, factor);
+  }
   __syncthreads();
+  if (by_units) UnitCoefs(pass, shared.decision, chunk).leave(shared.known_unit);
   visit_sizes(tensor, [&](auto types) {
-    mine = ChunkUpdate<Rule, decltype(types)>::run(tensor, grad, chunk, memo.prepared,
-                                                   group.states_used, measures, telemetry, lanes);
+    mine = ChunkUpdate<Rule, decltype(types)>::run(pass, chunk, memo.prepared, shared.decision,
+                                                   shared.lanes);
   });
   if (measures) leave_grad_measures<SumOfSquares>(pass, index, mine, telemetry);
-  if (telemetry) leave_update_measures(pass, index, lanes);
+  if (telemetry) leave_update_measures(pass, index, shared.lanes);
 }
 
 // What the last block does once all elements are updated, or none. `decision` is in shared memory.
@@ -239,7 +263,7 @@ __device__ void finish(const Pass& pass, Decision& decision) {
     record_params(pass, decision);
   }
   if (pass.learns && is_to_be_observed(pass.options, decision)) {
-    observe(pass.options.clip, decision.grad_norm);
+    observe(pass, decision);
   }
   __syncthreads();  // the number of steps, which rows are found by, has been read
   if (threadIdx.x == 0) record(*pass.control, decision, pass.control->sum_of_squares);
@@ -254,12 +278,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (threadIdx.x == 0) {
     shared.decision = decide(pass.options, pass.options.measure ? pass.control->sum_of_squares : 0);
     memo.group = UINT32_MAX;
+    shared.known_unit = -1;
   }
   __syncthreads();
-  const Decision decision = shared.decision;
   // In reverse: what the norm pass read last is still in the cache.
-  for (int64_t i = pass.num_chunks - 1 - blockIdx.x; i >= 0 && !decision.skip; i -= gridDim.x) {
-    update_chunk(pass, i, memo, shared.lanes, decision.grad_factor);
+  for (int64_t i = pass.num_chunks - 1 - blockIdx.x; i >= 0 && !shared.decision.skip;
+       i -= gridDim.x) {
+    update_chunk(pass, i, memo, shared);
   }
   if (is_last_block(arguments.ticket)) finish<Rule>(pass, shared.decision);
 }

@@ -1,5 +1,6 @@
-// Limits of the gradient norm that follow the norms of the steps before. fusedopt/clip.py says
-// where each comes from.
+// Limits of the gradient norm that find themselves: of the global one from the steps before, of
+// every tensor's from its own, of every unit's (a row, a filter) from its weights. fusedopt/clip.py
+// says where each comes from.
 #pragma once
 
 #include <cmath>
@@ -9,7 +10,7 @@
 
 namespace fusedopt {
 
-enum class ClipKind : int { kFixed, kPercentile, kZScore };
+enum class ClipKind : int { kFixed, kPercentile, kZScore, kPerTensor, kUnit };
 
 inline constexpr int kMaxClipArguments = 4;
 
@@ -18,8 +19,25 @@ inline constexpr int kMaxClipArguments = 4;
 struct AdaptiveClip {
   ClipKind kind;
   double arguments[kMaxClipArguments];
-  double* state;  // count, mean or limit, variance; then the norms that a percentile is taken of
+  // count, mean or limit, variance; then the norms that a percentile is taken of. kPerTensor: count
+  // and average of every tensor.
+  double* state;
 };
+
+// A norm that is clipped to a limit: what it is multiplied by. nan is left to the global limit.
+FUSEDOPT_INLINE double coefficient_to(double limit, double norm) {
+  return norm > limit ? limit / norm : 1.0;
+}
+
+// The same as torch.nn.utils.clip_grad_norm_ has it; nan stays nan.
+FUSEDOPT_INLINE double clip_coefficient(double limit, double norm) {
+  if (limit == HUGE_VAL) return 1.0;
+  const double coef = limit / (norm + 1e-6);
+  return coef > 1.0 ? 1.0 : coef;
+}
+
+// Of a tensor's or a unit's own coefficient and that of all gradients.
+FUSEDOPT_INLINE double smaller(double own, double shared) { return own < shared ? own : shared; }
 
 struct ZScore {
   double alpha, threshold, warmup, eps;
@@ -93,8 +111,50 @@ struct Percentile {
   }
 };
 
+// Norms are unscaled.
+struct PerTensor {
+  double threshold, beta, warmup, warmup_norm;
+  double* state;
+
+  explicit FUSEDOPT_INLINE PerTensor(const AdaptiveClip& clip)
+      : threshold(clip.arguments[0]),
+        beta(clip.arguments[1]),
+        warmup(clip.arguments[2]),
+        warmup_norm(clip.arguments[3]),
+        state(clip.state) {}
+  FUSEDOPT_INLINE double& count(int64_t tensor) const { return state[2 * tensor]; }
+  FUSEDOPT_INLINE double& average(int64_t tensor) const { return state[2 * tensor + 1]; }
+
+  FUSEDOPT_INLINE double coef(int64_t tensor, double norm, double global_norm) const {
+    if (count(tensor) < warmup) return clip_coefficient(warmup_norm, global_norm);
+    return coefficient_to(threshold * average(tensor), norm);
+  }
+
+  FUSEDOPT_INLINE void observe(int64_t tensor, double clipped) const {
+    if (clipped == 0) return;
+    if (count(tensor) >= warmup) {
+      average(tensor) = beta * average(tensor) + (1 - beta) * clipped;
+    } else if (count(tensor) == 0 || clipped < average(tensor)) {
+      average(tensor) = clipped;
+    }
+    count(tensor) += 1;
+  }
+};
+
+struct Unit {
+  double clipping, eps;
+
+  explicit FUSEDOPT_INLINE Unit(const AdaptiveClip& clip)
+      : clipping(clip.arguments[0]), eps(clip.arguments[1]) {}
+  FUSEDOPT_INLINE double coef(double norm, double weights) const {
+    return coefficient_to(clipping * (weights > eps ? weights : eps), norm);
+  }
+};
+
+// Of the global norm.
 FUSEDOPT_INLINE double adaptive_limit(const AdaptiveClip& clip, double norm) {
-  return clip.kind == ClipKind::kZScore ? ZScore(clip).limit(norm) : Percentile(clip).limit();
+  if (clip.kind == ClipKind::kPercentile) return Percentile(clip).limit();
+  return clip.kind == ClipKind::kZScore ? ZScore(clip).limit(norm) : HUGE_VAL;
 }
 
 }  // namespace fusedopt

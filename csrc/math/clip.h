@@ -52,22 +52,34 @@ FUSEDOPT_INLINE Decision decide(const StepOptions& options, double sum_of_square
   const double norm =
       options.norm_type == NormType::kL2 ? std::sqrt(sum_of_squares) : sum_of_squares;
   decision.grad_norm = norm * decision.inv_scale;
-  decision.clip_coef = 1.0;
   double limit = options.max_grad_norm;
   if (options.clip.kind != ClipKind::kFixed) {
     const double adaptive = adaptive_limit(options.clip, decision.grad_norm);
     limit = adaptive < limit ? adaptive : limit;
   }
-  if (limit != HUGE_VAL) {
-    const double coef = limit / (decision.grad_norm + 1e-6);
-    decision.clip_coef = coef > 1.0 ? 1.0 : coef;  // nan stays nan
-  }
+  decision.clip_coef = clip_coefficient(limit, decision.grad_norm);
   decision.grad_factor = decision.inv_scale * decision.clip_coef;
   const bool told_to_skip = options.found_inf != nullptr && *options.found_inf != 0.0f;
   const bool finite = sum_of_squares - sum_of_squares == 0.0;  // false for inf and nan
   const bool nothing_to_do = options.only_scales && decision.grad_factor == 1.0;
   decision.skip = told_to_skip || (options.skip_nonfinite && !finite) || nothing_to_do;
   return decision;
+}
+
+// What one tensor's gradient is clipped by. `tensor` counts over all devices; its norm is that of
+// the gradient as it is.
+FUSEDOPT_INLINE double coef_of_tensor(const StepOptions& options, const Decision& decision,
+                                      int64_t tensor, double norm) {
+  const PerTensor clip(options.clip);
+  const double own = clip.coef(tensor, norm * decision.inv_scale, decision.grad_norm);
+  return smaller(own, decision.clip_coef);
+}
+
+// What one unit's gradient is clipped by, from the sums of squares over its elements.
+FUSEDOPT_INLINE double coef_of_unit(const StepOptions& options, const Decision& decision,
+                                    double grad_squares, double param_squares) {
+  const double norm = std::sqrt(grad_squares) * decision.inv_scale;
+  return smaller(Unit(options.clip).coef(norm, std::sqrt(param_squares)), decision.clip_coef);
 }
 
 // Whether the norm of this step is one that an adaptive clip may learn from.

@@ -1,0 +1,159 @@
+// Clips that look at every tensor, or every unit (a row, a filter), by itself.
+#pragma once
+
+#include <algorithm>
+
+#include "block.cuh"
+#include "vector.cuh"
+
+namespace fusedopt::cuda {
+
+// Calls body(a Stretch of the parameter, a Stretch of its gradient).
+template <class Body>
+__device__ __forceinline__ void visit_both(const TensorEntry& tensor, const void* grad, Chunk chunk,
+                                           Body&& body) {
+  const int64_t begin = chunk.begin();
+  if (tensor.param_dtype == Dtype::kFloat32) {
+    return body(Stretch<float>(tensor.param, begin), Stretch<float>(grad, begin));
+  }
+  if (tensor.param_dtype == Dtype::kFloat64) {
+    return body(Stretch<double>(tensor.param, begin), Stretch<double>(grad, begin));
+  }
+  const Stretch<either16> params(tensor.param, begin);
+  if (tensor.grad_dtype == Dtype::kFloat32) return body(params, Stretch<float>(grad, begin));
+  body(params, Stretch<either16>(grad, begin));
+}
+
+// The squares of a chunk's units: a warp for each.
+__device__ inline void measure_units(const Pass& pass, int64_t index) {
+  const Chunk chunk = pass.chunks[index];
+  const TensorEntry& tensor = pass.tensors[chunk.tensor];
+  const void* grad = pass.grads[chunk.tensor];
+  if (grad == nullptr) return;
+  const Units units = pass.own_clips.units[chunk.tensor];
+  const Converter convert(tensor);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  visit_both(tensor, grad, chunk, [&](const auto& params, const auto& grads) {
+    int turn = 0;
+    for (Piece piece(units, chunk.begin(), chunk.size(tensor.numel)); piece.is_there();
+         piece.next(), ++turn) {
+      if (turn % (kThreads / kWarpSize) != warp) continue;
+      UnitSums sums{};
+#pragma unroll 4
+      for (int i = static_cast<int>(piece.first) + lane; i < piece.last; i += kWarpSize) {
+        sums.grads = SumOfSquares::add(sums.grads, convert.widen(grads.template load<1>(i).at[0]));
+        sums.params =
+            SumOfSquares::add(sums.params, convert.widen(params.template load<1>(i).at[0]));
+      }
+      sums = {warp_total<SumOfSquares>(sums.grads), warp_total<SumOfSquares>(sums.params)};
+      if (lane == 0) pass.own_clips.unit_sums[units.first + piece.unit + index] = sums;
+    }
+  });
+}
+
+// The norms of all tensors, by a block, once all chunks are measured: a warp for each. The sums
+// come from other blocks: past the L1 cache.
+__device__ inline void measure_tensors(const Pass& pass) {
+  constexpr int kWarps = kThreads / kWarpSize;
+  for (int64_t t = threadIdx.x / kWarpSize; t < pass.num_tensors; t += kWarps) {
+    const double* const sums = pass.chunk_sums + pass.own_clips.units[t].first_chunk;
+    const int64_t count = chunks_of(pass.tensors[t].numel);
+    double sum = 0;
+    for (int64_t i = threadIdx.x % kWarpSize; i < count; i += kWarpSize) sum += __ldcg(sums + i);
+    sum = warp_total<SumOfSquares>(sum);
+    if (threadIdx.x % kWarpSize == 0) pass.own_clips.tensor_norms[t] = sqrt(sum);
+  }
+}
+
+// The coefficients of a chunk's units, by a block. Two blocks that share a unit leave the same.
+class UnitCoefs {
+ public:
+  __device__ UnitCoefs(const Pass& pass, const Decision& decision, Chunk chunk)
+      : pass_(pass), decision_(decision), units_(pass.own_clips.units[chunk.tensor]) {
+    const int64_t begin = chunk.begin(), numel = pass.tensors[chunk.tensor].numel;
+    first_ = begin / units_.size;
+    last_ = (begin + chunk.size(numel) - 1) / units_.size;
+  }
+
+  // `known`, in shared memory, is a unit over all tensors whose coefficient this block has left: a
+  // long one has many chunks.
+  __device__ void leave(int64_t& known) const {
+    if (units_.size <= kChunkSize) {
+      for (int64_t unit = first_ + threadIdx.x; unit <= last_; unit += kThreads) leave_short(unit);
+    } else if (first_ != last_ || known != units_.first + first_) {
+      const int warp = threadIdx.x / kWarpSize;
+      if (first_ + warp <= last_) leave_long(first_ + warp);
+      __syncthreads();
+      if (threadIdx.x == 0) known = units_.first + last_;
+    }
+    __syncthreads();
+  }
+
+ private:
+  // Parts of it are in one chunk or in two.
+  __device__ void leave_short(int64_t unit) const {
+    const UnitSums* const parts = parts_of(unit);
+    UnitSums sums{__ldcg(&parts->grads), __ldcg(&parts->params)};
+    if (units_.chunks_of(unit) > 1) {
+      sums.grads += __ldcg(&parts[1].grads);
+      sums.params += __ldcg(&parts[1].params);
+    }
+    leave(unit, sums);
+  }
+
+  // By a warp.
+  __device__ void leave_long(int64_t unit) const {
+    const UnitSums* const parts = parts_of(unit);
+    const int64_t count = units_.chunks_of(unit);
+    UnitSums sums{};
+    for (int64_t i = threadIdx.x % kWarpSize; i < count; i += kWarpSize) {
+      sums.grads += __ldcg(&parts[i].grads);
+      sums.params += __ldcg(&parts[i].params);
+    }
+    sums = {warp_total<SumOfSquares>(sums.grads), warp_total<SumOfSquares>(sums.params)};
+    if (threadIdx.x % kWarpSize == 0) leave(unit, sums);
+  }
+
+  __device__ const UnitSums* parts_of(int64_t unit) const {
+    return pass_.own_clips.unit_sums + units_.first + unit + units_.first_chunk_of(unit);
+  }
+  __device__ void leave(int64_t unit, const UnitSums& sums) const {
+    pass_.own_clips.coefs[units_.first + unit] =
+        coef_of_unit(pass_.options, decision_, sums.grads, sums.params);
+  }
+
+  const Pass& pass_;
+  const Decision& decision_;
+  const Units units_;
+  int64_t first_, last_;
+};
+
+// What an element of a chunk is multiplied by.
+template <class T>
+class UnitFactors {
+ public:
+  __device__ UnitFactors(const Pass& pass, double inv_scale, Chunk chunk) {
+    const Units& units = pass.own_clips.units[chunk.tensor];
+    const int64_t first = chunk.begin() / units.size;
+    coefs_ = pass.own_clips.coefs + units.first + first;
+    offset_ = chunk.begin() - first * units.size;
+    size_ = units.size;
+    inv_scale_ = inv_scale;
+  }
+
+  __device__ T operator()(int i) const {
+    constexpr int64_t kLongest = INT32_MAX;  // a chunk meets at most two units of that length
+    const int64_t place = offset_ + i;
+    const int64_t unit = size_ > kLongest
+                             ? (place < size_ ? 0 : 1)
+                             : static_cast<uint32_t>(place) / static_cast<uint32_t>(size_);
+    return static_cast<T>(inv_scale_ * coefs_[unit]);
+  }
+
+ private:
+  const double* coefs_;
+  int64_t offset_, size_;
+  double inv_scale_;
+};
+
+}  // namespace fusedopt::cuda
