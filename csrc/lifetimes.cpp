@@ -11,9 +11,10 @@ namespace {
 std::vector<at::Tensor> memory_of(const Partition& partition) {
   std::vector<at::Tensor> memory{partition.chunk_sums, partition.control,
                                  partition.tables.memory()};
-  for (const at::Tensor& it : {partition.chunk_measures, partition.step_ring, partition.param_ring,
-                               partition.own_clips.units, partition.own_clips.tensor_norms,
-                               partition.own_clips.unit_sums, partition.own_clips.coefs}) {
+  for (const at::Tensor& it :
+       {partition.chunk_measures, partition.step_ring, partition.param_ring,
+        partition.own_clips.units, partition.own_clips.tensor_norms, partition.own_clips.unit_sums,
+        partition.own_clips.coefs, partition.own_clips.chunk_coefs}) {
     if (it.defined()) memory.push_back(it);
   }
   for (const DenseParam& it : partition.dense_params) memory.push_back(it.dense);

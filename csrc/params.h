@@ -122,6 +122,7 @@ struct OwnClips {
   // chunks share one unit at most. With `coefs`, one per unit: kUnit.
   UnitSums* unit_sums;
   double* coefs;
+  double* chunk_coefs;  // the smallest of each chunk: kUnit
 };
 
 // Everything that a pass over the tensors of one device reads and writes.
@@ -149,6 +150,15 @@ FUSEDOPT_INLINE double factor_of_tensor(const Pass& pass, const Decision& decisi
   return decision.inv_scale * coef_of_tensor(pass.options, decision,
                                              pass.own_clips.units[tensor].number,
                                              pass.own_clips.tensor_norms[tensor]);
+}
+
+// A step's clip_coef is the smallest of all: by this step's coefficient of a tensor, if it is less.
+FUSEDOPT_INLINE double coef_with_tensor(const Pass& pass, const Decision& decision, int64_t tensor,
+                                        double smallest) {
+  if (pass.grads[tensor] == nullptr) return smallest;
+  return smaller(coef_of_tensor(pass.options, decision, pass.own_clips.units[tensor].number,
+                                pass.own_clips.tensor_norms[tensor]),
+                 smallest);
 }
 
 // Takes a tensor's norm, as it was clipped, into its average.

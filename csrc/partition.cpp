@@ -107,8 +107,10 @@ OwnClips Partition::clips_for(ClipKind kind) {
     const int64_t num_chunks = static_cast<int64_t>(chunks.size());
     own_clips.coefs = at::empty(num_units, doubles);
     own_clips.unit_sums = at::empty({num_units + num_chunks, 2}, doubles);
+    own_clips.chunk_coefs = at::empty(num_chunks, doubles);
   }
   clips.coefs = own_clips.coefs.data_ptr<double>();
+  clips.chunk_coefs = own_clips.chunk_coefs.data_ptr<double>();
   clips.unit_sums = static_cast<UnitSums*>(own_clips.unit_sums.data_ptr());
   return clips;
 }

@@ -47,7 +47,7 @@ class DeviceTables {
 
 // What clips that look at every tensor or unit by itself need, on the device.
 struct OwnClipMemory {
-  at::Tensor units, tensor_norms, unit_sums, coefs;
+  at::Tensor units, tensor_norms, unit_sums, coefs, chunk_coefs;
 };
 
 // The tensors of one device: what one pass walks over.

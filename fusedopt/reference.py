@@ -276,15 +276,24 @@ def smaller(own: float, shared: float) -> float:
     return own if own < shared else shared
 
 
-def factor_of(request: Request, index: int, param: Tensor, decision: Decision) -> float | Tensor:
-    """What a parameter's gradient is multiplied by: unscaling and clipping, in float64."""
-    if request.clip is None:
-        return decision.grad_factor
+def least(coef: float | Tensor) -> float:
+    if isinstance(coef, Tensor):
+        return coef.min().item() if coef.numel() > 0 else 1.0
+    return coef
+
+
+def coef_of(request: Request, index: int, param: Tensor, decision: Decision) -> float | Tensor:
+    """What a parameter's gradient is clipped by, in float64: the smaller of two coefficients.
+
+    A tensor stands for a coefficient per row, in a shape that broadcasts.
+    """
+    if request.clip is None or param.grad is None:
+        return decision.clip_coef
     clip, clip_state = request.clip
     own = clip.own_coef(clip_state, index, param, decision)
     if isinstance(own, Tensor):
-        return own.where(own < decision.clip_coef, decision.clip_coef) * decision.inv_scale
-    return decision.inv_scale * smaller(own, decision.clip_coef)
+        return own.where(own < decision.clip_coef, decision.clip_coef)
+    return smaller(own, decision.clip_coef)
 
 
 def distinct_params(param_groups: list[Group]) -> Iterator[tuple[Group, Tensor]]:
@@ -312,24 +321,25 @@ def step(
     total = sum_of_squares((param, param.grad) for _, param in pairs)
     decision = decide(request, total if request.measure else 0.0)
     before = None if rings is None else [param.clone() for _, param in pairs]
+    coefs = []
     if not decision.skip:
-        factors = [
-            1.0 if param.grad is None else factor_of(request, index, param, decision)
-            for index, (_, param) in enumerate(pairs)
-        ]
-        for index, (group, param) in enumerate(pairs):
-            if param.grad is not None:
-                kept = dict(state.get(param, {}))
-                if rule.counts_apart:
-                    kept[rule.counter] = counters[param]
-                update(rule, group, param, kept, factors[index])
+        coefs = [coef_of(request, index, param, decision) for index, (_, param) in enumerate(pairs)]
+    for (group, param), coef in zip(pairs, coefs, strict=False):
+        if param.grad is not None:
+            kept = dict(state.get(param, {}))
+            if rule.counts_apart:
+                kept[rule.counter] = counters[param]
+            update(rule, group, param, kept, coef * decision.inv_scale)
     if not request.measure:
         decision = decide(request, total)
+    if request.clip is not None and not decision.skip:
+        clip, clip_state = request.clip
+        if math.isfinite(decision.grad_norm):
+            clip.observe(clip_state, [param for _, param in pairs], decision)
+        for coef in coefs:
+            decision = decision._replace(clip_coef=smaller(least(coef), decision.clip_coef))
     if rings is not None and before is not None:
         record(rings, int(control[Control.STEPS]), param_groups, before, decision)
-    if request.clip is not None and not decision.skip and math.isfinite(decision.grad_norm):
-        clip, clip_state = request.clip
-        clip.observe(clip_state, [param for _, param in pairs], decision)
     skipped = control[Control.SKIPPED_STEPS].item() + decision.skip
     consecutive = control[Control.CONSECUTIVE_SKIPS].item() + 1 if decision.skip else 0
     steps = control[Control.STEPS].item() + 1

@@ -122,7 +122,8 @@ class Telemetry:
     Attributes:
         step: which step, counted from 1; int64, shape (steps,).
         grad_norm: the global norm, unscaled, before clipping; float64, shape (steps,).
-        clip_coef: what clipping multiplied the gradients by; float64, shape (steps,).
+        clip_coef: what clipping multiplied the gradients by: the smallest coefficient, where
+            parameters or rows have their own; float64, shape (steps,).
         skipped: whether the step changed nothing; bool, shape (steps,).
         lr: the learning rates of the param groups; float64, shape (steps, groups).
         params: the parameters by name, in the order of the groups.

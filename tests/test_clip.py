@@ -151,6 +151,25 @@ def test_unit_by_hand(backend):
     assert 0 < step[0][3].norm() <= 0.003001
 
 
+@pytest.mark.parametrize("limit", [PerTensor(warmup=1), Unit(0.1)], ids=str)
+def test_the_reading_is_the_smallest_coefficient(backend, limit):
+    params = make_params([(30, 7), (11,), (9, 4)], torch.float64, backend.device)
+    optimizer = backend.make(fusedopt.FusedSGD, params, lr=0.0, max_grad_norm=limit, telemetry=9)
+    for step, scale in enumerate((1.0, 5.0)):
+        set_grads(params, step, scale)
+        optimizer.step()
+    probe = backend.make(fusedopt.FusedSGD, params, lr=1.0, max_grad_norm=limit)
+    probe.load_state_dict(optimizer.state_dict())
+    before = [p.detach().clone() for p in params]
+    set_grads(params, 2, 50.0)
+    for it in (optimizer, probe):
+        it.param_groups[0]["lr"] = 0.0 if it is optimizer else 1.0
+        it.step()
+    coefs = [((b - p.detach()) / p.grad).min().item() for b, p in zip(before, params)]
+    assert optimizer.telemetry().clip_coef[-1].item() == pytest.approx(min(coefs), rel=1e-9)
+    assert min(coefs) < 0.5 and "clipped by" in optimizer.explain()
+
+
 def test_a_layer_that_joins_later_warms_up(backend):
     params = make_params([(30,), (20,)], device=backend.device)
     optimizer = backend.make(fusedopt.FusedSGD, params, lr=0.1, max_grad_norm=PerTensor(warmup=2))

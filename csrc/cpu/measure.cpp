@@ -120,6 +120,18 @@ void observe(const Pass& pass, const Decision& decision) {
   percentile.set_limit(*lower, is_last ? *lower : *std::min_element(lower + 1, norms.end()));
 }
 
+double smallest_coef(const Pass& pass, const Decision& decision) {
+  double smallest = decision.clip_coef;
+  for (int64_t t = 0; t < pass.num_tensors && pass.own_clips.tensor_norms != nullptr; ++t) {
+    smallest = coef_with_tensor(pass, decision, t, smallest);
+  }
+  for (int64_t i = 0; i < pass.num_chunks && pass.own_clips.coefs != nullptr; ++i) {
+    if (pass.grads[pass.chunks[i].tensor] == nullptr) continue;
+    smallest = smaller(pass.own_clips.chunk_coefs[i], smallest);
+  }
+  return smallest;
+}
+
 ParamRow param_row(const Pass& pass, int64_t tensor, const Decision& decision) {
   if (pass.grads[tensor] == nullptr) return absent_row();
   const ChunkMeasures* const chunks = pass.telemetry.chunks;

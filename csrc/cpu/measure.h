@@ -36,6 +36,10 @@ double total_of_chunks(const Pass& pass);
 // Takes a step's norms into an adaptive clip's statistics.
 void observe(const Pass& pass, const Decision& decision);
 
+// The smallest coefficient of this step: that of all gradients, or one of a tensor's or a unit's
+// own.
+double smallest_coef(const Pass& pass, const Decision& decision);
+
 // A tensor's row of telemetry, from its chunks.
 ParamRow param_row(const Pass& pass, int64_t tensor, const Decision& decision);
 

@@ -154,12 +154,14 @@ void finish(const Pass& pass, Decision decision) {
     pass.control->sum_of_squares = total_of_chunks(pass);
     decision = decide(pass.options, pass.control->sum_of_squares);
   }
+  const double smallest = decision.skip ? decision.clip_coef : smallest_coef(pass, decision);
+  if (pass.learns && is_to_be_observed(pass.options, decision)) observe(pass, decision);
+  decision.clip_coef = smallest;
   if (pass.telemetry.chunks != nullptr) {
     record_step<Rule>(pass, decision);
     ParamRow* const rows = param_rows(pass);
     for (int64_t i = 0; i < pass.num_tensors; ++i) rows[i] = param_row(pass, i, decision);
   }
-  if (pass.learns && is_to_be_observed(pass.options, decision)) observe(pass, decision);
   record(*pass.control, decision, pass.control->sum_of_squares);
 }
 

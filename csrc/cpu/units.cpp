@@ -57,11 +57,15 @@ const void* UnitScaler::scale(int64_t index) {
     using grad_t = typename decltype(types)::grad_t;
     using T = typename decltype(types)::compute_t;
     T* const scaled = reinterpret_cast<T*>(scaled_.data());
+    double smallest = decision_.clip_coef;
     for (Piece piece(units, chunk.begin(), count); piece.is_there(); piece.next()) {
-      const double factor = decision_.inv_scale * coef_of(chunk.tensor, piece.unit);
+      const double coef = coef_of(chunk.tensor, piece.unit);
+      smallest = smaller(coef, smallest);
+      const double factor = decision_.inv_scale * coef;
       run_best<PieceScale<grad_t>>(isa_, grads + piece.first, piece.last - piece.first,
                                    static_cast<T>(factor), scaled + piece.first);
     }
+    pass_.own_clips.chunk_coefs[index] = smallest;
   });
   return scaled_.data();
 }

@@ -65,6 +65,27 @@ __device__ inline void measure_tensors(const Pass& pass) {
   }
 }
 
+struct Smallest {
+  __device__ static double combine(double a, double b) { return smaller(a, b); }
+};
+
+// The smallest coefficient of a step, in thread 0 of a block, once all chunks are updated.
+__device__ inline double smallest_coef(const Pass& pass, const Decision& decision) {
+  double smallest = decision.clip_coef;
+  if (pass.own_clips.tensor_norms != nullptr) {
+    for (int64_t t = threadIdx.x; t < pass.num_tensors; t += kThreads) {
+      smallest = coef_with_tensor(pass, decision, t, smallest);
+    }
+  }
+  if (pass.own_clips.coefs != nullptr) {
+    for (int64_t i = threadIdx.x; i < pass.num_chunks; i += kThreads) {
+      if (pass.grads[pass.chunks[i].tensor] == nullptr) continue;
+      smallest = smaller(__ldcg(pass.own_clips.chunk_coefs + i), smallest);
+    }
+  }
+  return block_total<Smallest>(smallest);
+}
+
 // The coefficients of a chunk's units, by a block. Two blocks that share a unit leave the same.
 class UnitCoefs {
  public:
@@ -75,9 +96,9 @@ class UnitCoefs {
     last_ = (begin + chunk.size(numel) - 1) / units_.size;
   }
 
-  // `known`, in shared memory, is a unit over all tensors whose coefficient this block has left: a
-  // long one has many chunks.
-  __device__ void leave(int64_t& known) const {
+  // Of a chunk, the smallest is left as well. `known`, in shared memory, is a unit over all tensors
+  // whose coefficient this block has left: a long one has many chunks.
+  __device__ void leave(int64_t& known, int64_t index) const {
     if (units_.size <= kChunkSize) {
       for (int64_t unit = first_ + threadIdx.x; unit <= last_; unit += kThreads) leave_short(unit);
     } else if (first_ != last_ || known != units_.first + first_) {
@@ -87,6 +108,12 @@ class UnitCoefs {
       if (threadIdx.x == 0) known = units_.first + last_;
     }
     __syncthreads();
+    double smallest = decision_.clip_coef;
+    for (int64_t unit = first_ + threadIdx.x; unit <= last_; unit += kThreads) {
+      smallest = smaller(pass_.own_clips.coefs[units_.first + unit], smallest);
+    }
+    smallest = block_total<Smallest>(smallest);
+    if (threadIdx.x == 0) pass_.own_clips.chunk_coefs[index] = smallest;
   }
 
  private:

@@ -234,7 +234,7 @@ __device__ __forceinline__ void update_chunk(const Pass& pass, int64_t index, Me
     memo.prepare_for(tensor, group, factor);
   }
   __syncthreads();
-  if (by_units) UnitCoefs(pass, shared.decision, chunk).leave(shared.known_unit);
+  if (by_units) UnitCoefs(pass, shared.decision, chunk).leave(shared.known_unit, index);
   visit_sizes(tensor, [&](auto types) {
     mine = ChunkUpdate<Rule, decltype(types)>::run(pass, chunk, memo.prepared, shared.decision,
                                                    shared.lanes);
@@ -258,12 +258,19 @@ __device__ void finish(const Pass& pass, Decision& decision) {
     }
     __syncthreads();
   }
+  const bool clips = !decision.skip && pass.own_clips.units != nullptr;
+  const double smallest = clips ? smallest_coef(pass, decision) : decision.clip_coef;
+  if (pass.learns && is_to_be_observed(pass.options, decision)) {
+    observe(pass, decision);
+  }
+  if (clips) {
+    __syncthreads();
+    if (threadIdx.x == 0) decision.clip_coef = smallest;
+    __syncthreads();
+  }
   if (pass.telemetry.chunks != nullptr) {
     if (threadIdx.x == 0) record_step<Rule>(pass, decision);
     record_params(pass, decision);
-  }
-  if (pass.learns && is_to_be_observed(pass.options, decision)) {
-    observe(pass, decision);
   }
   __syncthreads();  // the number of steps, which rows are found by, has been read
   if (threadIdx.x == 0) record(*pass.control, decision, pass.control->sum_of_squares);

@@ -26,9 +26,9 @@ struct StepOptions {
 // What a step leaves behind. All are doubles, so that Python reads the struct as one float64
 // tensor.
 struct StepControl {
-  double sum_of_squares;  // of the gradients as they are, before unscaling (or their inf norm)
-  double grad_norm;       // after unscaling, before clipping
-  double clip_coef;
+  double sum_of_squares;     // of the gradients as they are, before unscaling (or their inf norm)
+  double grad_norm;          // after unscaling, before clipping
+  double clip_coef;          // the smallest, where tensors or units have their own
   double step_skipped;       // 0 or 1
   double skipped_steps;      // how many so far
   double consecutive_skips;  // up to the last step
