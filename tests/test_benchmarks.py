@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from math import prod
@@ -14,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import cases, ceiling, charts, report, results, tables, timing, traffic
+from benchmarks import cases, ceiling, charts, long_run, report, results, tables, timing, traffic
 from benchmarks.cases import Case
 from benchmarks.contests import CEILING, StepContest, make_params
 from benchmarks.peers import OURS, SIDES, Unavailable, make_step
@@ -206,3 +207,17 @@ def test_the_suite_hands_its_samples_to_pytest_benchmark(tmp_path):
         assert row["samples_ns"] == [round(1e9 * s) for s in entry["stats"]["data"]]
     assert len(theirs) >= 2
     assert tables.as_text(saved)[0] in run.stdout
+
+
+def test_a_long_run_says_how_much_memory_it_took(tmp_path, capfd, monkeypatch):
+    """Its motions; a million steps are for whoever asks."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(long_run, "EXPLODES", 100)
+    long_run.main(["--steps", "300", "--log", str(tmp_path / "run.jsonl")])
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == long_run.LOOKS + 3
+    assert all(re.fullmatch(r"step +\d+: +\d+\.\d MB, +\d+\.\d s", it) for it in lines[:-3])
+    assert re.fullmatch(r"log: 0\.1 MB", lines[-3])
+    assert lines[-2].startswith("read_log: 300 steps, 3 of them skipped; ")
+    assert re.fullmatch(r"plot: wrote .*run\.png; \S+ s, at most \d+ MB", lines[-1])
+    assert (tmp_path / "run.png").stat().st_size > 0

@@ -387,7 +387,7 @@ def test_the_log_of_a_killed_run_is_readable_and_can_be_continued(tmp_path, name
 
 
 def test_memory_does_not_grow_with_the_steps(tmp_path):
-    """20,000 steps; a million were run by hand."""
+    """20,000 steps; benchmarks/long_run.py takes a million whole ones."""
     opt = make(telemetry=64, cls=Steps)
     with Monitor(opt, tmp_path / "run.jsonl"):
         tracemalloc.start()
