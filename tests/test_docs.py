@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -35,6 +36,9 @@ SECTIONS = [
     for path in FILES
     for heading, blocks in sections(path)
 ]
+
+
+CHECKPOINT = "checkpoint.pt"  # in the folder that a block runs in
 
 
 def apex_checkpoint(model: torch.nn.Module) -> dict[str, Any]:
@@ -75,6 +79,11 @@ def names_for(heading: str, folder: Path) -> dict[str, Any]:
         "apex_checkpoint": apex_checkpoint(model),
         "bitsandbytes_checkpoint": bitsandbytes_checkpoint(model),
     }
+    if heading == "Resumed runs, and new ones":
+        names["os"] = os
+        opt = fusedopt.FusedAdamW(model.named_parameters(), telemetry=64)
+        names["opt"] = opt
+        torch.save({"model": model.state_dict(), "opt": opt.state_dict(), "step": 7}, CHECKPOINT)
     if "Hugging Face" in heading:
         pytest.importorskip("transformers")
         sys.path.insert(0, str(ROOT / "examples"))
@@ -120,6 +129,11 @@ def assert_monitored(heading: str, names: dict[str, Any], folder: Path) -> None:
     if heading == "To a file":
         assert names["log"].telemetry.step.tolist() == [1, 2, 3, 4]
         assert names["columns"]["grad_norm/weight"].gt(0).all()
+    elif heading == "Resumed runs, and new ones":
+        names["loss"].backward()
+        names["opt"].step()
+        names["monitor"].close()
+        assert fusedopt.read_log(folder / "run.jsonl").telemetry.step.tolist() == [8]
     elif heading == "To TensorBoard":
         assert list((folder / "output").glob("events.*"))
     elif heading == "To Weights & Biases, or any logger":

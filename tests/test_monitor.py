@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import fusedopt
 from fusedopt import Monitor, Telemetry, read_log
+from fusedopt.monitoring.plot import history_of
 from fusedopt.reference import Control
 from fusedopt.telemetry import STEP_COLUMNS, PendingTelemetry
 
@@ -379,7 +380,7 @@ def test_the_log_of_a_killed_run_is_readable_and_can_be_continued(tmp_path, name
     param.grad = torch.ones(3)
     options: Any = {"lr": 0.1, "max_grad_norm": 1.0, "telemetry": 16, "backend": "reference"}
     opt = fusedopt.FusedSGD([("weight", param)], **options)
-    with Monitor(opt, path):
+    with Monitor(opt, path, first_step=count + 1):
         opt.step()
     log = read_log(path)
     assert log.damage is None
@@ -408,26 +409,90 @@ def test_memory_does_not_grow_with_the_steps(tmp_path):
 # Continuing a log
 
 
+def log_run(path: Path, steps: int, first_step: int | None, checkpoint: Any = None) -> Any:
+    """One process's part of a run. Returns its optimizer."""
+    opt = make(cls=fusedopt.FusedAdam, telemetry=64)
+    if checkpoint is not None:
+        opt.load_state_dict(checkpoint)
+    with Monitor(opt, path, first_step=first_step):
+        for _ in range(steps):
+            step(opt)
+    return opt
+
+
+def assert_steps(path: Path, norms: list[Tensor]) -> None:
+    """The log has these and no others, numbered from 1, for whoever reads it."""
+    expected = torch.cat(norms)
+    rows = read_log(path).telemetry
+    assert rows.step.tolist() == list(range(1, len(expected) + 1))
+    torch.testing.assert_close(rows.grad_norm, expected, rtol=1e-6, atol=0)
+    history, reader = history_of(path)
+    assert (history.first, history.last, reader.damage) == (1, len(expected), None)
+    torch.testing.assert_close(history["norm_max"], expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_resumed_run_continues_its_log(tmp_path, name):
-    for _ in range(2):
-        opt = make()
-        with Monitor(opt, tmp_path / name):
-            for _ in range(3):
-                step(opt)
-    log = read_log(tmp_path / name)
-    assert log.telemetry.step.tolist() == [1, 2, 3, 4, 5, 6]
+    path = tmp_path / name
+    first = log_run(path, 3, None)
+    second = log_run(path, 2, 4, first.state_dict())
+    assert_steps(path, [first.telemetry().grad_norm, second.telemetry().grad_norm])
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_run_resumed_from_before_its_end_replaces_rows(tmp_path, name):
-    expected = []
+@pytest.mark.parametrize("again", [2, 5, 8])
+def test_the_steps_after_the_checkpoint_are_replaced(tmp_path, name, again):
+    """A run that died in step 8 goes on from its checkpoint of step 3: not as far, as far, on."""
+    path = tmp_path / name
+    first = log_run(path, 8, None)
+    second = log_run(path, again, 4)
+    norms = [first.telemetry().grad_norm[:3], second.telemetry().grad_norm]
+    assert not torch.equal(norms[1][:2], first.telemetry().grad_norm[3:5])
+    assert_steps(path, norms)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_new_run_that_begins_at_step_1_replaces_all(tmp_path, name):
+    path = tmp_path / name
+    log_run(path, 8, 1)  # nothing was there yet
+    assert_steps(path, [log_run(path, 5, 1).telemetry().grad_norm])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_run_that_does_not_say_where_it_is_touches_no_earlier_one(tmp_path, name, checkpoint):
+    """Neither the same command again, nor one that resumed and didn't say so, mixes two runs."""
+    path = tmp_path / name
+    opt = log_run(path, 3, None)
+    other = make(cls=fusedopt.FusedAdam)
+    if checkpoint:
+        other.load_state_dict(opt.state_dict())
+    words = refusal(path, other)
+    assert f"{path} has the steps of an earlier run, up to 3: " in words
+    assert "first_step=(the checkpoint's) + 1" in words and "first_step=1;" in words
+    assert not other._optimizer_step_post_hooks
+    path.write_bytes(path.read_bytes() + path.read_bytes().splitlines()[-1][:30])
+    assert "up to 3" in refusal(path, other)  # nor is the cut line of a killed run removed
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_optimizer_whose_steps_come_later_continues_a_log_by_itself(tmp_path, name):
+    path = tmp_path / name
+    opt = make()
+    for _ in range(2):
+        with Monitor(opt, path):
+            step(opt)
+        step(opt)
+    assert read_log(path).telemetry.step.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_skips_of_a_resumed_run_are_its_own(tmp_path, name):
     for first, kind in ((None, "random"), (3, "inf")):
         opt = make()
         with Monitor(opt, tmp_path / name, first_step=first):
             for _ in range(5):
                 step(opt, kind)
-        expected.append(opt.telemetry().grad_norm)
     rows = read_log(tmp_path / name).telemetry
     assert rows.step.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert rows.skipped.tolist() == [False] * 2 + [True] * 5

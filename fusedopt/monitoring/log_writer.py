@@ -27,17 +27,20 @@ class LogWriteError(OSError):
 class LogWriter:
     """Appends to a log. What is there already is checked, and kept but for a cut last line.
 
+    Args:
+        last_step: the log may have steps up to this one; None: any, and what is written replaces
+            those that it overlaps with (see `concatenate`).
+
     Attributes:
         params_every: the measurements of every parameter are for every step.
-        last_step: the number of the last step that was there, or -1.
 
     Raises:
-        FileExistsError: the file is no log of these parameters, or has another writer.
+        FileExistsError: the file is no log of these parameters, has later steps, or another writer.
     """
 
     params_every = 1
 
-    def __init__(self, path: Path, header: Header) -> None:
+    def __init__(self, path: Path, header: Header, last_step: int | None = None) -> None:
         self.path = path
         self._format = BY_SUFFIX[path.suffix]
         self._optimizer = header.optimizer or ""
@@ -48,7 +51,7 @@ class LogWriter:
         try:
             self._lock()
             with open(path, "rb") as written:
-                self.last_step = self._continue(written, header)
+                self._continue(written, header, last_step)
         except BaseException:
             self._file.close()
             raise
@@ -64,31 +67,37 @@ class LogWriter:
         except OSError:
             pass  # a file system without locks
 
-    def _continue(self, file: BinaryIO, header: Header) -> int:
-        """Returns the number of the last step, or -1. Changes nothing before all is checked."""
+    def _continue(self, file: BinaryIO, header: Header, last_step: int | None) -> None:
+        """Changes nothing before all is checked."""
         first = file.readline()
         if first and format_of(first) is not self._format:
             raise FileExistsError(
                 f"{self.path} is not a {self._format.name} log that a Monitor writes; it is left "
                 "as it is"
             )
-        last_step = -1
         if first.endswith(b"\n"):
             try:
                 known = self._format.parse_header(first.decode().rstrip("\r\n"))
-                last_step = self._last_step(file)
+                there = self._last_step(file)
             except (FormatError, UnicodeDecodeError) as error:
                 raise FileExistsError(
                     f"{self.path} is a damaged log and can't be continued: {error}; it is left as "
                     "it is"
                 ) from None
             self._check_params(known, header)
+            if last_step is not None and there > last_step:
+                raise FileExistsError(
+                    f"{self.path} has the steps of an earlier run, up to {there}: a resumed run "
+                    "says which comes next, first_step=(the checkpoint's) + 1, and a new run that "
+                    "is to replace them first_step=1; any other needs a path of its own. It is "
+                    "left as it is"
+                )
             if not self._format.takes_new_params:
                 self._header = known
         self._file.truncate(_end_of_lines(file, os.fstat(file.fileno()).st_size))
-        return last_step
 
     def _last_step(self, file: BinaryIO) -> int:
+        """The number of the last step, or -1."""
         for line in _lines_from_end(file):
             if not self._format.is_header(line):
                 return self._format.parse_row(line.decode().rstrip("\r\n"), None).step

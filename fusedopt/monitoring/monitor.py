@@ -42,8 +42,9 @@ class Monitor:
 
             * A path that ends in .jsonl or .csv. Lines are written whole: the log of a process
               that is killed is readable, but for a last line that may be cut. An existing log of
-              the same parameters is continued (a cut line at its end is removed first); any other
-              file is refused. While it is written, no other Monitor can open it.
+              the same parameters is continued (a cut line at its end is removed first) by later
+              steps, or as `first_step` says; any other file is refused. While it is written, no
+              other Monitor can open it.
             * A TensorBoard SummaryWriter, or whatever has its `add_scalar(tag, value, step)`.
             * A function of one argument, called with a dict of numbers for every step: what
               `telemetry().columns()` has, as in "step", "grad_norm", "grad_norm/layers.0.weight".
@@ -51,9 +52,9 @@ class Monitor:
         params_every: the measurements of every single parameter are written at every so manieth
             step, and where a step was skipped or its norm is not finite. None: at each for a file,
             at every 100th for a logger.
-        first_step: the number of the next step, as in a checkpoint; rows of an existing log from
-            there on are replaced by those that come. None: the one after the log's last, or as
-            the optimizer counts.
+        first_step: the number of the next step: of a resumed run, the one after its checkpoint's;
+            of a new run, 1. Rows of an existing log from there on are replaced by those that come.
+            None: as the optimizer counts, from 1 when it was made; and nothing is replaced.
 
     A file that can't be written any more (a full disk) ends the log with a warning, not the run.
     What a logger raises comes out of `step()`.
@@ -63,7 +64,8 @@ class Monitor:
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument is refused.
-        FileExistsError: the path is no log of these parameters; it has not been touched.
+        FileExistsError: the path is no log of these parameters, or has later steps and
+            `first_step` is not given; it has not been touched.
     """
 
     def __init__(
@@ -93,15 +95,15 @@ class Monitor:
         params_every = checks.check_count("params_every", params_every)
         if first_step is not None and (isinstance(first_step, bool) or first_step < 0):
             raise ValueError(f"first_step is {first_step!r}; expected an int of 0 or more")
-        output = _output_for(to, Header.of(now, type(optimizer).__name__))
+        written = int(now.step[-1]) if len(now.step) else 0  # as the optimizer counts
+        header = Header.of(now, type(optimizer).__name__)
+        output = _output_for(to, header, written if first_step is None else None)
         self._output = output
         self._optimizer = optimizer
         self._every = every
         self._params_every = params_every or output.params_every
-        self._written = int(now.step[-1]) if len(now.step) else 0  # as the optimizer counts
-        if first_step is None:
-            first_step = max(self._written, output.last_step) + 1
-        self._offset = first_step - self._written - 1
+        self._written = written
+        self._offset = 0 if first_step is None else first_step - written - 1
         self._taken = 0  # steps since the last copy was started
         self._pending: PendingTelemetry | None = None
         self._process = os.getpid()
@@ -206,11 +208,9 @@ class Output(Protocol):
 
     Attributes:
         params_every: at which steps it takes the parameters' measurements, if nobody says.
-        last_step: that of its last row from an earlier run, or -1.
     """
 
     params_every: int
-    last_step: int
 
     def write(self, rows: Telemetry, with_params: Tensor) -> None: ...
 
@@ -223,7 +223,6 @@ class LoggerOutput:
     """A function that takes a dict for each step."""
 
     params_every = LOGGERS_PARAMS_EVERY
-    last_step = -1
 
     def __init__(self, log: Callable[[dict[str, float]], object]) -> None:
         self._log = log
@@ -264,12 +263,12 @@ class TensorBoardOutput(LoggerOutput):
         self._writer.flush()
 
 
-def _output_for(to: Any, header: Header) -> Output:
+def _output_for(to: Any, header: Header, last_step: int | None) -> Output:
     if isinstance(to, str | os.PathLike):
         path = Path(to)
         if path.suffix not in BY_SUFFIX:
             raise ValueError(f"{str(to)!r} ends in neither {' nor '.join(BY_SUFFIX)}")
-        return LogWriter(path, header)
+        return LogWriter(path, header, last_step)
     if hasattr(to, "add_scalar"):
         return TensorBoardOutput(to)
     if callable(to):
