@@ -31,6 +31,8 @@ STYLES: dict[str, tuple[str, str]] = {
     "bitsandbytes": (GRAY, "X"),
     "optimi": (GRAY, "<"),
     "torchao 8-bit": (GRAY, "*"),
+    "Apex": ("#F0E442", "p"),
+    "flashoptim 8-bit": (GRAY, "h"),
     CEILING: (GRAY, ""),
 }
 STYLE: dict[Any, Any] = {

@@ -19,8 +19,10 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 import fusedopt
-from benchmarks.cases import OPTIMIZERS, Case
+from benchmarks.cases import Case
 from benchmarks.timing import Step
+
+Clip = Callable[[list[Parameter], float], object]
 
 OURS = "fusedopt"
 OUR_SCALER = "fusedopt with its own scaler"
@@ -36,28 +38,30 @@ class Side:
 
     Attributes:
         make: from the case and its parameters to the optimizer.
-        clips: whether its step clips by itself; else `clip_grad_norm_` comes first.
+        clips: whether its step clips by itself; else a `clip_grad_norm_` comes first.
         counted: whether all that it moves passes torch's dispatcher (see `traffic`).
+        find_clip: returns that `clip_grad_norm_`.
     """
 
     make: Callable[[Case, list[Parameter]], Optimizer]
     clips: bool = False
     counted: bool = False
+    find_clip: Callable[[], Clip] = lambda: clip_grad_norm_
 
 
 def ours(case: Case, params: list[Parameter]) -> Optimizer:
-    cls = attribute(fusedopt, f"Fused{case.optimizer}")
+    cls = attribute(fusedopt, f"Fused{case.recipe.name}")
     max_grad_norm = None if case.mode == "plain" else 1.0
-    return cls(params, **OPTIMIZERS[case.optimizer], max_grad_norm=max_grad_norm)
+    return cls(params, **case.recipe.options, max_grad_norm=max_grad_norm)
 
 
 def torchs(**flags: bool) -> Callable[[Case, list[Parameter]], Optimizer]:
     def make(case: Case, params: list[Parameter]) -> Optimizer:
-        cls = getattr(torch.optim, case.optimizer)
+        cls = getattr(torch.optim, case.recipe.name)
         missing = [name for name in flags if name not in inspect.signature(cls).parameters]
         if missing:
-            raise Unavailable(f"torch.optim.{case.optimizer} has no {', '.join(missing)}")
-        return cls(params, **OPTIMIZERS[case.optimizer], **flags)
+            raise Unavailable(f"torch.optim.{case.recipe.name} has no {', '.join(missing)}")
+        return cls(params, **case.recipe.options, **flags)
 
     return make
 
@@ -73,29 +77,56 @@ def compiled(case: Case, params: list[Parameter]) -> Optimizer:
 
 
 def deepspeed(case: Case, params: list[Parameter]) -> Optimizer:
-    if params[0].device.type != "cpu":
-        raise Unavailable("DeepSpeedCPUAdam is for parameters on a CPU")
-    if case.optimizer not in ("Adam", "AdamW"):
-        raise Unavailable(f"DeepSpeed has no {case.optimizer} for a CPU")
-    cls = load("deepspeed.ops.adam").DeepSpeedCPUAdam
-    adamw = case.optimizer == "AdamW"
-    return cls(params, **OPTIMIZERS[case.optimizer], adamw_mode=adamw)
+    check_adam("DeepSpeed", case)
+    adamw = case.recipe.name == "AdamW"
+    library = load("deepspeed.ops.adam")
+    if params[0].device.type == "cpu":
+        return library.DeepSpeedCPUAdam(params, **case.recipe.options, adamw_mode=adamw)
+    return library.FusedAdam(params, **case.recipe.options, adam_w_mode=adamw)
+
+
+def apex(case: Case, params: list[Parameter]) -> Optimizer:
+    check_adam("Apex", case)
+    check_on_gpu("Apex", params)
+    cls = attribute(load("apex.optimizers"), "FusedAdam")
+    return cls(params, **case.recipe.options, adam_w_mode=case.recipe.name == "AdamW")
+
+
+def find_apexs_clip() -> Clip:
+    return attribute(load("apex.contrib.clip_grad"), "clip_grad_norm_")
 
 
 def bitsandbytes(case: Case, params: list[Parameter]) -> Optimizer:
-    return attribute(load("bitsandbytes").optim, case.optimizer)(
-        params, **OPTIMIZERS[case.optimizer]
-    )
+    if case.recipe.options.get("nesterov"):
+        raise Unavailable("bitsandbytes takes nesterov=True and does without")
+    return attribute(load("bitsandbytes").optim, case.recipe.name)(params, **case.recipe.options)
 
 
 def optimi(case: Case, params: list[Parameter]) -> Optimizer:
-    return attribute(load("optimi"), case.optimizer)(params, **OPTIMIZERS[case.optimizer])
+    return attribute(load("optimi"), case.recipe.name)(params, **case.recipe.options)
 
 
 def torchao(case: Case, params: list[Parameter]) -> Optimizer:
     # Its optimizers keep their state in 8 or 4 bits: fewer bytes, other numbers.
-    cls = attribute(load("torchao.optim"), f"{case.optimizer}8bit")
-    return cls(params, **OPTIMIZERS[case.optimizer])
+    cls = attribute(load("torchao.optim"), f"{case.recipe.name}8bit")
+    return cls(params, **case.recipe.options)
+
+
+def flashoptim(case: Case, params: list[Parameter]) -> Optimizer:
+    # Its states have 8 bits, and 8 more of a 16-bit parameter are among them: other numbers.
+    check_on_gpu("flashoptim", params)
+    cls = attribute(load("flashoptim"), f"Flash{case.recipe.name}")
+    return cls(params, **case.recipe.options)
+
+
+def check_adam(library: str, case: Case) -> None:
+    if case.recipe.name not in ("Adam", "AdamW"):
+        raise Unavailable(f"{library} has no fused {case.recipe.name}")
+
+
+def check_on_gpu(library: str, params: list[Parameter]) -> None:
+    if params[0].device.type != "cuda":
+        raise Unavailable(f"{library} is for parameters on a GPU")
 
 
 SIDES = {
@@ -105,10 +136,12 @@ SIDES = {
     "torch foreach": Side(torchs(foreach=True), counted=True),
     "torch fused": Side(torchs(fused=True), counted=True),
     "torch compiled": Side(compiled),
+    "Apex": Side(apex, find_clip=find_apexs_clip),
     "DeepSpeed": Side(deepspeed),
     "bitsandbytes": Side(bitsandbytes),
     "optimi": Side(optimi, counted=True),
     "torchao 8-bit": Side(torchao),
+    "flashoptim 8-bit": Side(flashoptim),
 }
 
 
@@ -138,13 +171,14 @@ def make_step(name: str, case: Case, params: list[Parameter]) -> tuple[Step, Opt
     """What users of this side call once the gradients are there, and the optimizer."""
     optimizer = make_optimizer(name, case, params)
     clips = SIDES[name].clips
-
-    def clip_and_step() -> None:
-        clip_grad_norm_(params, 1.0)
-        optimizer.step()
-
     if case.mode == "plain" or (case.mode == "clip" and clips):
         return optimizer.step, optimizer
+    clip = SIDES[name].find_clip()
+
+    def clip_and_step() -> None:
+        clip(params, 1.0)
+        optimizer.step()
+
     if case.mode == "clip":
         return clip_and_step, optimizer
 
@@ -157,7 +191,7 @@ def make_step(name: str, case: Case, params: list[Parameter]) -> tuple[Step, Opt
     def scaled_step() -> None:
         if not clips:
             scaler.unscale_(optimizer)
-            clip_grad_norm_(params, 1.0)
+            clip(params, 1.0)
         scaler.step(optimizer)
         scaler.update()
 

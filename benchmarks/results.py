@@ -18,7 +18,7 @@ import fusedopt
 
 FOLDER = Path(__file__).parent / "results"
 MAX_SAMPLES = 60  # of a row: more of them say little more, and make the files large
-LIBRARIES = ["torch", "deepspeed", "bitsandbytes", "torch-optimi", "torchao"]
+LIBRARIES = "torch apex deepspeed bitsandbytes torch-optimi torchao flashoptim".split()
 
 Row = dict[str, Any]
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -29,11 +31,15 @@ def test_the_models_have_their_parameters():
     assert sum(map(prod, cases.gpt2_small())) == 124_439_808
     assert len(cases.resnet50()) == 161
     assert sum(map(prod, cases.resnet50())) == 25_557_032
+    assert len(cases.llama_1b()) == 1 + 22 * 9 + 2
+    assert sum(map(prod, cases.llama_1b())) == 1_100_048_384
 
 
-def test_no_two_cases_share_a_title():
-    titles = [case.title for case in cases.step_cases()]
+@pytest.mark.parametrize("suite", [cases.step_cases, cases.gpu_cases])
+def test_no_two_cases_share_a_title(suite):
+    titles = [case.title for case in suite()]
     assert len(set(titles)) == len(titles)
+    assert {case.optimizer for case in suite()} == set(cases.OPTIMIZERS)
 
 
 def test_sides_alternate_each_beginning_in_its_turn():
@@ -71,7 +77,10 @@ def test_bytes_of_a_step(side, mode, per_element):
     assert traffic.count(step) / case.elements == pytest.approx(per_element, rel=1e-3)
 
 
-@pytest.mark.parametrize(("optimizer", "plain"), [("AdamW", 28), ("RMSprop", 20)])
+@pytest.mark.parametrize(
+    ("optimizer", "plain"),
+    [("AdamW", 28), ("RMSprop", 20), ("RMSprop centered with momentum", 36)],
+)
 def test_our_bytes(optimizer, plain):
     for mode, per_element in (("plain", plain), ("clip", plain + 4)):
         case = Case(optimizer, "small", SMALL, mode)
@@ -96,7 +105,8 @@ def test_the_ceiling_touches_every_element(written):
 def test_ours_and_torchs_take_the_same_steps(optimizer, mode):
     """A comparison of speed is one only if both sides do the same."""
     results_by_side = {}
-    for side in (OURS, "torch foreach"):
+    twin = "torch for-loop"  # foreach changes the gradients, with Nesterov momentum
+    for side in (OURS, twin):
         torch.manual_seed(0)
         case = Case(optimizer, "small", SMALL, mode)
         params = make_params(case, "cpu")
@@ -107,7 +117,7 @@ def test_ours_and_torchs_take_the_same_steps(optimizer, mode):
         for _ in range(3):
             step()
         results_by_side[side] = params
-    torch.testing.assert_close(results_by_side[OURS], results_by_side["torch foreach"])
+    torch.testing.assert_close(results_by_side[OURS], results_by_side[twin])
 
 
 def test_a_side_that_is_not_there_is_skipped_by_name():
@@ -115,7 +125,56 @@ def test_a_side_that_is_not_there_is_skipped_by_name():
     outcome = StepContest(case).run([OURS, "torch fused", "DeepSpeed"], "cpu", BRIEF)
     assert list(outcome.samples) == [OURS]
     assert outcome.skipped["torch fused"] == "torch.optim.RMSprop has no fused"
-    assert "DeepSpeed" in outcome.skipped["DeepSpeed"]
+    assert outcome.skipped["DeepSpeed"] == "DeepSpeed has no fused RMSprop"
+
+
+def test_a_side_for_another_device_is_skipped_by_name():
+    sides = [OURS, "Apex", "flashoptim 8-bit"]
+    outcome = StepContest(Case("AdamW", "small", SMALL)).run(sides, "cpu", BRIEF)
+    assert list(outcome.samples) == [OURS]
+    assert outcome.skipped == {
+        "Apex": "Apex is for parameters on a GPU",
+        "flashoptim 8-bit": "flashoptim is for parameters on a GPU",
+    }
+
+
+def test_a_variant_that_a_side_would_ignore_is_not_asked_of_it():
+    case = Case("SGD with Nesterov momentum", "small", SMALL)
+    outcome = StepContest(case).run([OURS, "bitsandbytes"], "cpu", BRIEF)
+    assert "without" in outcome.skipped["bitsandbytes"]
+
+
+# What these libraries' files say of their arguments; they need a GPU themselves.
+class TheirAdam(torch.optim.SGD):
+    def __init__(self, params, lr=1e-3, weight_decay=0.0, adam_w_mode=True):
+        super().__init__([torch.zeros(1)], lr=lr)
+        self.asked = {"lr": lr, "weight_decay": weight_decay, "adam_w_mode": adam_w_mode}
+
+
+@pytest.mark.parametrize(
+    ("side", "module"), [("Apex", "apex.optimizers"), ("DeepSpeed", "deepspeed.ops.adam")]
+)
+@pytest.mark.parametrize(
+    ("optimizer", "weight_decay", "decoupled"), [("AdamW", 1e-2, True), ("Adam", 0.0, False)]
+)
+def test_the_adams_of_a_gpu_are_asked_for_the_same(
+    monkeypatch, side, module, optimizer, weight_decay, decoupled
+):
+    clipped = []
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(__name__=module, FusedAdam=TheirAdam))
+    clipping = SimpleNamespace(
+        __name__="apex.contrib.clip_grad", clip_grad_norm_=lambda *given: clipped.append(given)
+    )
+    for name in ("apex", "apex.contrib", "deepspeed", "deepspeed.ops"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "apex.contrib.clip_grad", clipping)
+    on_gpu: Any = [SimpleNamespace(device=torch.device("cuda"))]
+    step, made = make_step(side, Case(optimizer, "small", SMALL, "clip"), on_gpu)
+    expected = {"lr": 1e-3, "weight_decay": weight_decay, "adam_w_mode": decoupled}
+    assert isinstance(made, TheirAdam) and made.asked == expected
+    if side == "Apex":
+        step()
+        assert clipped == [(on_gpu, 1.0)]
 
 
 def made_up_report(device: str = "cpu") -> dict:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 from test_build import ROOT, python
 
 from benchmarks import gpu_build, gpu_stages
+from benchmarks.contests import StepContest
 
 REPORT = ROOT / "benchmarks/gpu_report.py"
 
@@ -33,7 +36,9 @@ def test_motions(tmp_path):
     assert all(len(row["samples_ns"]) >= 11 for row in report["rows"])
     assert "a CPU has no CUDA graphs" in report["stages"]["graphs"]["error"]
     assert [name for name, stage in report["stages"].items() if "error" in stage] == ["graphs"]
-    assert "DRY RUN" in printed and "FAILED graphs" in printed and "not measured:" in printed
+    assert "DRY RUN" in printed and "FAILED graphs" in printed
+    for side in ("Apex", "flashoptim 8-bit"):
+        assert f"not measured: {side}: " in printed
     assert all(row["case"] in printed for row in report["rows"])
 
 
@@ -41,6 +46,44 @@ def test_no_time_is_reported_by_name(tmp_path):
     _, report = dry_run(tmp_path, "--stage", "speed", "--stage", "memory", "--seconds", "0")
     for stage in ("speed", "memory"):
         assert report["stages"][stage]["error"] == "TimeoutError: no time was left"
+
+
+def dry_run_of(tmp_path, case_seconds: float = 0, **options) -> gpu_stages.Run:
+    """A run in this process, of cases that are next to nothing."""
+    given = {"dry_run": True, "case": None, "seconds": 560, "commit": None, "output": tmp_path}
+    asked = argparse.Namespace(**given, case_seconds=case_seconds)
+    vars(asked).update(options)
+    return gpu_stages.Run(asked, gpu_stages.new_report(asked))
+
+
+def test_a_case_that_fails_does_not_end_the_others(tmp_path, monkeypatch):
+    """As where the states of all sides don't fit into the GPU's memory."""
+    measure = StepContest.run
+
+    def run_out_of_memory(self, *arguments):
+        if self.case.workload == "ResNet-50":
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(StepContest, "run", run_out_of_memory)
+    run = dry_run_of(tmp_path, case="AdamW")
+    gpu_stages.run_stages(run, ["speed"])
+    failed = run.report["stages"]["speed"]["failed"]
+    assert failed == {"AdamW, ResNet-50, clipped": "OutOfMemoryError: tried to allocate 20 GiB"}
+    measured = {row["case"] for row in run.report["rows"]}
+    assert measured == {case.title for case in run.cases()} - set(failed)
+    lines = gpu_stages.lines_of(run.report)
+    assert "FAILED AdamW, ResNet-50, clipped: OutOfMemoryError: tried to allocate 20 GiB" in lines
+
+
+def test_the_last_cases_are_left_out_where_the_stages_behind_need_the_time(tmp_path, monkeypatch):
+    run = dry_run_of(tmp_path, seconds=100.0)
+    left = iter([90.0, 60.0, 30.0, *[20.0] * 100])
+    monkeypatch.setattr(gpu_stages.Run, "seconds_left", lambda self: next(left))
+    result = gpu_stages.speed(run)
+    titles = [case.title for case in run.cases()]
+    assert {row["case"] for row in run.report["rows"]} == set(titles[:3])
+    assert result["left_out"] == titles[3:] and len(titles) == 22
 
 
 def test_nothing_is_measured_where_nothing_can_be():
