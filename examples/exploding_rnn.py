@@ -30,7 +30,7 @@ from rnn_plot import plot
 from rnn_run import Run, Settings, Text, Way, fused, torch_clipped, torch_unclipped
 from tqdm import tqdm
 
-from fusedopt.clip import Percentile, ZScore
+from fusedopt.clip import Percentile, PerTensor, Unit, ZScore
 
 # Every way to train is a line here: its name, and what makes its optimizer.
 WAYS: dict[str, Callable[[Settings], Way]] = {
@@ -39,6 +39,8 @@ WAYS: dict[str, Callable[[Settings], Way]] = {
     "fusedopt, fixed": lambda it: fused(max_grad_norm=it.max_grad_norm),
     "fusedopt, Percentile": lambda it: fused(max_grad_norm=Percentile(max_norm=it.max_grad_norm)),
     "fusedopt, ZScore": lambda it: fused(max_grad_norm=ZScore(max_norm=it.max_grad_norm)),
+    "fusedopt, PerTensor": lambda it: fused(max_grad_norm=PerTensor(warmup_norm=it.max_grad_norm)),
+    "fusedopt, Unit": lambda it: fused(max_grad_norm=Unit()),
 }
 
 

@@ -25,6 +25,8 @@ WAYS = [
     "fusedopt, fixed",
     "fusedopt, Percentile",
     "fusedopt, ZScore",
+    "fusedopt, PerTensor",
+    "fusedopt, Unit",
 ]
 
 
