@@ -15,7 +15,8 @@ number of threads or blocks.
 
 Telemetry sums up the same way, but for the chunks of one parameter, whose sums go to `TENSOR_LANES`
 lanes. The squares of parameters and of their updates are summed in a chunk's lanes in float32
-(float64 for float64 parameters); from there in float64, the lanes in `TENSOR_LANES`, too.
+(float64 for float64 parameters); then the halves of all lanes are added until `TENSOR_LANES` are
+left, which are folded in float64.
 
 A clip of single units cuts them where chunks end. The squares of each piece are summed in float64
 in `TENSOR_LANES` lanes, element i of the piece in lane i % lanes, and then the pieces likewise.
@@ -164,14 +165,19 @@ def fold(lanes: Tensor) -> Tensor:
     return lanes[..., 0]
 
 
-def sum_in_lanes(terms: Tensor, lanes: int) -> Tensor:
-    """Sums the last dimension of a float64 tensor: term i in lane i % lanes, then the lanes."""
+def in_lanes(terms: Tensor, lanes: int) -> Tensor:
+    """The last dimension, summed in so many lanes: term i in lane i % lanes."""
     rows = max(1, -(-terms.shape[-1] // lanes))
     terms = torch.nn.functional.pad(terms, (0, rows * lanes - terms.shape[-1]))
     total = torch.zeros_like(terms[..., :lanes])
     for row in terms.unflatten(-1, (rows, lanes)).unbind(-2):
         total = total + row
-    return fold(total)
+    return total
+
+
+def sum_in_lanes(terms: Tensor, lanes: int) -> Tensor:
+    """The sum over the last dimension of a float64 tensor: in lanes, then the lanes."""
+    return fold(in_lanes(terms, lanes))
 
 
 def chunk_sums(param: Tensor, grad: Tensor | None) -> Tensor:
@@ -197,11 +203,12 @@ def sums_in_single(values: Tensor, param: Tensor) -> Tensor:
     values = in_memory_order(values, param)
     values = torch.nn.functional.pad(values, (0, -values.numel() % CHUNK_SIZE))
     lanes = ROW_BYTES // param.element_size()
-    squares = (values * values).view(-1, CHUNK_SIZE // lanes, lanes)
-    total = torch.zeros_like(squares[:, 0])
-    for row in squares.unbind(1):
-        total = total + row
-    return sum_in_lanes(total.to(torch.float64), TENSOR_LANES)
+    squares = (values * values).view(-1, CHUNK_SIZE)
+    total = in_lanes(squares, lanes)
+    while total.shape[-1] > TENSOR_LANES:
+        first, second = total.chunk(2, dim=-1)
+        total = first + second
+    return fold(total.to(torch.float64))
 
 
 def norm_of_chunks(sums: Tensor) -> Tensor:

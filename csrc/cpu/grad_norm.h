@@ -91,6 +91,7 @@ double total(const double* chunk_sums, int64_t num_chunks) {
 // Of what `of(i)` says of so many neighbors, from the first.
 template <class Norm, class Of>
 double total_of(int64_t first, int64_t count, Of of) {
+  if (count == 1) return of(first);
   Lanes<Norm, kTensorLanes> lanes;
   lanes.add([&](int64_t i) { return of(first + i); }, count);
   return lanes.fold();

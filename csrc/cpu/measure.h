@@ -23,9 +23,10 @@ struct UpdateLanes {
   alignas(64) T updates[kRow];
 };
 
-// The sum of so many lanes, a power of two.
-double total_of_lanes(Isa isa, const float* lanes, int64_t width);
-double total_of_lanes(Isa isa, const double* lanes, int64_t width);
+// The sum of so many lanes, a power of two: the halves are added until kTensorLanes are left. It
+// leaves nothing of them.
+double total_of_lanes(Isa isa, float* lanes, int64_t width);
+double total_of_lanes(Isa isa, double* lanes, int64_t width);
 
 // The norms of all tensors, once all chunks are measured.
 void measure_tensors(const Pass& pass);

@@ -125,16 +125,17 @@ struct LanesOf {
   }
 
   // By two warps, a sum each.
-  __device__ void leave_totals(ChunkMeasures& measures, int size) const {
+  __device__ void leave_totals(ChunkMeasures& measures) const {
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     if (warp > 1) return;
-    const T* const lanes = warp == 0 ? params : updates;
-    double sum = 0;
+    T* const lanes = warp == 0 ? params : updates;
+    // Halves are added, by the thread that has these lanes to itself, until there is one for each.
 #pragma unroll 1
-    for (int i = lane; i < kRow && i < size; i += kWarpSize) {
-      sum = SumOfSquares::combine(sum, static_cast<double>(lanes[i]));
+    for (int half = kRow / 2; half >= kWarpSize; half /= 2) {
+#pragma unroll 4
+      for (int i = lane; i < half; i += kWarpSize) lanes[i] += lanes[i + half];
     }
-    sum = warp_total<SumOfSquares>(sum);
+    const double sum = warp_total<SumOfSquares>(static_cast<double>(lanes[lane]));
     if (lane == 0) (warp == 0 ? measures.param_squares : measures.update_squares) = sum;
   }
 };
@@ -143,15 +144,14 @@ struct LanesOf {
 __device__ inline void leave_update_measures(const Pass& pass, int64_t index, UpdateLanes& lanes) {
   const Chunk chunk = pass.chunks[index];
   const TensorEntry& tensor = pass.tensors[chunk.tensor];
-  const int size = static_cast<int>(chunk.size(tensor.numel));
   ChunkMeasures& measures = pass.telemetry.chunks[index];
   __syncthreads();
   if (tensor.param_dtype == Dtype::kFloat64) {
-    LanesOf<double>(lanes).leave_totals(measures, size);
+    LanesOf<double>(lanes).leave_totals(measures);
   } else if (tensor.param_dtype == Dtype::kFloat32) {
-    LanesOf<float>(lanes).leave_totals(measures, size);
+    LanesOf<float>(lanes).leave_totals(measures);
   } else {
-    LanesOf<either16>(lanes).leave_totals(measures, size);
+    LanesOf<either16>(lanes).leave_totals(measures);
   }
 }
 

@@ -85,8 +85,7 @@ struct narrow_to<bfloat16> {
   static FUSEDOPT_INLINE bfloat16 from(float value) {
     const uint32_t bits = bit_cast<uint32_t>(value);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    return {static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
+    return {static_cast<uint16_t>(value != value ? 0x7fc0u : rounded)};
   }
 };
 
