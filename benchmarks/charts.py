@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from benchmarks.contests import CEILING
-from benchmarks.peers import OURS
+from benchmarks.peers import OUR_TELEMETRY, OURS
 from benchmarks.results import Row, median_seconds, ratio
 from benchmarks.tables import by_case
 
@@ -23,6 +23,7 @@ GRAY = "#808080"  # the one gray that stands out from white and from black
 # Okabe and Ito's colors, and a marker each.
 STYLES: dict[str, tuple[str, str]] = {
     OURS: ("#D55E00", "o"),
+    OUR_TELEMETRY: ("#D55E00", "d"),
     "torch fused": ("#0072B2", "s"),
     "torch foreach": ("#56B4E9", "D"),
     "torch for-loop": ("#009E73", "^"),

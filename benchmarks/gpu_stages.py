@@ -23,7 +23,7 @@ from benchmarks import cases, peers, results, tables
 from benchmarks.cases import Case
 from benchmarks.contests import CEILING, Outcome, StepContest, make_params
 from benchmarks.gpu_build import VARIANTS, call, variant_library
-from benchmarks.peers import OUR_SCALER, OURS
+from benchmarks.peers import OUR_SCALER, OUR_TELEMETRY, OURS
 from benchmarks.timing import Effort, Step, interleaved
 from fusedopt import backends
 
@@ -122,7 +122,8 @@ def speed(run: Run) -> dict[str, Any]:
             left_out.append(case.title)
             continue
         single = len(case.shapes) == 1 and not run.options.dry_run
-        sides = [OURS, OUR_SCALER, *PEERS, *(["torch compiled", CEILING] if single else [])]
+        extra = ["torch compiled", CEILING] if single else []
+        sides = [OURS, OUR_SCALER, OUR_TELEMETRY, *PEERS, *extra]
         try:
             run.keep("gpu", case.title, case, StepContest(case).run(sides, run.device, run.effort))
         except Exception as error:  # as where all sides' states don't fit into memory

@@ -26,6 +26,7 @@ Clip = Callable[[list[Parameter], float], object]
 
 OURS = "fusedopt"
 OUR_SCALER = "fusedopt with its own scaler"
+OUR_TELEMETRY = "fusedopt with telemetry"
 
 
 class Unavailable(Exception):
@@ -53,6 +54,13 @@ def ours(case: Case, params: list[Parameter]) -> Optimizer:
     cls = attribute(fusedopt, f"Fused{case.recipe.name}")
     max_grad_norm = None if case.mode == "plain" else 1.0
     return cls(params, **case.recipe.options, max_grad_norm=max_grad_norm)
+
+
+def with_telemetry(case: Case, params: list[Parameter]) -> Optimizer:
+    if case.mode != "clip" or case.optimizer != "AdamW":
+        raise Unavailable("what it costs is measured with AdamW, clipped")
+    cls = attribute(fusedopt, f"Fused{case.recipe.name}")
+    return cls(params, **case.recipe.options, max_grad_norm=1.0, telemetry=100)
 
 
 def torchs(**flags: bool) -> Callable[[Case, list[Parameter]], Optimizer]:
@@ -132,6 +140,7 @@ def check_on_gpu(library: str, params: list[Parameter]) -> None:
 SIDES = {
     OURS: Side(ours, clips=True),
     OUR_SCALER: Side(ours, clips=True),
+    OUR_TELEMETRY: Side(with_telemetry, clips=True),
     "torch for-loop": Side(torchs(foreach=False), counted=True),
     "torch foreach": Side(torchs(foreach=True), counted=True),
     "torch fused": Side(torchs(fused=True), counted=True),
