@@ -151,31 +151,31 @@ struct ChunkUpdate {
     }
     // What is left, all of it where an array is not aligned: neighboring threads take neighboring
     // elements, so that single accesses are coalesced too.
-    constexpr int kSingles = 4;
-    if (telemetry) __syncthreads();  // other threads own the lanes than of vectors
+    const auto update_singles = [&](auto count, auto factor) {
+      constexpr int kCount = decltype(count)::value;
 #pragma unroll 1
-    for (int first = done + threadIdx.x; first < size; first += kSingles * kThreads) {
-      Elements<kSingles> singles = arrays.template load<kSingles>(
-          [&](auto array) { return array.template load_each<kSingles, kThreads>(first, size); });
-      T factors[kSingles];
-#pragma unroll
-      for (int k = 0; k < kSingles; ++k) factors[k] = grad_factor;
-      if (by_units) {
-        const UnitFactors<T> own(pass, decision.inv_scale, chunk);
-#pragma unroll
-        for (int k = 0; k < kSingles; ++k) {
-          if (first + k * kThreads < size) factors[k] *= own(first + k * kThreads);
+      for (int first = done + threadIdx.x; first < size; first += kCount * kThreads) {
+        Elements<kCount> singles = arrays.template load<kCount>(
+            [&](auto array) { return array.template load_each<kCount, kThreads>(first, size); });
+        const auto own_factor = [&](int k) { return factor(first + k * kThreads); };
+        update(singles, used, convert, c, own_factor, kAllStates);
+        if (telemetry) {
+          squares.template add<kThreads>(
+              first, size, arrays.param.template load_each<kCount, kThreads>(first, size),
+              singles.param, convert);
         }
+        arrays.store(singles, [&](auto array, auto& it) {
+          array.template store_each<kCount, kThreads>(first, size, it);
+        });
       }
-      update(singles, used, convert, c, [&](int k) { return factors[k]; }, kAllStates);
-      if (telemetry) {
-        squares.template add<kThreads>(
-            first, size, arrays.param.template load_each<kSingles, kThreads>(first, size),
-            singles.param, convert);
-      }
-      arrays.store(singles, [&](auto array, auto& it) {
-        array.template store_each<kSingles, kThreads>(first, size, it);
-      });
+    };
+    if (telemetry) __syncthreads();  // other threads own the lanes than of vectors
+    if (by_units) {
+      const UnitFactors<T> own(pass, decision.inv_scale, chunk);
+      update_singles(std::integral_constant<int, 2>{},
+                     [&](int i) { return i < size ? own(i) * grad_factor : T{0}; });
+    } else {
+      update_singles(std::integral_constant<int, 4>{}, [&](int) { return grad_factor; });
     }
     return meter.result(convert);
   }
