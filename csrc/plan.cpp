@@ -75,8 +75,11 @@ Plan::Plan(const std::string& rule, const std::string& backend, const py::list& 
     const int first_item = static_cast<int>(items_.size());
     const auto found = known.find(key);
     if (found != known.end()) add_state(sources_[found->second], value);
-    state_entries_.push_back({key, value, found == known.end() ? nullptr : &sources_[found->second],
-                              first_item, static_cast<int>(items_.size())});
+    const void* table =
+        PyDict_Check(value) ? reinterpret_cast<PyDictObject*>(value)->ma_keys : nullptr;
+    state_entries_.push_back({key, value, table,
+                              found == known.end() ? nullptr : &sources_[found->second], first_item,
+                              static_cast<int>(items_.size())});
   }
   for (Source& source : sources_) {
     PyObject* counter = find(counters.ptr(), source.seen.object);
@@ -97,6 +100,7 @@ void Plan::add_source(PyObject* object, uint32_t group) {
   const at::ScalarType dtype = param.scalar_type();
   Source source;
   source.seen = Sighting::of(object);
+  source.autograd_meta = source.seen.impl->autograd_meta();
   source.group = group;
   source.device = param.device();
   source.dtype = dtype;
@@ -167,6 +171,7 @@ bool Plan::refresh(const py::list& param_groups, const py::dict& state) {
   for (size_t i = 0; i < sources_.size(); ++i) {
     if (i + kAhead < sources_.size()) {
       sources_[i + kAhead].seen.prefetch();
+      __builtin_prefetch(sources_[i + kAhead].autograd_meta);
       sources_[i + kAhead].grad_seen.prefetch();
     }
     if (!same_param(sources_[i]) || !gather_grad(sources_[i])) return false;
@@ -199,6 +204,8 @@ bool Plan::same_state(const py::dict& state) const {
     if (e + kAhead < state_entries_.size()) {
       const StateEntry& next = state_entries_[e + kAhead];
       __builtin_prefetch(next.value);
+      __builtin_prefetch(next.table);
+      __builtin_prefetch(static_cast<const char*>(next.table) + 64);
       for (int i = next.first_item; i < next.last_item; ++i) items_[i].seen.prefetch();
     }
     const StateEntry& entry = state_entries_[e];
@@ -246,7 +253,7 @@ bool Plan::gather_grad(Source& source) {
   Partition& partition = partitions_[source.partition];
   const TensorEntry& entry = partition.tensors[source.index];
   const at::Tensor& param = unpack(source.seen.object);
-  const at::Tensor& grad = param.grad();
+  const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
   const void*& slot = partition.grads[source.index];
   slot = nullptr;
   if (!grad.defined()) return true;

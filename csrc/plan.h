@@ -20,7 +20,8 @@ namespace fusedopt {
 // One parameter.
 struct Source {
   Sighting seen;
-  Sighting grad_seen;  // at the last step; often it is there again
+  Sighting grad_seen;                   // at the last step; often it is there again
+  const void* autograd_meta = nullptr;  // which holds the gradient; only to prefetch it
   uint32_t group = 0;
   int partition = 0;      // which of the devices
   int index = 0;          // in the partition
@@ -71,6 +72,7 @@ class Plan {
   struct StateEntry {
     PyObject* key;
     PyObject* value;
+    const void* table;          // where the dict keeps its items; only to prefetch them
     const Source* source;       // null where the key is not one of the parameters
     int first_item, last_item;  // of items_
   };

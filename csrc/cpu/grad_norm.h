@@ -44,21 +44,38 @@ class Lanes {
     }
   }
 
-  // Leaves nothing of the lanes. Those that were never used, up to a power of two, count as zero.
+  // Leaves nothing of the lanes. Those that were never used count as zero.
   FUSEDOPT_INLINE double fold() {
-    if (used_ == 0) return 0;
-    int64_t width = 1;
-    while (width < used_) width *= 2;
+    int64_t width = kFew;
+    while (width < used_) width *= 4;
     for (int64_t lane = used_; lane < width; ++lane) lanes_[lane] = 0;
     alignas(64) double other[kLanes / 2];
-    for (; width > 2; width /= 4) {
+    for (; width > kFew; width /= 4) {
       combine_neighbors<Norm>(lanes_, other, width / 2);
       combine_neighbors<Norm>(other, lanes_, width / 4);
     }
-    return width == 2 ? Norm::combine(lanes_[0], lanes_[1]) : lanes_[0];
+    return fold_few();
   }
 
  private:
+  // So many are folded without a loop: small tensors would spend their time on the loops' ends.
+  static constexpr int64_t few() {
+    int64_t width = kLanes;
+    while (width > 16) width /= 4;
+    return width;
+  }
+  static constexpr int64_t kFew = few();
+
+  FUSEDOPT_INLINE double fold_few() {
+#pragma GCC unroll 8
+    for (int64_t width = kFew / 2; width > 0; width /= 2) {
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < width; ++i)
+        lanes_[i] = Norm::combine(lanes_[2 * i], lanes_[2 * i + 1]);
+    }
+    return lanes_[0];
+  }
+
   alignas(64) double lanes_[kLanes];
   int64_t used_ = 0;
 };
