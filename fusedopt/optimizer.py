@@ -99,7 +99,7 @@ class FusedOptimizer(Optimizer):
     def max_grad_norm(self, value: float | AdaptiveClip | None) -> None:
         value = checks.check_max_grad_norm(value)
         if isinstance(value, Unit):
-            for index, group in enumerate(self.__dict__.get("param_groups", ())):
+            for index, group in enumerate(getattr(self, "param_groups", ())):
                 for position, param in enumerate(group["params"]):
                     name = checks.name_of(self.param_groups, index, position)
                     checks.check_rows(value, param, name)

@@ -231,3 +231,7 @@ def test_wrapper_of_a_derived_class_reads_and_sets_the_optimizer_it_wraps(backen
     set_grads(params, 1, scale=float("nan"))
     optimizer.step()
     assert wrapper.step_skipped and wrapper.skipped_steps == 1
+    params[0].data = torch.randn(4, 6, device=backend.device).t()
+    with pytest.raises(ValueError, match="contiguous in memory"):
+        wrapper.max_grad_norm = fusedopt.clip.Unit()
+    assert optimizer.max_grad_norm == 0.5
