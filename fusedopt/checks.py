@@ -40,9 +40,11 @@ class NonFiniteGradientError(RuntimeError):
 
 
 def check_max_grad_norm(value: Any) -> float | AdaptiveClip | None:
-    if value is None or isinstance(value, AdaptiveClip):
+    if value is None or (isinstance(value, AdaptiveClip) and type(value) is not AdaptiveClip):
         return value
     expected = "expected a float > 0, one of fusedopt.clip's limits, or None"
+    if isinstance(value, type) and issubclass(value, AdaptiveClip):
+        raise TypeError(f"max_grad_norm is the class {value.__name__} itself; {expected}")
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"max_grad_norm is a {type(value).__name__}; {expected}")
     if math.isnan(value) or value <= 0:

@@ -41,6 +41,11 @@ class AdaptiveClip:
         """Its options, as the kernels know them; `max_norm` is a fixed limit's."""
         return [float(getattr(self, it.name)) for it in fields(self) if it.name != "max_norm"]
 
+    def label(self) -> str:
+        """The same for equal limits, as `repr`, which tells 1 from 1.0, is not."""
+        values = [f"{it.name}={float(getattr(self, it.name))}" for it in fields(self)]
+        return f"{type(self).__name__}({', '.join(values)})"
+
     def new_state(self, num_params: int, device: torch.device) -> Tensor:
         """Of a run that begins."""
         return torch.zeros(self._state_shape(num_params), dtype=torch.float64, device=device)

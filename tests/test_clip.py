@@ -12,7 +12,7 @@ import torch
 from cases import CLASSES, DTYPES, assert_same_bits, make_params, set_grads, snapshot, tensors_of
 
 import fusedopt
-from fusedopt.clip import Percentile, PerTensor, Unit, ZScore
+from fusedopt.clip import AdaptiveClip, Percentile, PerTensor, Unit, ZScore
 
 GLOBAL = [Percentile(80, window=5, warmup=3), Percentile(100, window=4, warmup=1), ZScore(warmup=4)]
 OWN = [PerTensor(warmup=3), Unit(0.5), PerTensor(warmup=2, max_norm=50.0), Unit(0.1, max_norm=50.0)]
@@ -258,6 +258,60 @@ def test_checkpoints_with_and_without():
     saved["clip"]["state"] = torch.zeros(2)
     with pytest.raises(ValueError, match=r"state of ZScore.*float64 tensor of shape \(3,\)"):
         fusedopt.FusedAdam(params, max_grad_norm=ZScore()).load_state_dict(saved)
+
+
+def learned(limit, steps=4):
+    params = make_params([(4, 2), (3,)])
+    optimizer = fusedopt.FusedAdam(params, max_grad_norm=limit)
+    run(optimizer, params, SCALES[:steps])
+    return params, copy.deepcopy(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("limit", LEARNING, ids=str)
+def test_a_count_that_no_step_has_left_is_refused(limit):
+    params, saved = learned(limit)
+    for bad in (-3.0, 0.5, 1e300, math.inf, math.nan):
+        saved["clip"]["state"].view(-1)[0] = bad
+        other = fusedopt.FusedAdam(params, max_grad_norm=limit)
+        with pytest.raises(ValueError, match="expected whole numbers of steps, and no nan"):
+            other.load_state_dict(saved)
+    assert other._own["clip_state"] is None and not other.state
+
+
+def test_equal_limits_know_each_other_in_a_checkpoint():
+    params, saved = learned(ZScore(max_norm=2, warmup=2))
+    other = fusedopt.FusedAdam(params, max_grad_norm=ZScore(max_norm=2.0, warmup=2))
+    other.load_state_dict(saved)
+    assert other._own["clip_state"][0] == 4
+
+
+def test_a_checkpoint_whose_memory_is_laid_out_otherwise(backend):
+    limit = PerTensor(warmup=2)
+    params, saved = learned(limit)
+    expected = saved["clip"]["state"].clone()
+    saved["clip"]["state"] = expected.t().contiguous().t()
+    params = [torch.nn.Parameter(p.detach().to(backend.device)) for p in params]
+    other = backend.make(fusedopt.FusedAdam, params, max_grad_norm=limit)
+    other.load_state_dict(saved)
+    run(other, params, [1.0])
+    assert other._own["clip_state"].is_contiguous()
+    assert (other._own["clip_state"][:, 0] == expected[:, 0] + 1).all()
+
+
+def test_a_checkpoint_that_is_loaded_in_inference_mode():
+    limit = PerTensor(warmup=2)
+    params, saved = learned(limit)
+    other = fusedopt.FusedAdam(params, backend="reference", max_grad_norm=limit)
+    with torch.inference_mode():
+        other.load_state_dict(saved)
+    run(other, params, [1.0])
+    assert (other._own["clip_state"][:, 0] == 5).all()
+
+
+@pytest.mark.parametrize("value", [PerTensor, AdaptiveClip(), AdaptiveClip])
+def test_what_is_no_limit_is_refused(value):
+    with pytest.raises(TypeError, match=r"max_grad_norm is .*; expected .*fusedopt\.clip's limits"):
+        fusedopt.FusedAdam(make_params(), max_grad_norm=value)
 
 
 def test_another_limit_learns_anew(backend):
