@@ -78,6 +78,7 @@ class FusedOptimizer(Optimizer):
         # What can be set after construction lies in a dict: the wrapper that a trainer makes, of a
         # class derived from ours and delegating what it lacks, then writes here and not to itself.
         self._own: dict[str, Any] = {"control": None, "clip_state": None}
+        self._lock = threading.RLock()
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
         self.max_consecutive_skips = max_consecutive_skips
@@ -88,7 +89,6 @@ class FusedOptimizer(Optimizer):
         self._plan: _C.Plan | None = None
         self._counters: dict[Tensor, Tensor] = {}  # by parameter: see `Rule.counts_apart`
         self._perhaps_unused: list[Tensor] = []
-        self._lock = threading.RLock()
 
     @property
     def max_grad_norm(self) -> float | AdaptiveClip | None:
@@ -103,9 +103,10 @@ class FusedOptimizer(Optimizer):
                 for position, param in enumerate(group["params"]):
                     name = checks.name_of(self.param_groups, index, position)
                     checks.check_rows(value, param, name)
-        if value != self._own.get("max_grad_norm"):
-            self._own["clip_state"] = None  # another limit learns anew
-        self._own["max_grad_norm"] = value
+        with self._lock:  # a step of another thread has the one or the other
+            if value != self._own.get("max_grad_norm"):
+                self._own["clip_state"] = None  # another limit learns anew
+            self._own["max_grad_norm"] = value
 
     @property
     def nonfinite(self) -> NonFinite | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
+import threading
 
 import numpy as np
 import pytest
@@ -325,6 +326,28 @@ def test_another_limit_learns_anew(backend):
     assert optimizer._own["clip_state"][0] == 2
     optimizer.max_grad_norm = 1.0
     run(optimizer, params, SCALES[:1])
+
+
+def test_a_limit_is_not_changed_in_the_middle_of_another_threads_step(monkeypatch):
+    params = make_params([(4, 2)])
+    optimizer = fusedopt.FusedAdam(params, max_grad_norm=ZScore())
+    known = type(optimizer)._clip_state
+    set_later = []
+
+    def meanwhile(self, clip):
+        if not set_later:
+            other = PerTensor(warmup=2)
+            set_later.append(threading.Thread(target=setattr, args=(self, "max_grad_norm", other)))
+            set_later[0].start()
+            set_later[0].join(0.2)
+        return known(self, clip)
+
+    monkeypatch.setattr(type(optimizer), "_clip_state", meanwhile)
+    run(optimizer, params, [1.0])
+    set_later[0].join()
+    assert optimizer._own["clip_state"] is None
+    run(optimizer, params, [1.0])
+    assert optimizer._own["clip_state"].tolist() == [[1, pytest.approx(1.0, rel=1e-4)]]
 
 
 def test_unscaled_norms_are_learned(backend):
