@@ -4,6 +4,8 @@
 
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <unordered_map>
+
 namespace fusedopt {
 
 namespace {
@@ -14,7 +16,7 @@ std::vector<at::Tensor> memory_of(const Partition& partition) {
   for (const at::Tensor& it :
        {partition.chunk_measures, partition.step_ring, partition.param_ring,
         partition.own_clips.units, partition.own_clips.tensor_norms, partition.own_clips.unit_sums,
-        partition.own_clips.coefs, partition.own_clips.chunk_coefs}) {
+        partition.own_clips.coefs, partition.own_clips.chunk_coefs, partition.clip_state}) {
     if (it.defined()) memory.push_back(it);
   }
   for (const DenseParam& it : partition.dense_params) memory.push_back(it.dense);
@@ -32,10 +34,12 @@ bool is_capturing(cudaStream_t stream) {
 void keep_for_current_stream(Partition& partition, cudaStream_t stream) {
   // A graph reads the tables at every replay, also when this plan has been replaced. torch has no
   // way to say so, and they are small: they stay.
-  if (!partition.captured && is_capturing(stream)) {
-    static auto* const kept = new std::vector<at::Tensor>;  // never destroyed: CUDA may be gone
-    for (const at::Tensor& tensor : memory_of(partition)) kept->push_back(tensor);
-    partition.captured = true;
+  if (is_capturing(stream)) {
+    // By storage, as a later graph may read more. Never destroyed: CUDA may be gone.
+    static auto* const kept = new std::unordered_map<const void*, at::Tensor>;
+    for (const at::Tensor& tensor : memory_of(partition)) {
+      kept->try_emplace(tensor.storage().unsafeGetStorageImpl(), tensor);
+    }
   }
   if (!partition.device.is_cuda()) return;
   // torch's allocator gives memory back to the stream that it was allocated on, unless it knows of

@@ -59,7 +59,9 @@ void Partition::lay_out(size_t num_groups, bool runs_on_cuda) {
   on_cuda = runs_on_cuda;
   if (param_ring.defined()) {
     constexpr int64_t kMeasures = sizeof(ChunkMeasures) / sizeof(double);
-    chunk_measures = at::empty({static_cast<int64_t>(chunks.size()), kMeasures}, doubles);
+    // One at least: a null pointer says that nobody asked for telemetry.
+    const int64_t rows = std::max<int64_t>(1, static_cast<int64_t>(chunks.size()));
+    chunk_measures = at::empty({rows, kMeasures}, doubles);
   }
   if (on_cuda) {
     const bool telemetry = param_ring.defined();

@@ -70,7 +70,7 @@ struct Partition {
   DeviceTables tables;              // CUDA only
   at::Tensor moving;                // CUDA only: what doesn't fit in a kernel's arguments
   std::optional<c10::Stream> home;  // CUDA only: the stream that was current at the first pass
-  bool captured = false;            // in a CUDA graph
+  at::Tensor clip_state;            // of an adaptive limit, at this step
   bool on_cuda = false;
 
   // Once all tensors are known: the chunks, and memory for what the passes write.

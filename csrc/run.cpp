@@ -93,6 +93,21 @@ void combine_devices(std::vector<Partition>& partitions, NormType norm_type) {
   for (Partition& partition : partitions) sum_of(partition).copy_(total);
 }
 
+// Each device knows the smallest coefficient of its own tensors or units; readings are of all.
+void combine_coefs(std::vector<Partition>& partitions) {
+  const at::Tensor smallest = control_slot(partitions[0], offsetof(StepControl, clip_coef));
+  for (size_t i = 1; i < partitions.size(); ++i) {
+    const at::Tensor other =
+        control_slot(partitions[i], offsetof(StepControl, clip_coef)).to(smallest.device());
+    smallest.copy_(at::where(other.lt(smallest), other, smallest));
+  }
+  const at::Tensor& ring = partitions[0].step_ring;
+  if (!ring.defined()) return;
+  const at::Tensor steps = control_slot(partitions[0], offsetof(StepControl, steps));
+  const at::Tensor row = steps.sub(1).remainder(ring.size(0)).to(at::kLong);
+  ring.select(1, 1).index_copy_(0, row, smallest);
+}
+
 // The plan's own controls count from when it was made, and telemetry's rows from the first step.
 void share_step_number(std::vector<Partition>& partitions) {
   const at::Tensor steps = control_slot(partitions[0], offsetof(StepControl, steps));
@@ -119,6 +134,7 @@ void run(const RuleInfo& rule, std::vector<Partition>& partitions, const std::ve
   }
   if (phases == Phases::kMeasure) return;
   run_all(Phases::kUpdate);
+  if (passes[0].own_clips.units != nullptr) combine_coefs(partitions);
   if (!options.measure) {
     combine_devices(partitions, options.norm_type);
     control_slot(partitions[0], offsetof(StepControl, grad_norm))

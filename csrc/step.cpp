@@ -36,6 +36,7 @@ Pass make_pass(Partition& partition, const StepRequest& request, std::vector<at:
                 pass.options.clip.arguments);
     owner.push_back(clip.state.to(partition.device));
     pass.options.clip.state = owner.back().data_ptr<double>();
+    partition.clip_state = owner.back();
     pass.learns = is_by_tensor(clip) || clip.state.device() == partition.device;
     pass.own_clips = partition.clips_for(pass.options.clip.kind);
   }
@@ -98,6 +99,7 @@ bool step(Plan& plan, const py::list& param_groups, const py::dict& state,
   for (Partition& partition : partitions) {
     store_dense_params(partition);
     partition.dense_grads.clear();
+    partition.clip_state.reset();
   }
   return true;
 }

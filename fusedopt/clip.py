@@ -51,16 +51,19 @@ class AdaptiveClip:
         return torch.zeros(self._state_shape(num_params), dtype=torch.float64, device=device)
 
     def fit(self, state: Tensor | None, num_params: int, device: torch.device) -> Tensor:
-        """What is known, for that many parameters on that device; new ones begin to learn."""
+        """What is known, for at least so many parameters on that device; new ones learn anew."""
         if state is None:
             return self.new_state(num_params, device)
         state = state.to(device)
-        if state.shape == self._state_shape(num_params):
+        if len(state) >= self._state_shape(num_params)[0]:
             return state
         new = self.new_state(num_params, device)
-        known = min(len(new), len(state))
-        new[:known] = state[:known]
+        new[: len(state)] = state
         return new
+
+    def moved(self, state: Tensor, before: list[Tensor], now: list[Tensor]) -> Tensor:
+        """What is known, when the parameters have other places than before."""
+        return state
 
     def limit(self, state: Tensor, norm: float) -> float:
         """The largest global norm that is not clipped, at a step with this one; inf: none."""
@@ -242,10 +245,12 @@ class PerTensor(AdaptiveClip):
         _check_range(self, "warmup_norm", 0, math.inf)
 
     def own_coef(self, state: Tensor, index: int, param: Tensor, decision: Decision) -> float:
+        norm = _grad_norm(param, decision)
+        if norm == 0:  # it never warms up, and is not to be the smallest coefficient
+            return 1.0
         count, average = state[index].tolist()
         if count < self.warmup:
             return reference.clip_coefficient(self.warmup_norm, decision.grad_norm)
-        norm = _grad_norm(param, decision)
         limit = self.threshold * average
         return limit / norm if norm > limit else 1.0
 
@@ -263,6 +268,14 @@ class PerTensor(AdaptiveClip):
             elif count == 0 or clipped < average:
                 average = clipped
             state[index] = state.new_tensor((count + 1, average))
+
+    def moved(self, state: Tensor, before: list[Tensor], now: list[Tensor]) -> Tensor:
+        rows = {id(param): row for param, row in zip(before, state, strict=False)}
+        new = self.new_state(len(now), state.device)
+        for place, param in enumerate(now):
+            if id(param) in rows:
+                new[place] = rows[id(param)]
+        return new
 
     def _state_shape(self, num_params: int) -> tuple[int, ...]:
         return (num_params, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
@@ -77,7 +78,7 @@ class FusedOptimizer(Optimizer):
         """Takes our own arguments. Comes before torch's __init__, which adds the param groups."""
         # What can be set after construction lies in a dict: the wrapper that a trainer makes, of a
         # class derived from ours and delegating what it lacks, then writes here and not to itself.
-        self._own: dict[str, Any] = {"control": None, "clip_state": None}
+        self._own: dict[str, Any] = {"control": None, "clip_state": None, "clip_params": None}
         self._lock = threading.RLock()
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
@@ -214,6 +215,7 @@ class FusedOptimizer(Optimizer):
             self._perhaps_unused.clear()
         state_dict = super().state_dict()
         if isinstance(self.max_grad_norm, AdaptiveClip) and self._own["clip_state"] is not None:
+            self._move_clip_state()
             clip_state = self._clip_state(self.max_grad_norm)
             state_dict["clip"] = checkpoint.save_clip(self.max_grad_norm, clip_state)
         return state_dict
@@ -281,6 +283,7 @@ class FusedOptimizer(Optimizer):
             self.param_groups, self.state, *request.for_kernels(), control=control
         ):
             self._plan, new_states = self._prepare()
+            request = self._request(mode)  # a limit's state may have moved
             if self._plan is None:
                 reference.step(
                     self.rule,
@@ -335,6 +338,20 @@ class FusedOptimizer(Optimizer):
         self._own["clip_state"] = state = clip.fit(state, num_params, device)
         return state
 
+    def _move_clip_state(self) -> None:
+        """What a limit has learned of a parameter goes along with it to another place."""
+        limit, state, before = (
+            self.max_grad_norm,
+            self._own["clip_state"],
+            self._own["clip_params"],
+        )
+        params = [param for _, param in reference.distinct_params(self.param_groups)]
+        if isinstance(limit, AdaptiveClip) and state is not None and before is not None:
+            same = len(before) == len(params) and all(map(operator.is_, before, params))
+            if not same:
+                self._own["clip_state"] = limit.moved(state, before, params)
+        self._own["clip_params"] = params
+
     def _nonfinite_mode(self) -> NonFinite:
         if self.skips_for_scaler:
             return "skip"
@@ -365,6 +382,7 @@ class FusedOptimizer(Optimizer):
             for group, param in pairs
             if state.complete(self.rule, group, param, self.state, self._counters)
         ]
+        self._move_clip_state()
         if self._rings is not None:
             self._rings.fit(self.param_groups)
         rings = [] if self._rings is None else self._rings.tensors()
@@ -442,7 +460,7 @@ class FusedOptimizer(Optimizer):
             loaded = checkpoint.load_state(self.rule, groups, state_dict)
             clip_state = checkpoint.load_clip(self.max_grad_norm, groups, state_dict)
             self.__setstate__({"state": loaded, "param_groups": groups})
-            self._own["clip_state"] = clip_state
+            self._own["clip_state"], self._own["clip_params"] = clip_state, None
         except Exception:
             self.__dict__.clear()
             self.__dict__.update(before)

@@ -398,3 +398,41 @@ def test_own_limits_look_at_unscaled_gradients(backend, limit):
 def test_refused(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+def test_a_gradient_of_zeros_is_not_clipped(backend):
+    params = make_params([(30,), (5,), (0,)], device=backend.device)
+    optimizer = backend.make(fusedopt.FusedSGD, params, lr=0.1, max_grad_norm=PerTensor(warmup=1))
+    for step in range(3):
+        set_grads(params, step, 1.0 - 0.3 * step)
+        params[1].grad.zero_()
+        optimizer.step()
+    assert optimizer.grad_norm > 1 and "clipped by 0.4" not in optimizer.explain()
+
+
+def test_telemetry_of_nothing_but_empty_parameters(backend):
+    params = make_params([(0,), (0, 3)], device=backend.device)
+    set_grads(params, 0)
+    optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=1.0, telemetry=2)
+    optimizer.step()
+    assert optimizer.telemetry().grad_norm.tolist() == [0.0]
+
+
+def test_what_is_known_of_a_parameter_goes_along_with_it(backend):
+    params = make_params([(30,), (5,), (7,)], device=backend.device)
+    groups = [{"params": [param]} for param in params]
+    limit = PerTensor(warmup=1, max_norm=100.0)
+    optimizer = backend.make(fusedopt.FusedSGD, groups, lr=0.1, max_grad_norm=limit)
+    run(optimizer, params, [1.0, 1.0])
+    known = optimizer._own["clip_state"].clone()
+    optimizer.param_groups.pop(0)
+    assert torch.equal(optimizer.state_dict()["clip"]["state"], known[1:])
+    optimizer.param_groups.pop(0)
+    late = make_params([(9,)], device=backend.device)
+    optimizer.add_param_group({"params": late})
+    run(optimizer, [params[2], *late], [0.5])
+    state = optimizer._own["clip_state"]
+    assert state[:, 0].tolist() == [3, 1]
+    average, norm = known[2, 1].item(), params[2].grad.norm().item()
+    expected = 0.98 * average + 0.02 * min(norm, 1.05 * average)
+    assert state[0, 1].item() == pytest.approx(expected, rel=1e-6)

@@ -126,6 +126,7 @@ struct PerTensor {
   FUSEDOPT_INLINE double& average(int64_t tensor) const { return state[2 * tensor + 1]; }
 
   FUSEDOPT_INLINE double coef(int64_t tensor, double norm, double global_norm) const {
+    if (norm == 0) return 1.0;  // it never warms up, and is not to be the smallest coefficient
     if (count(tensor) < warmup) return clip_coefficient(warmup_norm, global_norm);
     return coefficient_to(threshold * average(tensor), norm);
   }
