@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -62,12 +63,14 @@ def test_threads_that_each_step_an_optimizer(backend, shapes):
         assert actual.grad_norm == expected.grad_norm
 
 
-def test_readings_and_gradients_from_another_thread_during_a_step(backend):
-    """A reading is that of some step; a gradient that is dropped meanwhile stays until its end."""
+def test_readings_and_zero_grad_from_another_thread_during_a_step(backend):
+    """A reading is that of some step, with all gradients, some or none."""
     shape = (300,) if backend.name == "emulated" else (LARGE,)
     params = make_params([shape, (7,)], device=backend.device)
     optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=1.0)
     set_grads(params, 0)
+    # Held here, so that dropping one frees nothing: torch lets other threads run while it frees a
+    # gradient that `.grad` still points to, and two threads that write `.grad` corrupt the heap.
     grads = [param.grad for param in params]
     possible = []
     for dropped in ([], params[:1], params[1:], params):
@@ -80,7 +83,7 @@ def test_readings_and_gradients_from_another_thread_during_a_step(backend):
     def step():
         for _ in range(20):
             for param, grad in zip(params, grads):
-                param.grad = grad.clone()
+                param.grad = grad
             optimizer.step()
         done.set()
 
@@ -93,6 +96,45 @@ def test_readings_and_gradients_from_another_thread_during_a_step(backend):
 
     in_threads(step, watch)
     assert all(p.isfinite().all() for p in params)
+
+
+def test_gradient_dropped_during_a_step_stays_until_its_end():
+    """Its memory would go back to the system at once, and reading it would end the process."""
+
+    def trained():
+        params = make_params([(4 * LARGE,)])
+        optimizer = fusedopt.FusedAdam(params, max_grad_norm=1.0, backend="cpu")
+        set_grads(params, 0)
+        optimizer.step()
+        return optimizer, params[0]
+
+    (optimizer, param), (undisturbed, _) = trained(), trained()
+    grad = param.grad.clone()
+    in_kernels, dropped_meanwhile = threading.Event(), threading.Event()
+    # Before the first hook and after the second, torch itself lets other threads run.
+    optimizer.register_step_pre_hook(lambda *_: in_kernels.set())
+    optimizer.register_step_post_hook(lambda *_: in_kernels.clear())
+
+    def drop():
+        while not in_kernels.is_set():
+            time.sleep(0)
+        param.grad = None
+        if in_kernels.is_set():
+            dropped_meanwhile.set()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(30)  # no thread gives way but where it waits or says so: in the kernels
+    try:
+        for _ in range(100):
+            param.grad = grad.clone()
+            in_threads(optimizer.step, drop)
+            undisturbed.step()
+            if dropped_meanwhile.is_set():
+                break
+    finally:
+        sys.setswitchinterval(interval)
+    assert dropped_meanwhile.is_set()
+    assert_same_bits(tensors_of(optimizer), tensors_of(undisturbed))
 
 
 def test_threads_that_step_one_optimizer():
