@@ -64,6 +64,7 @@ class Board:
         self.all_threads = torch.get_num_threads()
         self.outcomes: dict[tuple[Contest, int], Outcome] = {}
         self.report: dict[str, Any] | None = None
+        self.saved: Path | None = None
 
     def outcome(self, suite: str, contest: Contest, threads: int, sides: list[str]) -> Outcome:
         if (contest, threads) not in self.outcomes:
@@ -75,6 +76,9 @@ class Board:
                 torch.set_num_threads(self.all_threads)
             self.outcomes[contest, threads] = outcome
             self.report["rows"] += outcome.rows(suite, contest, threads)
+            if self.save_to is not None:  # at once: a long run that breaks off has not been in vain
+                suites = {row["suite"] for row in self.report["rows"]}
+                self.saved = results.save(self.report, suites, self.save_to)
         return self.outcomes[contest, threads]
 
 
@@ -124,7 +128,5 @@ def pytest_terminal_summary(
         return
     for line in tables.as_text(board.report):
         terminalreporter.write_line(line)
-    if board.save_to is not None:
-        suites = {row["suite"] for row in board.report["rows"]}
-        path = results.save(board.report, suites, board.save_to)
-        terminalreporter.write_line(f"samples: {path}")
+    if board.saved is not None:
+        terminalreporter.write_line(f"samples: {board.saved}")
