@@ -76,10 +76,16 @@ class Board:
                 torch.set_num_threads(self.all_threads)
             self.outcomes[contest, threads] = outcome
             self.report["rows"] += outcome.rows(suite, contest, threads)
-            if self.save_to is not None:  # at once: a long run that breaks off has not been in vain
-                suites = {row["suite"] for row in self.report["rows"]}
-                self.saved = results.save(self.report, suites, self.save_to)
+            if self.save_to is not None:
+                self.save(self.report, self.save_to)
         return self.outcomes[contest, threads]
+
+    def save(self, report: dict[str, Any], folder: Path) -> None:
+        """After every contest: a long run that breaks off has not been in vain."""
+        before, suites = self.saved, {row["suite"] for row in report["rows"]}
+        self.saved = results.save(report, suites, folder)
+        if before not in (None, self.saved):  # named after fewer suites
+            before.unlink()
 
 
 @dataclass
