@@ -58,7 +58,7 @@ class Collector {
   explicit Collector(bool writes) : writes_(writes) {}
 
   void add(const at::Tensor& grad) {
-    Partition& partition = partitions_[partition_on(grad.device(), partitions_)];
+    Partition& partition = partitions_[partition_for(grad, partitions_)];
     void* data = writes_ ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr());
     const bool is_new = !writes_ || grad.numel() == 0 || seen_.emplace(data, grad.numel()).second;
     if (!is_new || !is_dense(grad)) {

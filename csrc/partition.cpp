@@ -7,6 +7,11 @@ namespace fusedopt {
 
 namespace {
 
+// The emulator has one device's memory, and its own idea of which tensors lie apart.
+#if !defined(FUSEDOPT_PLACE_OF)
+#define FUSEDOPT_PLACE_OF(tensor) (tensor).device()
+#endif
+
 // A table in the memory that kernels read: the CPU's, or (without a wait for it) a GPU's.
 at::Tensor upload(const void* table, size_t size, c10::Device device, bool on_cuda) {
   const auto options = at::TensorOptions(device).dtype(at::kByte);
@@ -127,11 +132,14 @@ void Partition::make_units() {
   own_clips.units = upload(units.data(), units.size() * sizeof(Units), device, on_cuda);
 }
 
-size_t partition_on(c10::Device device, std::vector<Partition>& partitions) {
+size_t partition_for(const at::Tensor& tensor, std::vector<Partition>& partitions) {
+  const c10::Device place = FUSEDOPT_PLACE_OF(tensor);
   const auto found = std::find_if(partitions.begin(), partitions.end(),
-                                  [&](const Partition& it) { return it.device == device; });
+                                  [&](const Partition& it) { return it.place == place; });
   if (found != partitions.end()) return found - partitions.begin();
-  partitions.emplace_back().device = device;
+  Partition& partition = partitions.emplace_back();
+  partition.device = tensor.device();
+  partition.place = place;
   return partitions.size() - 1;
 }
 

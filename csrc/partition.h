@@ -53,6 +53,7 @@ struct OwnClipMemory {
 // The tensors of one device: what one pass walks over.
 struct Partition {
   c10::Device device = at::kCPU;
+  c10::Device place = at::kCPU;  // the same one, if not for tests; see partition_for
   std::vector<TensorEntry> tensors;
   std::vector<Chunk> chunks;
   std::vector<int64_t> first_chunk;  // of each tensor, and the end of the last
@@ -86,8 +87,8 @@ struct Partition {
   void make_units();
 };
 
-// Which of the partitions is that of this device: a new one for the first tensor on it.
-size_t partition_on(c10::Device device, std::vector<Partition>& partitions);
+// Which of the partitions is that of the tensor's device: a new one for the first tensor on it.
+size_t partition_for(const at::Tensor& tensor, std::vector<Partition>& partitions);
 
 #if FUSEDOPT_WITH_CUDA
 int device_index(c10::Device device);

@@ -110,7 +110,7 @@ void Plan::add_source(PyObject* object, uint32_t group) {
   if (!param.is_non_overlapping_and_dense()) {
     source.dense_strides = at::infer_dense_strides(param.sizes(), param.strides());
   }
-  source.partition = static_cast<int>(partition_on(source.device, partitions_));
+  source.partition = static_cast<int>(partition_for(param, partitions_));
   Partition& partition = partitions_[source.partition];
   source.index = static_cast<int>(partition.tensors.size());
 

@@ -22,7 +22,9 @@ bool is_by_tensor(const AdaptiveClipRequest& clip) {
   return static_cast<ClipKind>(clip.kind) == ClipKind::kPerTensor;
 }
 
-Pass make_pass(Partition& partition, const StepRequest& request, std::vector<at::Tensor>& owner) {
+// `is_first`: a limit's state lies on this device, as the first parameter does.
+Pass make_pass(Partition& partition, bool is_first, const StepRequest& request,
+               std::vector<at::Tensor>& owner) {
   Pass pass = partition.pass();
   pass.options.max_grad_norm = request.max_grad_norm;
   pass.options.skip_nonfinite = request.skip_nonfinite;
@@ -34,10 +36,10 @@ Pass make_pass(Partition& partition, const StepRequest& request, std::vector<at:
     pass.options.clip.kind = static_cast<ClipKind>(clip.kind);
     std::copy_n(clip.arguments.begin(), std::min<size_t>(clip.arguments.size(), kMaxClipArguments),
                 pass.options.clip.arguments);
-    owner.push_back(clip.state.to(partition.device));
+    owner.push_back(clip.state.to(partition.device, at::kDouble, false, /*copy=*/!is_first));
     pass.options.clip.state = owner.back().data_ptr<double>();
     partition.clip_state = owner.back();
-    pass.learns = is_by_tensor(clip) || clip.state.device() == partition.device;
+    pass.learns = is_by_tensor(clip) || is_first;
     pass.own_clips = partition.clips_for(pass.options.clip.kind);
   }
   return pass;
@@ -86,7 +88,7 @@ bool step(Plan& plan, const py::list& param_groups, const py::dict& state,
   std::vector<Pass> passes;
   for (Partition& partition : partitions) {
     load_dense_params(partition);
-    passes.push_back(make_pass(partition, request, owner));
+    passes.push_back(make_pass(partition, passes.empty(), request, owner));
   }
   if (partitions.size() > 1 && partitions[0].step_ring.defined()) {
     // What a step's own row says of all devices has to be known before the update writes it.

@@ -11,6 +11,7 @@ enters their statistics.
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,6 +32,7 @@ class AdaptiveClip:
     """What all limits share. Each has a state: float64, on the first parameter's device."""
 
     kind: ClassVar[int]
+    part: ClassVar[str | None] = None  # what has a coefficient of its own, in a word
     max_norm: float = field(default=math.inf, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -231,6 +233,7 @@ class PerTensor(AdaptiveClip):
     """
 
     kind = 3
+    part = "parameter"
 
     threshold: float = 1.05
     beta: float = 0.98
@@ -298,7 +301,8 @@ class Unit(AdaptiveClip):
 
     A unit is what one index of the first dimension selects: a row of a linear layer, a filter of a
     convolution. A parameter of fewer than two dimensions is a unit by itself. AGC leaves the last
-    linear layer alone: give it an optimizer without this limit.
+    linear layer alone: give it an optimizer without this limit. On the device, a unit takes 24
+    bytes of memory.
 
     Args:
         clipping: how many times its weights' norm a gradient's may be; 0.01 for batches of 4,096,
@@ -312,6 +316,7 @@ class Unit(AdaptiveClip):
     """
 
     kind = 4
+    part = "row"
 
     clipping: float = 0.01
     eps: float = 1e-3
@@ -340,8 +345,10 @@ MAX_WINDOW = 4096
 def _check_range(clip: AdaptiveClip, name: str, low: float, high: float) -> None:
     value: Any = getattr(clip, name)
     what = f"{type(clip).__name__}'s {name}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{what} is a {type(value).__name__}; expected a number")
+    if type(value) is not int:  # NumPy's float32 would make single precision of the formulas
+        object.__setattr__(clip, name, value := float(value))
     if not low <= value <= high or (low == 0 and high == math.inf and not 0 < value < math.inf):
         bounds = "a finite number above 0" if high == math.inf else f"from {low} to {high}"
         raise ValueError(f"{what} is {value}; expected {bounds}")
@@ -350,7 +357,8 @@ def _check_range(clip: AdaptiveClip, name: str, low: float, high: float) -> None
 def _check_whole(clip: AdaptiveClip, name: str, low: int, high: int) -> None:
     value: Any = getattr(clip, name)
     what = f"{type(clip).__name__}'s {name}"
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{what} is a {type(value).__name__}; expected an int")
+    object.__setattr__(clip, name, value := int(value))
     if not low <= value <= high:
         raise ValueError(f"{what} is {value}; expected from {low} to {high}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import backends, checks, reference
+from fusedopt.clip import AdaptiveClip
 from fusedopt.optimizer import Backend
 
 _FUSED_NORM_TYPES = (2.0, math.inf)
@@ -114,6 +115,11 @@ def _clip(
     backend: Backend | None,
 ) -> Tensor:
     """Clips to `max_norm` (inf: never) and returns the norm, in the dtype that callers get."""
+    if isinstance(max_norm, AdaptiveClip):
+        raise TypeError(
+            f"max_norm is a {type(max_norm).__name__}; expected a number: limits that adapt are an "
+            "optimizer's max_grad_norm"
+        )
     tensors, max_norm, norm_type = _as_list(tensors), float(max_norm), float(norm_type)
     known = None
     if norm_type not in _FUSED_NORM_TYPES:

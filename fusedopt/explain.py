@@ -14,12 +14,16 @@ LOOK_BACK = 20  # steps over which a norm's growth is told
 WORTH_TELLING = 2.0  # a norm that has grown less is not said to have grown
 
 
-def explain(telemetry: Telemetry) -> str:
-    """What the last step did and why, and what the steps before it were like."""
+def explain(telemetry: Telemetry, part: str | None) -> str:
+    """What the last step did and why, and what the steps before it were like.
+
+    Args:
+        part: what the limit clips by itself, if it does; see `AdaptiveClip`.
+    """
     count = len(telemetry.step)
     if count == 0:
         return NO_STEP
-    lines = [describe_step(telemetry, count - 1)]
+    lines = [describe_step(telemetry, count - 1, part)]
     skipped = telemetry.skipped.nonzero().flatten().tolist()
     if skipped and skipped[-1] != count - 1:
         lines.append("before that, " + describe_step(telemetry, skipped[-1]))
@@ -34,7 +38,7 @@ def last_step(telemetry: Telemetry) -> str:
     return describe_step(telemetry, len(telemetry.step) - 1)
 
 
-def explain_without_telemetry(control: Tensor) -> str:
+def explain_without_telemetry(control: Tensor, part: str | None) -> str:
     """What the readings alone tell; see `Control`."""
     readings = control.tolist()
     steps, norm, coef = (readings[i] for i in (Control.STEPS, Control.GRAD_NORM, Control.CLIP_COEF))
@@ -43,7 +47,7 @@ def explain_without_telemetry(control: Tensor) -> str:
     if readings[Control.STEP_SKIPPED]:
         what = "skipped; an optimizer made with telemetry=N would know which parameter it was"
     else:
-        what = f"gradient norm {norm:.3g}, {_clipped(coef)}"
+        what = f"gradient norm {norm:.3g}, {_clipped(coef, part)}"
     return f"step {steps:.0f}: {what}\n{readings[Control.SKIPPED_STEPS]:.0f} were skipped so far"
 
 
@@ -56,7 +60,7 @@ def describe_grads(names: list[str], grads: list[Tensor]) -> str:
     return "; ".join(words) + and_more(len(names) - NAMED)
 
 
-def describe_step(telemetry: Telemetry, row: int) -> str:
+def describe_step(telemetry: Telemetry, row: int, part: str | None = None) -> str:
     """One step, by its row."""
     head = f"step {int(telemetry.step[row])}"
     norm, coef = telemetry.grad_norm[row].item(), telemetry.clip_coef[row].item()
@@ -65,7 +69,7 @@ def describe_step(telemetry: Telemetry, row: int) -> str:
     broken = nonfinite_params(telemetry, row)
     if broken:
         return f"{head} updated in spite of {describe_nonfinite(telemetry, row)}"
-    return f"{head}: gradient norm {norm:.3g}, {_clipped(coef)}{_largest(telemetry, row)}"
+    return f"{head}: gradient norm {norm:.3g}, {_clipped(coef, part)}{_largest(telemetry, row)}"
 
 
 def nonfinite_params(telemetry: Telemetry, row: int) -> list[str]:
@@ -110,8 +114,10 @@ def short(count: int) -> str:
     return str(count)
 
 
-def _clipped(coef: float) -> str:
-    return f"clipped by {coef:.3g}" if coef < 1 else "not clipped"
+def _clipped(coef: float, part: str | None) -> str:
+    if not coef < 1:
+        return "not clipped"
+    return f"clipped by {coef:.3g}" if part is None else f"the most clipped {part} by {coef:.3g}"
 
 
 def _growth(param: ParamTelemetry, row: int) -> str:

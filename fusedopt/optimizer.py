@@ -202,10 +202,11 @@ class FusedOptimizer(Optimizer):
         With `telemetry=N` it names the parameters: "step 1042 skipped: layers.7.wq.weight, 3 inf of
         4.2M; its norm had grown 40-fold over the last 20 steps".
         """
+        limit = self.max_grad_norm
+        part = limit.part if isinstance(limit, AdaptiveClip) else None
         if self._rings is not None:
-            return explain.explain(self.telemetry())
-        control = self._readings()
-        return explain.explain_without_telemetry(control)
+            return explain.explain(self.telemetry(), part)
+        return explain.explain_without_telemetry(self._readings(), part)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Waits for the device where that has not yet said whether it used a state."""

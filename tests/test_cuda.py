@@ -196,7 +196,7 @@ def test_memory_of_a_step_on_another_stream_is_not_reused_too_early():
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)
         optimizer.step()
-    optimizer._plan = optimizer._control = None
+    optimizer._plan = optimizer._own["control"] = None
     gc.collect()
     junk = [torch.full((1 << 16,), 255, dtype=torch.uint8, device="cuda") for _ in range(200)]
     torch.cuda.synchronize()

@@ -50,12 +50,12 @@ def build(sanitize: bool = False) -> None:
     compiler = [*setup["cxx"](), "-std=c++20", "-fPIC", *FLAGS, *extra, f"-I{include}", "-xc++"]
     kernels = [*Path("csrc/cpu").glob("*.cpp"), *Path("csrc/cuda").glob("*.cu")]
     commands = setup["objects"](BUILD / name, kernels, compiler)
-    sources = [*Path("csrc").glob("*.cpp"), Path("tests/emulator/counters.cpp")]
+    sources = [*Path("csrc").glob("*.cpp"), Path("tests/emulator/controls.cpp")]
     extension = CppExtension(
         name,
         sorted(map(str, sources)),
         include_dirs=[str(include)],
-        extra_compile_args=FLAGS + extra,
+        extra_compile_args=[*FLAGS, *extra, "-include", str(include / "places.h")],
         extra_objects=setup["compile_objects"](commands),
         extra_link_args=["-fopenmp", *extra],
     )
