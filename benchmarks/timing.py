@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,12 +30,12 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds that each side's step took, one sample a round.
 
-    Every round takes one step of each side, each time beginning with another one, so that neither
-    a slow moment of the machine nor a neighbor's leftovers favor anyone. `evict` runs untimed
-    before each step.
+    Every round takes one step of each side, each time in another random order, so that neither a
+    slow moment of the machine nor what a neighbor has left in the caches favors anyone. `evict`
+    runs untimed before each step.
     """
     samples: dict[str, list[float]] = {side: [] for side in steps}
-    sides = list(steps)
+    sides, shuffle = list(steps), random.Random(0).shuffle
     if not sides:
         return samples
     for _ in range(effort.warm_up):
@@ -46,8 +47,8 @@ def interleaved(
         for round_ in itertools.count():
             if round_ >= effort.rounds and time.perf_counter() >= deadline:
                 break
-            first = round_ % len(sides)
-            for side in sides[first:] + sides[:first]:
+            shuffle(sides)
+            for side in sides:
                 if evict is not None:
                     evict()
                 samples[side].append(timed(steps[side], device))

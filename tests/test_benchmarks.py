@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -42,14 +43,18 @@ def test_no_two_cases_share_a_title(suite):
     assert {case.optimizer for case in suite()} == set(cases.OPTIMIZERS)
 
 
-def test_sides_alternate_each_beginning_in_its_turn():
+def test_sides_take_turns_in_orders_that_change():
     log = []
     steps = {name: (lambda name=name: log.append(name)) for name in "abc"}
     samples = timing.interleaved(
-        steps, "cpu", timing.Effort(0, rounds=3, warm_up=1), lambda: log.append("-")
+        steps, "cpu", timing.Effort(0, rounds=60, warm_up=1), lambda: log.append("-")
     )
-    assert "".join(log) == "abc" + "-a-b-c" + "-b-c-a" + "-c-a-b"
-    assert {side: len(times) for side, times in samples.items()} == dict.fromkeys("abc", 3)
+    assert log[:3] == ["a", "b", "c"]
+    rounds = ["".join(log[at : at + 6]) for at in range(3, len(log), 6)]
+    assert len(rounds) == 60 and set(rounds) == {
+        f"-{x}-{y}-{z}" for x, y, z in itertools.permutations("abc")
+    }
+    assert {side: len(times) for side, times in samples.items()} == dict.fromkeys("abc", 60)
 
 
 def test_the_replayed_clock_gives_back_the_samples():

@@ -37,6 +37,15 @@ class Lanes {
     }
   }
 
+  // The lanes that a row's terms are combined with, of which `first` is the first: as add_row does.
+  FUSEDOPT_INLINE double* of_row(int64_t first, int64_t count) {
+    if (first == 0) {
+      used_ = count;
+      for (int64_t lane = 0; lane < count; ++lane) lanes_[lane] = 0;
+    }
+    return lanes_;
+  }
+
   template <class Term>
   FUSEDOPT_INLINE void add(Term term, int64_t count) {
     for (int64_t first = 0; first < count; first += kLanes) {

@@ -15,6 +15,11 @@ namespace fusedopt::cpu {
 
 namespace {
 
+// Whether the norm's arithmetic hides behind the update's memory traffic. 16-bit types have none to
+// spare: their chunks are measured first, and then are still in a cache.
+template <class Types>
+inline constexpr bool sums_on_its_way = sizeof(typename Types::param_t) >= sizeof(float);
+
 // What a thread keeps between chunks: the last tensor's coefficients, as most tensors share them.
 template <class Rule>
 class Updater {
@@ -24,9 +29,6 @@ class Updater {
 
   // The chunk of that index, and what the step measures of it.
   void update(int64_t index) {
-    // By itself, as two loops in turn would keep the processor from fetching ahead. What it has
-    // read is still in a cache.
-    if (!pass_.options.measure) measure_grads(pass_, isa_, index);
     const Chunk chunk = pass_.chunks[index];
     TensorEntry tensor = pass_.tensors[chunk.tensor];
     if (pass_.own_clips.coefs == nullptr) {
@@ -45,26 +47,38 @@ class Updater {
     visit_types(tensor, [&](auto types) {
       const auto* grads = static_cast<const typename decltype(types)::grad_t*>(grad) + first;
       visit_variant<Rule>(pass_.groups[tensor.group].states_used, [&](auto used) {
-        if (pass_.telemetry.chunks == nullptr) {
-          update<Update<Rule, used(), decltype(types), false>>(tensor, index, grads, nullptr);
-        } else {
-          using Kernel = Update<Rule, used(), decltype(types), true>;
-          typename Kernel::Lanes lanes(pass_.chunks[index].size(tensor.numel));
-          update<Kernel>(tensor, index, grads, &lanes);
-          ChunkMeasures& measures = pass_.telemetry.chunks[index];
-          measures.param_squares = total_of_lanes(isa_, lanes.params, lanes.width);
-          measures.update_squares = total_of_lanes(isa_, lanes.updates, lanes.width);
-        }
+        update<used(), decltype(types)>(tensor, index, grads);
       });
     });
   }
 
+  template <unsigned kUsed, class Types>
+  void update(const TensorEntry& tensor, int64_t index, const typename Types::grad_t* grads) {
+    const bool telemetry = pass_.telemetry.chunks != nullptr;
+    if constexpr (sums_on_its_way<Types>) {
+      if (!telemetry && !pass_.options.measure) {
+        using Kernel = Update<Rule, kUsed, Types, Beside::kGradNorm>;
+        return update<Kernel>(tensor, index, grads, &pass_.chunk_sums[index]);
+      }
+    }
+    if (!pass_.options.measure) measure_grads(pass_, isa_, index);
+    if (!telemetry) {
+      return update<Update<Rule, kUsed, Types, Beside::kNothing>>(tensor, index, grads, nullptr);
+    }
+    using Kernel = Update<Rule, kUsed, Types, Beside::kTelemetry>;
+    typename Kernel::TelemetryLanes lanes(pass_.chunks[index].size(tensor.numel));
+    update<Kernel>(tensor, index, grads, &lanes);
+    ChunkMeasures& measures = pass_.telemetry.chunks[index];
+    measures.param_squares = total_of_lanes(isa_, lanes.params, lanes.width);
+    measures.update_squares = total_of_lanes(isa_, lanes.updates, lanes.width);
+  }
+
   template <class Kernel>
   void update(const TensorEntry& tensor, int64_t index, const typename Kernel::grad_t* grads,
-              typename Kernel::Lanes* lanes) {
+              typename Kernel::Sums* sums) {
     const Chunk chunk = pass_.chunks[index];
     run_best<Kernel>(isa_, &tensor, grads, chunk.begin(), chunk.size(tensor.numel), &prepared_,
-                     lanes);
+                     sums);
   }
 
   void prepare_for(const TensorEntry& tensor, double grad_factor) {

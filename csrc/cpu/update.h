@@ -11,34 +11,46 @@
 
 namespace fusedopt::cpu {
 
-// kMeasures: on the way, the squares of parameters and updates are added to lanes.
-template <class Rule, unsigned kUsed, class types, bool kMeasures>
+// What else a loop over elements sums up on its way.
+enum class Beside { kNothing, kGradNorm, kTelemetry };
+
+template <class Rule, unsigned kUsed, class types, Beside kBeside>
 struct Update {
   using T = typename types::compute_t;
   using param_t = typename types::param_t;
   using grad_t = typename types::grad_t;
   using Common = Prepared<Rule>;
   static constexpr int64_t kRow = kNormLanes<param_t>;
-  using Lanes = UpdateLanes<T, kRow>;
+  using TelemetryLanes = UpdateLanes<T, kRow>;
+  // kNothing: none; kGradNorm: the chunk's sum of squares; kTelemetry: lanes for the caller to
+  // fold.
+  using Sums = std::conditional_t<kBeside == Beside::kTelemetry, TelemetryLanes, double>;
 
   // Elements [begin, begin + count) of the tensor, of which the first begins a row, by as many
   // gradients.
   static FUSEDOPT_INLINE void run(const TensorEntry* tensor, const grad_t* grads, int64_t begin,
-                                  int64_t count, const Common* prepared, Lanes* lanes) {
+                                  int64_t count, const Common* prepared, Sums* sums) {
     constexpr auto kAllStates = std::make_index_sequence<num_states<Rule>>{};
-    if constexpr (!kMeasures) {
-      update(*tensor, grads, begin, count, *prepared, lanes, kAllStates);
-    } else {
-      for (int64_t first = 0; first < count; first += kRow) {
-        update(*tensor, grads + first, begin + first, std::min(count - first, kRow), *prepared,
-               lanes, kAllStates);
-      }
+    if constexpr (kBeside == Beside::kNothing) {
+      update(*tensor, grads, begin, count, *prepared, nullptr, nullptr, kAllStates);
+      return;
     }
+    Lanes<SumOfSquares, kRow> norm;
+    for (int64_t first = 0; first < count; first += kRow) {
+      const int64_t row = std::min(count - first, kRow);
+      double* norm_lanes = nullptr;
+      TelemetryLanes* lanes = nullptr;
+      if constexpr (kBeside == Beside::kGradNorm) norm_lanes = norm.of_row(first, row);
+      if constexpr (kBeside == Beside::kTelemetry) lanes = sums;
+      update(*tensor, grads + first, begin + first, row, *prepared, norm_lanes, lanes, kAllStates);
+    }
+    if constexpr (kBeside == Beside::kGradNorm) *sums = norm.fold();
   }
 
   template <size_t... k>
   static FUSEDOPT_INLINE void update(const TensorEntry& tensor, const grad_t* grads, int64_t begin,
-                                     int64_t count, const Common& prepared, Lanes* lanes,
+                                     int64_t count, const Common& prepared,
+                                     double* __restrict norm_lanes, TelemetryLanes* lanes,
                                      std::index_sequence<k...>) {
     const auto c = rounded<Rule, T>(prepared.coefficients);
     const auto grad_factor = static_cast<T>(prepared.grad_factor);
@@ -46,6 +58,7 @@ struct Update {
     [[maybe_unused]]
     typename types::state_t* const states[state_slots<Rule>] = {first<k>(tensor, begin)...};
     // `__restrict`, as no pragma tells gcc that lanes are apart from what the other pointers reach.
+    constexpr bool kMeasures = kBeside == Beside::kTelemetry;
     [[maybe_unused]] T* const __restrict param_lanes = kMeasures ? lanes->params : nullptr;
     [[maybe_unused]] T* const __restrict update_lanes = kMeasures ? lanes->updates : nullptr;
 #pragma GCC ivdep
@@ -53,7 +66,11 @@ struct Update {
       T param = widen(params[i]);
       [[maybe_unused]] const T before = param;
       T state[state_slots<Rule>] = {load<k>(states[k], i)...};
-      Rule::update(kUsed, c, widen(grads[i]) * grad_factor, param, state[k]...);
+      const T grad = widen(grads[i]);
+      if constexpr (kBeside == Beside::kGradNorm) {
+        norm_lanes[i] = SumOfSquares::combine(norm_lanes[i], SumOfSquares::term(grad));
+      }
+      Rule::update(kUsed, c, grad * grad_factor, param, state[k]...);
       params[i] = narrow<param_t>(param);
       (store<k>(states[k], i, state[k]), ...);
       if constexpr (kMeasures) {
