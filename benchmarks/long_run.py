@@ -26,7 +26,7 @@ from torch import nn
 import fusedopt
 
 LOOKS = 20  # at the memory
-EXPLODES = 10_000  # at every so manieth step
+EXPLODES = 10_000  # every so many steps
 READ = """
 import sys, fusedopt
 log = fusedopt.read_log(sys.argv[1])

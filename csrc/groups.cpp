@@ -70,7 +70,7 @@ Group read_group(const RuleInfo& rule, const std::vector<PyObject*>& names, PyOb
       result.values[at++] = on_host != nullptr ? on_host(number) : number;
     }
   }
-  // Which states there are does not hang on lr, and lr may lie where the host can't read it.
+  // Which states there are does not depend on lr, and lr may lie where the host can't read it.
   Group on_host = result;
   on_host.lr = nullptr;
   result.states_used = rule.states_used(on_host);

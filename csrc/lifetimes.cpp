@@ -33,7 +33,8 @@ bool is_capturing(cudaStream_t stream) {
 
 void keep_for_current_stream(Partition& partition, cudaStream_t stream) {
   // A graph reads the tables at every replay, also when this plan has been replaced. torch has no
-  // way to say so, and they are small: they stay.
+  // way to say so: they stay, with the rings and dense copies that there may be, until the process
+  // ends.
   if (is_capturing(stream)) {
     // By storage, as a later graph may read more. Never destroyed: CUDA may be gone.
     static auto* const kept = new std::unordered_map<const void*, at::Tensor>;
@@ -43,8 +44,12 @@ void keep_for_current_stream(Partition& partition, cudaStream_t stream) {
   }
   if (!partition.device.is_cuda()) return;
   // torch's allocator gives memory back to the stream that it was allocated on, unless it knows of
-  // others.
+  // others. What Python has made may come from any stream.
   const c10::Stream current = c10::impl::VirtualGuardImpl(c10::kCUDA).getStream(partition.device);
+  for (const at::Tensor& it :
+       {partition.control, partition.step_ring, partition.param_ring, partition.clip_state}) {
+    if (it.defined()) it.record_stream(current);
+  }
   if (!partition.home.has_value()) partition.home = current;
   if (*partition.home == current) return;
   for (const at::Tensor& tensor : memory_of(partition)) tensor.record_stream(current);

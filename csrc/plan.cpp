@@ -47,7 +47,7 @@ constexpr size_t kAhead = 6;
 }  // namespace
 
 bool StateItem::laid_out_as(const Source* source) const {
-  if (seen.impl->storage_offset() != storage_offset) return false;
+  if (seen.impl->storage_offset() != storage_offset || seen.impl->dtype() != dtype) return false;
   if (!is_tensor) return true;
   return equal(seen.impl->sizes(), source->sizes) &&
          equal(seen.impl->strides(), source->dense_strides);
@@ -62,9 +62,11 @@ Plan::Plan(const std::string& rule, const std::string& backend, const py::list& 
   std::unordered_map<PyObject*, int> known;
   for (const py::handle& group : param_groups) {
     const uint32_t index = static_cast<uint32_t>(listed_.size());
-    states_used_.push_back(read_group(rule_, names_, group.ptr(), at::kCPU).states_used);
+    const py::list params(group["params"]);
+    const c10::Device device = params.empty() ? at::kCPU : unpack(params[0].ptr()).device();
+    states_used_.push_back(read_group(rule_, names_, group.ptr(), device).states_used);
     listed_.emplace_back();
-    for (const py::handle& param : py::list(group["params"])) {
+    for (const py::handle& param : params) {
       const auto [found, is_new] = known.try_emplace(param.ptr(), sources_.size());
       listed_.back().push_back(found->second);
       if (is_new) add_source(param.ptr(), index);  // else listed before: updated once
@@ -138,11 +140,12 @@ void Plan::add_state(Source& source, PyObject* state) {
   const uint32_t states_used = states_used_[source.group];
   PyObject *key, *value;
   for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
-    items_.push_back({key, {}, 0, false});
+    items_.push_back({key, {}, 0, {}, false});
     const std::string name = py::cast<std::string>(py::str(py::handle(key)));
     const auto use = [&] {
       items_.back().seen = Sighting::of(value);
       items_.back().storage_offset = unpack(value).storage_offset();
+      items_.back().dtype = unpack(value).dtype();
       ++source.items;
       return unpack(value).data_ptr();
     };
@@ -266,15 +269,15 @@ bool Plan::gather_grad(Source& source) {
   if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
   const bool direct = grad.scalar_type() == dtype && !grad.is_neg() &&
                       same_layout(grad.sizes(), grad.strides(), source.dense_strides);
+  static const char kEmpty = 0;  // an empty gradient is one all the same
   if (direct) {
-    static const char kEmpty = 0;  // an empty gradient is one all the same
     slot = entry.numel == 0 ? &kEmpty : grad.unsafeGetTensorImpl()->data();
     return slot != nullptr;
   }
   at::Tensor dense =
       at::empty_strided(grad.sizes(), source.dense_strides, grad.options().dtype(dtype));
   dense.copy_(grad.detach());
-  slot = entry.numel == 0 ? source.seen.object : dense.data_ptr();
+  slot = entry.numel == 0 ? &kEmpty : dense.data_ptr();
   partition.dense_grads.push_back(std::move(dense));
   return true;
 }

@@ -39,6 +39,7 @@ struct StateItem {
   PyObject* key;
   Sighting seen;  // of nothing, where it is somebody else's and may change as it likes
   int64_t storage_offset;
+  caffe2::TypeMeta dtype;
   bool is_tensor;
 
   bool laid_out_as(const Source* source) const;

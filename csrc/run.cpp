@@ -121,6 +121,8 @@ void share_step_number(std::vector<Partition>& partitions) {
 void run(const RuleInfo& rule, std::vector<Partition>& partitions, const std::vector<Pass>& passes,
          Phases phases, Owners owners) {
   if (partitions.size() == 1) return run_one(rule, partitions[0], passes[0], phases, owners);
+  // Between the phases as well: on the CPU each may let other Python threads run.
+  const std::vector<c10::Storage> alive = owners();
   const auto run_all = [&](Phases phase) {
     for (size_t i = 0; i < passes.size(); ++i) {
       run_one(rule, partitions[i], passes[i], phase, owners);

@@ -46,13 +46,11 @@ Pass make_pass(Partition& partition, bool is_first, const StepRequest& request,
 }
 
 // What the other devices have learned, each of its own tensors, in its own copy.
-void gather_clip_states(const std::vector<Pass>& passes, const std::vector<Partition>& partitions,
-                        const AdaptiveClipRequest& clip, const at::Tensor& before) {
+void gather_clip_states(const std::vector<Partition>& partitions, const AdaptiveClipRequest& clip,
+                        const at::Tensor& before) {
   at::Tensor state = clip.state;
-  for (size_t i = 1; i < passes.size(); ++i) {
-    const auto options = at::TensorOptions(partitions[i].device).dtype(at::kDouble);
-    const at::Tensor now =
-        at::from_blob(passes[i].options.clip.state, state.sizes(), options).to(state.device());
+  for (size_t i = 1; i < partitions.size(); ++i) {
+    const at::Tensor now = partitions[i].clip_state.to(state.device());
     state.copy_(at::where(now.ne(before), now, state));
   }
 }
@@ -97,7 +95,7 @@ bool step(Plan& plan, const py::list& param_groups, const py::dict& state,
   const bool gathers = passes.size() > 1 && request.clip.has_value() && is_by_tensor(*request.clip);
   const at::Tensor before = gathers ? request.clip->state.clone() : at::Tensor();
   run(plan.rule(), partitions, passes, Phases::kBoth, [&] { return plan.memory_in_use(); });
-  if (gathers) gather_clip_states(passes, partitions, *request.clip, before);
+  if (gathers) gather_clip_states(partitions, *request.clip, before);
   for (Partition& partition : partitions) {
     store_dense_params(partition);
     partition.dense_grads.clear();

@@ -10,9 +10,9 @@ letter by letter. The network is a plain RNN of rectified linear units that star
 (Le, Jaitly and Hinton, 2015, "A simple way to initialize recurrent networks of rectified linear
 units"; they clip). Its gradient goes back through a product of as many matrices as there are
 letters (Pascanu, Mikolov and Bengio, 2013, "On the difficulty of training recurrent neural
-networks"), 128 by default: while its norm is mostly below 1, in the first steps it reaches 100,000.
+networks"), 128 by default: while its norm is mostly around 1, in the second step it is 400,000.
 
-Without clipping, SGD leaps, and its weights are nan after two steps. Adam divides by its average
+Without clipping, SGD leaps, and its weights are nan in that step. Adam divides by its average
 of squares, so it doesn't leap; but that average, with betas=(0.9, 0.999), remembers the first steps
 for thousands more, in which hardly anything is learned.
 """

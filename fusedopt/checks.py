@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt.clip import AdaptiveClip, Unit
+from fusedopt.clip import LIMITS, AdaptiveClip, Unit
 from fusedopt.reference import Group, Rule, compute_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -25,6 +25,7 @@ class NonFiniteGradientError(RuntimeError):
 
     Attributes:
         names: the parameters whose gradients did.
+        description: which and how many, in words.
     """
 
     def __init__(self, names: list[str], description: str) -> None:
@@ -40,7 +41,7 @@ class NonFiniteGradientError(RuntimeError):
 
 
 def check_max_grad_norm(value: Any) -> float | AdaptiveClip | None:
-    if value is None or (isinstance(value, AdaptiveClip) and type(value) is not AdaptiveClip):
+    if value is None or type(value) in LIMITS:
         return value
     expected = "expected a float > 0, one of fusedopt.clip's limits, or None"
     if isinstance(value, type) and issubclass(value, AdaptiveClip):
@@ -175,6 +176,20 @@ def check_grad(param: Tensor, grad: Tensor, name: str) -> None:
             f"{tuple(param.shape)}"
         )
     check_memory(param, name)
+
+
+def is_capturing() -> bool:
+    """Whether what is launched now becomes part of a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def check_new_state(name: str) -> None:
+    """Refuses to make state in a CUDA graph: every replay would make it again."""
+    if is_capturing():
+        raise RuntimeError(
+            f"{name} has no state yet, and this step is captured in a CUDA graph: every replay "
+            "would begin anew; expected a step with its gradient before the capture"
+        )
 
 
 def check_options(index: int, group: Group, defaults: dict[str, Any]) -> None:

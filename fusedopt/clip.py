@@ -4,8 +4,8 @@
 
 `Percentile` and `ZScore` limit the global norm by the norms of the steps before; `PerTensor` limits
 each parameter's gradient by its own; `Unit` each row of a gradient by that of its parameter. All do
-so on the device, without waiting for it. A step that is skipped, or whose norm is inf or nan, never
-enters their statistics.
+so on the device, without waiting for it. A step that is skipped, or whose norm is inf, nan or 0,
+never enters their statistics: a limit of 0 would be the last one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ _LIMIT = _MEAN
 
 @dataclass(frozen=True)
 class AdaptiveClip:
-    """What all limits share. Each has a state: float64, on the first parameter's device."""
+    """What all limits share. Each has a state: float64, on the first parameter's device.
+
+    The kernels know each by its `kind`, and its arguments by their order
+    (csrc/math/adaptive_clip.h).
+    """
 
     kind: ClassVar[int]
     part: ClassVar[str | None] = None  # what has a coefficient of its own, in a word
@@ -101,7 +105,8 @@ class Percentile(AdaptiveClip):
 
     Args:
         percentile: from 0 to 100.
-        window: over how many steps.
+        window: over how many steps, up to 4,096. On CUDA one block compares all of them with each
+            other at every step: a hundred cost nothing to speak of, thousands do.
         warmup: so many norms come before there is a limit but `max_norm`.
         max_norm: a fixed limit, for all steps.
 
@@ -339,6 +344,7 @@ class Unit(AdaptiveClip):
         return (0,)
 
 
+LIMITS = (Percentile, ZScore, PerTensor, Unit)  # others, the kernels don't know
 MAX_WINDOW = 4096
 
 

@@ -52,6 +52,7 @@ def clip_grad_norm_(
         gradient's device.
 
     Raises:
+        ValueError: an argument is not one of those above.
         RuntimeError: the norm is inf or nan, and `error_if_nonfinite` was asked for.
         TypeError, RuntimeError: a gradient is sparse, complex, expanded or otherwise not for our
             kernels; the message says which one. Nothing has been changed then.
@@ -98,6 +99,9 @@ def clip_grads_with_norm_(
         total_norm: a number, or a tensor of one element of any dtype, on any device. That of
             `get_total_norm` has been rounded to float32: where it overflowed to inf, gradients are
             scaled by 0 here, but rightly in `clip_grad_norm_`.
+
+    Raises:
+        ValueError: `total_norm` has more than one element.
     """
     if isinstance(total_norm, Tensor) and total_norm.numel() != 1:
         raise ValueError(

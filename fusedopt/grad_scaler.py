@@ -33,9 +33,12 @@ class GradScaler(torch.amp.GradScaler):
 
         Raises:
             RuntimeError: a closure was given, or this optimizer has stepped since `update`.
+            AssertionError: there is no gradient.
         """
-        if not (self._enabled and isinstance(optimizer, FusedOptimizer)) or "closure" in kwargs:
+        if not (self._enabled and isinstance(optimizer, FusedOptimizer)):
             return super().step(optimizer, *args, **kwargs)
+        if "closure" in kwargs or any(arg is not None for arg in args):
+            raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
         self._check_scale_growth_tracker("step")
         state = self._per_optimizer_states[id(optimizer)]
         if state["stage"] is OptState.STEPPED:

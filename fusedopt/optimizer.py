@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
@@ -47,8 +48,8 @@ class FusedOptimizer(Optimizer):
       raises `TooManySkipsError`. It doesn't wait for a GPU, and may notice some steps later.
 
     All but `backend` and `telemetry` are attributes and may be changed between steps. `foreach`,
-    `fused` and `capturable` are accepted and change nothing: the step is always fused and
-    capturable.
+    `fused` and `capturable` are accepted where the twin has them, and change nothing: the step is
+    always fused and capturable.
 
     Parameters are float32, float64, bfloat16 or float16, of any shape and strides, on CPU and CUDA,
     in any mix. 16-bit ones are computed in float32 and rounded once.
@@ -211,10 +212,20 @@ class FusedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Waits for the device where that has not yet said whether it used a state."""
         with self._lock:
-            unsure = [param for param in self._perhaps_unused if param in self.state]
-            self._forget([param for param in unsure if self._count_of(param) == 0])
-            self._perhaps_unused.clear()
-        state_dict = super().state_dict()
+            self._perhaps_unused = [
+                param
+                for param in self._perhaps_unused
+                if param in self.state and self._count_of(param) == 0
+            ]
+            unused = set(map(id, self._perhaps_unused))
+            whole = self.state
+            # They stay: a captured graph may use them.
+            used = {p: state for p, state in whole.items() if id(p) not in unused}
+            self.state = defaultdict(dict, used)
+            try:
+                state_dict = super().state_dict()
+            finally:
+                self.state = whole
         if isinstance(self.max_grad_norm, AdaptiveClip) and self._own["clip_state"] is not None:
             self._move_clip_state()
             clip_state = self._clip_state(self.max_grad_norm)
@@ -252,13 +263,21 @@ class FusedOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Checks, unscales, measures, clips and updates all parameters, or skips the step.
 
-        Waits for no device, except with `nonfinite="raise"`.
+        Waits for no device, except with `nonfinite="raise"`, for a norm over parameters on CPU and
+        CUDA, and for tensors on CUDA among the hyperparameters, other than `lr`.
 
         Args:
             closure: reevaluates the model and returns the loss.
 
         Returns:
             What `closure` returned, if one was given.
+
+        Raises:
+            NonFiniteGradientError: gradients held inf or nan, with `nonfinite="raise"`.
+            TooManySkipsError: `max_consecutive_skips` steps in a row were skipped.
+            TypeError, ValueError, RuntimeError: a parameter, a gradient, a state or an option is
+                refused, or a step that is captured in a CUDA graph would have to make state; the
+                message names it. Nothing has been changed then.
         """
         loss = None
         if closure is not None:
@@ -335,8 +354,14 @@ class FusedOptimizer(Optimizer):
         """What an adaptive limit has learned, on the first parameter's device."""
         device = self._readings().device
         num_params = sum(len(group["params"]) for group in self.param_groups)
-        state = self._own["clip_state"]
-        self._own["clip_state"] = state = clip.fit(state, num_params, device)
+        before = self._own["clip_state"]
+        self._own["clip_state"] = state = clip.fit(before, num_params, device)
+        if state is not before and state.numel() > 0 and checks.is_capturing():
+            self._own["clip_state"] = before
+            raise RuntimeError(
+                f"{clip} has no state yet, and this step is captured in a CUDA graph: every replay "
+                "would begin anew; expected a step with this max_grad_norm before the capture"
+            )
         return state
 
     def _move_clip_state(self) -> None:
@@ -376,6 +401,8 @@ class FusedOptimizer(Optimizer):
                 if not state.is_empty(self.state.get(param)):
                     checks.check_state(self.rule, group, param, self.state[param], name)
                     checks.check_state_dtypes(self.rule, group, param, self.state[param], name)
+                elif param.grad is not None and (self.rule.scalars or self.rule.states(group)):
+                    checks.check_new_state(name)
                 pairs.append((group, param))
         backend = backends.choose(self._backend, (param.device for _, param in pairs))
         new_states = [

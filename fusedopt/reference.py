@@ -341,7 +341,7 @@ def step(
         decision = decide(request, total)
     if request.clip is not None and not decision.skip:
         clip, clip_state = request.clip
-        if math.isfinite(decision.grad_norm):
+        if math.isfinite(decision.grad_norm) and decision.grad_norm > 0:
             clip.observe(clip_state, [param for _, param in pairs], decision)
         for coef in coefs:
             decision = decision._replace(clip_coef=smaller(least(coef), decision.clip_coef))

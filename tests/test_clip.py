@@ -311,7 +311,14 @@ def test_a_checkpoint_that_is_loaded_in_inference_mode():
     assert (other._own["clip_state"][:, 0] == 5).all()
 
 
-@pytest.mark.parametrize("value", [PerTensor, AdaptiveClip(), AdaptiveClip])
+class Halved(ZScore):
+    """The kernels wouldn't know what it overrides."""
+
+    def limit(self, state, norm):
+        return super().limit(state, norm) / 2
+
+
+@pytest.mark.parametrize("value", [PerTensor, AdaptiveClip(), AdaptiveClip, Halved()])
 def test_what_is_no_limit_is_refused(value):
     with pytest.raises(TypeError, match=r"max_grad_norm is .*; expected .*fusedopt\.clip's limits"):
         fusedopt.FusedAdam(make_params(), max_grad_norm=value)
@@ -409,6 +416,42 @@ def test_numbers_of_numpy():
     assert limit == Percentile(float(np.float32(0.1)), window=20)
     assert type(limit.percentile) is float and type(limit.window) is int
     assert repr(Unit(1)) == "Unit(max_norm=inf, clipping=1, eps=0.001)"
+
+
+@pytest.mark.parametrize("limit", LEARNING, ids=str)
+def test_norms_of_zero_teach_nothing(backend, limit):
+    """A limit of zero would clip everything to zero, and learn nothing else ever after."""
+    params = make_params(UNITS, device=backend.device)
+    optimizer = backend.make(fusedopt.FusedSGD, params, max_grad_norm=limit)
+    _, coefs = run(optimizer, params, [0.0] * 6 + [1.0, 1.0])
+    assert min(coefs) > 0
+    twins = make_params(UNITS, device=backend.device)
+    reference = fusedopt.FusedSGD(twins, max_grad_norm=limit, backend="reference")
+    run(reference, twins, [1.0, 1.0], first=6)
+    ours, expected = optimizer._own["clip_state"], reference._own["clip_state"]
+    assert_same_bits({"state": ours.cpu()}, {"state": expected.cpu()})
+
+
+def test_no_state_is_made_in_a_graph(backend, monkeypatch):
+    params = make_params([(5,), (6,)], device=backend.device)
+    optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=1.0)
+    set_grads(params[:1], 0)
+    optimizer.step()
+    set_grads(params, 1)
+    before = snapshot(optimizer)
+    with monkeypatch.context() as capture:
+        capture.setattr(torch.cuda, "is_initialized", lambda: True)
+        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="parameter 1 of param group 0 has no state yet"):
+            optimizer.step()
+        params[1].grad = None
+        optimizer.max_grad_norm = ZScore()
+        with pytest.raises(RuntimeError, match=r"ZScore\(.*\) has no state yet"):
+            optimizer.step()
+        assert_same_bits(snapshot(optimizer), before)
+        optimizer.max_grad_norm = 1.0
+        optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 2 and params[1] not in optimizer.state
 
 
 def test_a_gradient_of_zeros_is_not_clipped(backend):

@@ -651,6 +651,7 @@ def test_a_full_disk_ends_the_log_and_not_the_run(tmp_path):
         ({"every": 2.0}, TypeError, "every is a float"),
         ({"params_every": -1}, ValueError, "Invalid params_every value"),
         ({"first_step": -1}, ValueError, "first_step is -1"),
+        ({"first_step": 1.5}, TypeError, "first_step is a float; expected an int"),
         ({"to": "run.txt"}, ValueError, r"'run.txt' ends in neither .jsonl nor .csv"),
         ({"to": 3}, TypeError, "to is a int; expected a path, a SummaryWriter or a function"),
     ],

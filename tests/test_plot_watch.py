@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import math
 import os
 import pty
@@ -363,7 +364,12 @@ def test_watch_follows_in_a_terminal_and_ends_with_ctrl_c(tmp_path):
             time.sleep(0.05)
 
     environment = {**os.environ, "TERM": "xterm-256color"}
-    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as child:
+    # What a shell runs in the background ignores Ctrl-C, and so would its children.
+    listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    child = subprocess.Popen(
+        command, stdout=theirs, stderr=theirs, env=environment, preexec_fn=listens
+    )
+    try:
         os.close(theirs)
         reader = threading.Thread(target=read)
         reader.start()
@@ -372,6 +378,9 @@ def test_watch_follows_in_a_terminal_and_ends_with_ctrl_c(tmp_path):
         wait_for(f"step {SKIPPED}: inf or nan in rnn.weight")
         child.send_signal(signal.SIGINT)
         assert child.wait(60) == 0
+    finally:
+        child.kill()
+        child.wait()
     reader.join(60)
     os.close(ours)
     assert b"Traceback" not in screen and screen.rstrip().endswith(b"\x1b[?25h")  # the cursor

@@ -83,8 +83,8 @@ def test_state_of_a_skipped_first_step_is_in_no_checkpoint(backend):
         optimizer.step()
         if backend.device == "cpu":  # as if it hadn't waited
             _, optimizer._perhaps_unused = optimizer._prepare()
-        assert list(optimizer.state) == params
-        assert not optimizer.state_dict()["state"] and not optimizer.state
+        assert not optimizer.state_dict()["state"]
+        assert list(optimizer.state) == params  # a captured graph may use it
         set_grads(params, 1)
         optimizer.step()
         assert list(optimizer.state_dict()["state"]) == [0, 1, 2]

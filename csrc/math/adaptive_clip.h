@@ -1,4 +1,4 @@
-// Limits of the gradient norm that find themselves: of the global one from the steps before, of
+// Limits of the gradient norm that adapt themselves: of the global one from the steps before, of
 // every tensor's from its own, of every unit's (a row, a filter) from its weights. fusedopt/clip.py
 // says where each comes from.
 #pragma once
@@ -10,6 +10,7 @@
 
 namespace fusedopt {
 
+// fusedopt/clip.py has the same numbers, and hands the arguments over in its fields' order.
 enum class ClipKind : int { kFixed, kPercentile, kZScore, kPerTensor, kUnit };
 
 inline constexpr int kMaxClipArguments = 4;

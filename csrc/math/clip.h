@@ -82,10 +82,12 @@ FUSEDOPT_INLINE double coef_of_unit(const StepOptions& options, const Decision& 
   return smaller(Unit(options.clip).coef(norm, std::sqrt(param_squares)), decision.clip_coef);
 }
 
-// Whether the norm of this step is one that an adaptive clip may learn from.
+// Whether the norm of this step is one that an adaptive clip may learn from. Not 0: the limit would
+// be 0, and so would all norms that it learns from then.
 FUSEDOPT_INLINE bool is_to_be_observed(const StepOptions& options, const Decision& decision) {
   const bool finite = decision.grad_norm - decision.grad_norm == 0.0;
-  return options.clip.kind != ClipKind::kFixed && !decision.skip && finite;
+  return options.clip.kind != ClipKind::kFixed && !decision.skip && finite &&
+         decision.grad_norm > 0.0;
 }
 
 FUSEDOPT_INLINE void record(StepControl& control, const Decision& decision, double sum_of_squares) {

@@ -101,10 +101,12 @@ class History:
         finite = rows.grad_norm.isfinite()
         clipped = (rows.clip_coef < 1) & ~rows.skipped
         params = dict(zip(rows.params, range(len(rows.params))))
-        self.names += [name for name in params if name not in self.names]
+        known = set(self.names)
+        self.names += [name for name in params if name not in known]
         norms, infs, nans = param_matrix(rows, ("grad_norm", "infs", "nans")).unbind(1)
         bad = torch.where(infs.isnan(), -math.inf, ((infs > 0) | (nans > 0)).double())
-        where = [self.names.index(name) for name in params]
+        places = dict(zip(self.names, range(len(self.names))))
+        where = [places[name] for name in params]
         param_max = torch.full((len(rows.step), len(self.names)), -math.inf, dtype=torch.float64)
         param_bad = param_max.clone()
         param_max[:, where] = norms.masked_fill(~norms.isfinite(), -math.inf)

@@ -165,6 +165,10 @@ class LogWriter:
         """Nothing: every line is with the operating system once it is written."""
 
     def close(self) -> None:
+        if not self._file.closed:
+            # A forked worker that still has the file would keep it locked.
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
 
 

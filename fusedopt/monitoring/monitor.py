@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import math
+import numbers
 import os
 import warnings
 import weakref
@@ -49,9 +50,9 @@ class Monitor:
             * A function of one argument, called with a dict of numbers for every step: what
               `telemetry().columns()` has, as in "step", "grad_norm", "grad_norm/layers.0.weight".
         every: how many steps to copy at once, at most N. None: N // 2.
-        params_every: the measurements of every single parameter are written at every so manieth
-            step, and where a step was skipped or its norm is not finite. None: at each for a file,
-            at every 100th for a logger.
+        params_every: the measurements of every single parameter are written once in so many steps,
+            and where a step was skipped or its norm is not finite. None: at each for a file, at
+            every 100th for a logger.
         first_step: the number of the next step: of a resumed run, the one after its checkpoint's;
             of a new run, 1. Rows of an existing log from there on are replaced by those that come.
             None: as the optimizer counts, from 1 when it was made; and nothing is replaced.
@@ -93,8 +94,11 @@ class Monitor:
                 f"others would be lost; expected at most {kept}"
             )
         params_every = checks.check_count("params_every", params_every)
-        if first_step is not None and (isinstance(first_step, bool) or first_step < 0):
-            raise ValueError(f"first_step is {first_step!r}; expected an int of 0 or more")
+        if first_step is not None:
+            if isinstance(first_step, bool) or not isinstance(first_step, numbers.Integral):
+                raise TypeError(f"first_step is a {type(first_step).__name__}; expected an int")
+            if first_step < 0:
+                raise ValueError(f"first_step is {first_step}; expected an int of 0 or more")
         written = int(now.step[-1]) if len(now.step) else 0  # as the optimizer counts
         header = Header.of(now, type(optimizer).__name__)
         output = _output_for(to, header, written if first_step is None else None)

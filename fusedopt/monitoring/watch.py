@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("log", type=Path, help="a .jsonl or .csv file")
     parser.add_argument(
-        "--once", action="store_true", help="print it once and exit (as where nobody watches)"
+        "--once", action="store_true", help="print it once and exit, as into a pipe"
     )
     parser.add_argument(
         "--interval", type=float, default=1.0, help="seconds between looks (default: 1)"
