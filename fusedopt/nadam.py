@@ -10,8 +10,9 @@ from torch.optim.optimizer import ParamsT
 
 from fusedopt.clip import AdaptiveClip
 from fusedopt.moments import update_moments
-from fusedopt.optimizer import Backend, FusedOptimizer, NonFinite
+from fusedopt.optimizer import Backend, FusedOptimizer
 from fusedopt.reference import Group, Rule, power, sqrt
+from fusedopt.settings import NonFinite
 
 
 def _mu(group: Group, step: int) -> float:

@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.optim import Optimizer
 
 from fusedopt import backends, checkpoint, checks, explain, reference, state
-from fusedopt.clip import AdaptiveClip, Unit
+from fusedopt.clip import AdaptiveClip
+from fusedopt.readings import Readings
 from fusedopt.reference import Control, Group, Request, Rule
+from fusedopt.settings import NonFinite
 from fusedopt.skip_limit import SkipLimit, TooManySkipsError
-from fusedopt.telemetry import PendingTelemetry, Rings, Telemetry
+from fusedopt.telemetry import Rings
 
 if TYPE_CHECKING:
     from fusedopt import _C
 
-NonFinite = Literal["skip", "raise", "propagate"]
 Backend = Literal["cuda", "cpu", "reference"]
 
 
-class FusedOptimizer(Optimizer):
+class FusedOptimizer(Readings):
     """What all fused optimizers share, beside their torch twin's arguments and state.
 
     Keyword-only arguments, of every class:
@@ -77,9 +77,7 @@ class FusedOptimizer(Optimizer):
         max_consecutive_skips: Any,
     ) -> None:
         """Takes our own arguments. Comes before torch's __init__, which adds the param groups."""
-        # What can be set after construction lies in a dict: the wrapper that a trainer makes, of a
-        # class derived from ours and delegating what it lacks, then writes here and not to itself.
-        self._own: dict[str, Any] = {"control": None, "clip_state": None, "clip_params": None}
+        self._own = {"control": None, "clip_state": None, "clip_params": None}
         self._lock = threading.RLock()
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
@@ -88,62 +86,9 @@ class FusedOptimizer(Optimizer):
         self._rings = None if kept_steps is None else Rings(kept_steps)
         self._backend = checks.check_choice("backend", backend, checks.BACKENDS)
         backends.choose(self._backend, [])
-        self._plan: _C.Plan | None = None
+        self._plan = None
         self._counters: dict[Tensor, Tensor] = {}  # by parameter: see `Rule.counts_apart`
         self._perhaps_unused: list[Tensor] = []
-
-    @property
-    def max_grad_norm(self) -> float | AdaptiveClip | None:
-        """The largest global norm that is not clipped, a limit that adapts itself, or None."""
-        return self._own["max_grad_norm"]
-
-    @max_grad_norm.setter
-    def max_grad_norm(self, value: float | AdaptiveClip | None) -> None:
-        value = checks.check_max_grad_norm(value)
-        if isinstance(value, Unit):
-            for index, group in enumerate(getattr(self, "param_groups", ())):
-                for position, param in enumerate(group["params"]):
-                    name = checks.name_of(self.param_groups, index, position)
-                    checks.check_rows(value, param, name)
-        with self._lock:  # a step of another thread has the one or the other
-            if value != self._own.get("max_grad_norm"):
-                self._own["clip_state"] = None  # another limit learns anew
-            self._own["max_grad_norm"] = value
-
-    @property
-    def nonfinite(self) -> NonFinite | None:
-        """What a gradient with inf or nan does: "skip", "raise", "propagate", or None."""
-        return self._own["nonfinite"]
-
-    @nonfinite.setter
-    def nonfinite(self, value: NonFinite | None) -> None:
-        self._own["nonfinite"] = checks.check_choice("nonfinite", value, checks.NONFINITE_MODES)
-
-    @property
-    def max_consecutive_skips(self) -> int | None:
-        """How many steps in a row may be skipped before `step()` raises, or None."""
-        limit: SkipLimit | None = self._own["skip_limit"]
-        return None if limit is None else limit.limit
-
-    @max_consecutive_skips.setter
-    def max_consecutive_skips(self, value: int | None) -> None:
-        limit = checks.check_count("max_consecutive_skips", value)
-        self._own["skip_limit"] = None if limit is None else SkipLimit(limit)
-
-    @property
-    def grad_norm(self) -> Tensor:
-        """The global gradient norm of the last step, unscaled, before clipping: 0-d float32."""
-        return self._reading(Control.GRAD_NORM, torch.float32)
-
-    @property
-    def step_skipped(self) -> Tensor:
-        """Whether the last step met inf or nan and changed nothing: 0-d bool."""
-        return self._reading(Control.STEP_SKIPPED, torch.bool)
-
-    @property
-    def skipped_steps(self) -> Tensor:
-        """How many steps have been skipped so far: 0-d int64."""
-        return self._reading(Control.SKIPPED_STEPS, torch.int64)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -153,61 +98,6 @@ class FusedOptimizer(Optimizer):
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
         """torch's __init__ sets it for `fused=True`, which changes nothing here."""
-
-    def _reading(self, index: int, dtype: torch.dtype) -> Tensor:
-        return self._readings()[index].to(dtype, copy=True)
-
-    def _readings(self) -> Tensor:
-        """What the last step left (see `Control`), on the first parameter's device."""
-        devices = (p.device for group in self.param_groups for p in group["params"])
-        device = next(devices, torch.device("cpu"))
-        control = self._own["control"]
-        if control is None or control.device != device:
-            with torch.inference_mode(False):  # a step in that mode is not to be the last
-                if control is None:
-                    control = torch.zeros(Control.SIZE, dtype=torch.float64, device=device)
-                self._own["control"] = control = control.to(device)
-        return control
-
-    @overload
-    def telemetry(self, non_blocking: Literal[False] = False) -> Telemetry: ...
-
-    @overload
-    def telemetry(self, non_blocking: Literal[True]) -> PendingTelemetry: ...
-
-    @_disable_dynamo
-    @torch.inference_mode(False)
-    def telemetry(self, non_blocking: bool = False) -> Telemetry | PendingTelemetry:
-        """A copy of what the last steps measured, for optimizers made with `telemetry=N`.
-
-        Args:
-            non_blocking: only start the copy; `result()` of what is returned waits for it.
-
-        Raises:
-            RuntimeError: the optimizer was made without `telemetry`.
-        """
-        if self._rings is None:
-            raise RuntimeError(
-                f"this {type(self).__name__} keeps no telemetry; it is made with telemetry=N, the "
-                "number of steps to keep"
-            )
-        with self._lock:
-            if self._plan is None:
-                self._rings.fit(self.param_groups)
-            pending = PendingTelemetry(self._rings, self._readings(), self.param_groups)
-        return pending if non_blocking else pending.result()
-
-    def explain(self) -> str:
-        """What the last step did and why, in words; waits for the device.
-
-        With `telemetry=N` it names the parameters: "step 1042 skipped: layers.7.wq.weight, 3 inf of
-        4.2M; its norm had grown 40-fold over the last 20 steps".
-        """
-        limit = self.max_grad_norm
-        part = limit.part if isinstance(limit, AdaptiveClip) else None
-        if self._rings is not None:
-            return explain.explain(self.telemetry(), part)
-        return explain.explain_without_telemetry(self._readings(), part)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Waits for the device where that has not yet said whether it used a state."""

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedopt.clip import AdaptiveClip
-from fusedopt.optimizer import Backend, FusedOptimizer, NonFinite
+from fusedopt.optimizer import Backend, FusedOptimizer
 from fusedopt.reference import Group, Rule
+from fusedopt.settings import NonFinite
 
 
 def _states(group: Group) -> tuple[str, ...]:
