@@ -50,17 +50,16 @@ class Side:
     find_clip: Callable[[], Clip] = lambda: clip_grad_norm_
 
 
-def ours(case: Case, params: list[Parameter]) -> Optimizer:
+def ours(case: Case, params: list[Parameter], **more: int) -> Optimizer:
     cls = attribute(fusedopt, f"Fused{case.recipe.name}")
     max_grad_norm = None if case.mode == "plain" else 1.0
-    return cls(params, **case.recipe.options, max_grad_norm=max_grad_norm)
+    return cls(params, **case.recipe.options, max_grad_norm=max_grad_norm, **more)
 
 
 def with_telemetry(case: Case, params: list[Parameter]) -> Optimizer:
     if case.mode != "clip" or case.optimizer != "AdamW":
         raise Unavailable("what it costs is measured with AdamW, clipped")
-    cls = attribute(fusedopt, f"Fused{case.recipe.name}")
-    return cls(params, **case.recipe.options, max_grad_norm=1.0, telemetry=100)
+    return ours(case, params, telemetry=100)
 
 
 def torchs(**flags: bool) -> Callable[[Case, list[Parameter]], Optimizer]:

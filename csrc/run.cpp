@@ -17,6 +17,7 @@ namespace {
 #endif
 
 using Owners = c10::function_ref<std::vector<c10::Storage>()>;
+using Hold = c10::function_ref<void()>;
 
 // Under this many elements a thread costs more to wake than it saves.
 constexpr int64_t kElementsPerThread = 32768;
@@ -37,8 +38,9 @@ int64_t num_elements(const Partition& partition) {
   return count;
 }
 
+// `hold`: keeps all that the run reads and writes until it ends.
 void run_on_cpu(const RuleInfo& rule, const Partition& partition, const Pass& pass, Phases phases,
-                Owners owners) {
+                Hold hold) {
   const int64_t elements = num_elements(partition);
   const int64_t worthwhile = std::max<int64_t>(1, elements / kElementsPerThread);
   const int threads = at::in_parallel_region() || in_forked_child
@@ -46,7 +48,7 @@ void run_on_cpu(const RuleInfo& rule, const Partition& partition, const Pass& pa
                           : static_cast<int>(std::min<int64_t>(at::get_num_threads(), worthwhile));
   const cpu::Schedule schedule{partition.spans, threads};
   if (elements < kElementsToReleaseGil) return rule.run_cpu(pass, schedule, phases);
-  const std::vector<c10::Storage> alive = owners();
+  hold();
   const py::gil_scoped_release release;
   rule.run_cpu(pass, schedule, phases);
 }
@@ -72,11 +74,11 @@ void run_on_cuda(const RuleInfo& rule, Partition& partition, const Pass& pass, P
 #endif
 
 void run_one(const RuleInfo& rule, Partition& partition, const Pass& pass, Phases phases,
-             Owners owners) {
+             Hold hold) {
 #if FUSEDOPT_WITH_CUDA
   if (partition.on_cuda) return run_on_cuda(rule, partition, pass, phases);
 #endif
-  run_on_cpu(rule, partition, pass, phases, owners);
+  run_on_cpu(rule, partition, pass, phases, hold);
 }
 
 at::Tensor sum_of(const Partition& partition) {
@@ -120,12 +122,15 @@ void share_step_number(std::vector<Partition>& partitions) {
 
 void run(const RuleInfo& rule, std::vector<Partition>& partitions, const std::vector<Pass>& passes,
          Phases phases, Owners owners) {
-  if (partitions.size() == 1) return run_one(rule, partitions[0], passes[0], phases, owners);
-  // Between the phases as well: on the CPU each may let other Python threads run.
-  const std::vector<c10::Storage> alive = owners();
+  // From the first time that other Python threads may run, and between the phases as well.
+  std::vector<c10::Storage> alive;
+  const auto hold = [&] {
+    if (alive.empty()) alive = owners();
+  };
+  if (partitions.size() == 1) return run_one(rule, partitions[0], passes[0], phases, hold);
   const auto run_all = [&](Phases phase) {
     for (size_t i = 0; i < passes.size(); ++i) {
-      run_one(rule, partitions[i], passes[i], phase, owners);
+      run_one(rule, partitions[i], passes[i], phase, hold);
     }
   };
   if (passes[0].telemetry.chunks != nullptr) share_step_number(partitions);

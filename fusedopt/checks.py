@@ -178,17 +178,12 @@ def check_grad(param: Tensor, grad: Tensor, name: str) -> None:
     check_memory(param, name)
 
 
-def is_capturing() -> bool:
-    """Whether what is launched now becomes part of a CUDA graph."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def check_new_state(name: str) -> None:
+def check_new_state(name: str, expected: str) -> None:
     """Refuses to make state in a CUDA graph: every replay would make it again."""
-    if is_capturing():
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{name} has no state yet, and this step is captured in a CUDA graph: every replay "
-            "would begin anew; expected a step with its gradient before the capture"
+            f"would begin anew; expected {expected} before the capture"
         )
 
 

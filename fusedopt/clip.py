@@ -106,7 +106,7 @@ class Percentile(AdaptiveClip):
     Args:
         percentile: from 0 to 100.
         window: over how many steps, up to 4,096. On CUDA one block compares all of them with each
-            other at every step: a hundred cost nothing to speak of, thousands do.
+            other at every step.
         warmup: so many norms come before there is a limit but `max_norm`.
         max_norm: a fixed limit, for all steps.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 import threading
-from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
@@ -104,18 +103,15 @@ class FusedOptimizer(Readings):
         with self._lock:
             self._perhaps_unused = [
                 param
-                for param in self._perhaps_unused
+                for param in dict.fromkeys(self._perhaps_unused)
                 if param in self.state and self._count_of(param) == 0
             ]
-            unused = set(map(id, self._perhaps_unused))
-            whole = self.state
-            # They stay: a captured graph may use them.
-            used = {p: state for p, state in whole.items() if id(p) not in unused}
-            self.state = defaultdict(dict, used)
+            # They come back: a captured graph may use them.
+            unused = {param: self.state.pop(param) for param in self._perhaps_unused}
             try:
                 state_dict = super().state_dict()
             finally:
-                self.state = whole
+                self.state.update(unused)
         if isinstance(self.max_grad_norm, AdaptiveClip) and self._own["clip_state"] is not None:
             self._move_clip_state()
             clip_state = self._clip_state(self.max_grad_norm)
@@ -245,13 +241,10 @@ class FusedOptimizer(Readings):
         device = self._readings().device
         num_params = sum(len(group["params"]) for group in self.param_groups)
         before = self._own["clip_state"]
-        self._own["clip_state"] = state = clip.fit(before, num_params, device)
-        if state is not before and state.numel() > 0 and checks.is_capturing():
-            self._own["clip_state"] = before
-            raise RuntimeError(
-                f"{clip} has no state yet, and this step is captured in a CUDA graph: every replay "
-                "would begin anew; expected a step with this max_grad_norm before the capture"
-            )
+        state = clip.fit(before, num_params, device)
+        if state is not before and state.numel() > 0:
+            checks.check_new_state(str(clip), "a step with this max_grad_norm")
+        self._own["clip_state"] = state
         return state
 
     def _move_clip_state(self) -> None:
@@ -292,7 +285,7 @@ class FusedOptimizer(Readings):
                     checks.check_state(self.rule, group, param, self.state[param], name)
                     checks.check_state_dtypes(self.rule, group, param, self.state[param], name)
                 elif param.grad is not None and (self.rule.scalars or self.rule.states(group)):
-                    checks.check_new_state(name)
+                    checks.check_new_state(name, "a step with its gradient")
                 pairs.append((group, param))
         backend = backends.choose(self._backend, (param.device for _, param in pairs))
         new_states = [

@@ -101,8 +101,7 @@ class History:
         finite = rows.grad_norm.isfinite()
         clipped = (rows.clip_coef < 1) & ~rows.skipped
         params = dict(zip(rows.params, range(len(rows.params))))
-        known = set(self.names)
-        self.names += [name for name in params if name not in known]
+        self.names = list(dict.fromkeys((*self.names, *params)))
         norms, infs, nans = param_matrix(rows, ("grad_norm", "infs", "nans")).unbind(1)
         bad = torch.where(infs.isnan(), -math.inf, ((infs > 0) | (nans > 0)).double())
         places = dict(zip(self.names, range(len(self.names))))
