@@ -155,32 +155,16 @@ class UnitCoefs {
   int64_t first_, last_;
 };
 
-// What an element of a chunk is multiplied by.
-template <class T>
-class UnitFactors {
- public:
-  __device__ UnitFactors(const Pass& pass, double inv_scale, Chunk chunk) {
-    const Units& units = pass.own_clips.units[chunk.tensor];
-    const int64_t first = chunk.begin() / units.size;
-    coefs_ = pass.own_clips.coefs + units.first + first;
-    offset_ = chunk.begin() - first * units.size;
-    size_ = units.size;
-    inv_scale_ = inv_scale;
-  }
-
-  __device__ T operator()(int i) const {
-    constexpr int64_t kLongest = INT32_MAX;  // a chunk meets at most two units of that length
-    const int64_t place = offset_ + i;
-    const int64_t unit = size_ > kLongest
-                             ? (place < size_ ? 0 : 1)
-                             : static_cast<uint32_t>(place) / static_cast<uint32_t>(size_);
-    return static_cast<T>(inv_scale_ * coefs_[unit]);
-  }
-
- private:
-  const double* coefs_;
-  int64_t offset_, size_;
-  double inv_scale_;
-};
+// The coefficient of the unit that an element of a chunk lies in.
+__device__ __forceinline__ double coef_of_element(const Pass& pass, Chunk chunk, int i) {
+  constexpr int64_t kLongest = INT32_MAX;  // a chunk meets at most two units of that length
+  const Units& units = pass.own_clips.units[chunk.tensor];
+  const int64_t first = chunk.begin() / units.size;
+  const int64_t place = chunk.begin() - first * units.size + i;
+  const int64_t unit = units.size > kLongest
+                           ? (place < units.size ? 0 : 1)
+                           : static_cast<uint32_t>(place) / static_cast<uint32_t>(units.size);
+  return pass.own_clips.coefs[units.first + first + unit];
+}
 
 }  // namespace fusedopt::cuda

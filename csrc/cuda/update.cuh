@@ -13,16 +13,50 @@
 
 namespace fusedopt::cuda {
 
-// One chunk's update: the loop around a rule.
+// One chunk's update: the loops around a rule.
 template <class Rule, class types>
-struct ChunkUpdate {
+class ChunkUpdate {
   using T = typename types::compute_t;
   using param_t = typename types::param_t;
   using grad_t = typename types::grad_t;
   using state_t = typename types::state_t;
   using Coefficients = typename Rule::template Coefficients<T>;
   static constexpr int kStates = num_states<Rule>;
+  static constexpr int kVector = vector_size<param_t>;
+  static constexpr int kRow = kThreads * kVector;
 
+ public:
+  __device__ ChunkUpdate(const Pass& pass, Chunk chunk, const Prepared<Rule>& prepared,
+                         const Decision& decision, UpdateLanes& lanes)
+      : pass_(pass),
+        chunk_(chunk),
+        decision_(decision),
+        tensor_(pass.tensors[chunk.tensor]),
+        used_(pass.groups[tensor_.group].states_used |
+              always_used<Rule>()),  // which spares most of the questions
+        size_(static_cast<int>(chunk.size(tensor_.numel))),
+        measures_(!pass.options.measure),
+        telemetry_(pass.telemetry.chunks != nullptr),
+        by_units_(pass.own_clips.coefs != nullptr),
+        convert_(tensor_),
+        coefficients_(rounded<Rule, T>(prepared.coefficients)),
+        grad_factor_(static_cast<T>(prepared.grad_factor)),
+        arrays_(tensor_, pass.grads[chunk.tensor], chunk, used_),
+        squares_(lanes) {}
+
+  // If no pass has measured the gradients before: returns what the thread has seen of them. With
+  // telemetry: leaves sums of squares in the lanes.
+  __device__ __forceinline__ GradMeasures run() {
+    GradMeter<SumOfSquares, grad_t, kVector> meter;
+    if (telemetry_) squares_.clear();
+    const int done = update_vectors(meter);
+    if (measures_) measure_rest(done, meter);
+    if (telemetry_) __syncthreads();  // other threads own the lanes than of vectors
+    update_singles(done);
+    return meter.result(convert_);
+  }
+
+ private:
   // Some elements of all arrays, in registers.
   template <int kCount>
   struct Elements {
@@ -45,7 +79,6 @@ struct ChunkUpdate {
 
     __device__ bool has(int k) const { return (used >> k & 1) != 0; }
 
-    template <int kVector>
     __device__ bool aligned() const {
       bool result = param.template aligned<kVector>() && grad.template aligned<kVector>();
 #pragma unroll
@@ -78,49 +111,12 @@ struct ChunkUpdate {
     }
   };
 
-  // `factor(i)`: what the gradient of element i is multiplied by.
-  template <int kCount, class Factor, size_t... k>
-  __device__ static void update(Elements<kCount>& elements, unsigned used, Converter convert,
-                                const Coefficients& c, Factor factor, std::index_sequence<k...>) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      T param = convert.widen(elements.param.at[i]);
-      T state[state_slots<Rule>] = {convert.widen(elements.state[k].at[i])...};
-      const T grad = convert.widen(elements.grad.at[i]) * factor(i);
-      Rule::update(used, c, grad, param, state[k]...);
-      elements.param.at[i] = convert.template narrow<param_t>(param);
-      ((elements.state[k].at[i] = convert.template narrow<state_t>(state[k])), ...);
-    }
-  }
-
-  // With `measures`: returns what the thread has seen of the gradients. With `telemetry`: leaves
-  // sums of squares in the lanes.
-  __device__ __forceinline__ static GradMeasures run(const Pass& pass, Chunk chunk,
-                                                     const Prepared<Rule>& prepared,
-                                                     const Decision& decision,
-                                                     UpdateLanes& update_lanes) {
-    constexpr int kVector = vector_size<param_t>;
-    constexpr int kRow = kThreads * kVector;
+  // The rows that are whole, where all arrays are aligned. Returns the first element that is left.
+  __device__ __forceinline__ int update_vectors(GradMeter<SumOfSquares, grad_t, kVector>& meter) {
     constexpr int kBytes = sizeof(Elements<kVector>) + sizeof(Lanes<SumOfSquares, kVector>);
     // Before the first use. For 128 registers: float64's divisions and roots need some themselves.
     constexpr int kRowsInFlight = kBytes <= 128 && sizeof(T) == sizeof(float) ? 2 : 1;
-    constexpr auto kAllStates = std::make_index_sequence<kStates>{};
-    const Coefficients c = rounded<Rule, T>(prepared.coefficients);
-    const T grad_factor = static_cast<T>(prepared.grad_factor);
-    const TensorEntry& tensor = pass.tensors[chunk.tensor];
-    const int size = static_cast<int>(chunk.size(tensor.numel));
-    const bool measures = !pass.options.measure;
-    const bool telemetry = pass.telemetry.chunks != nullptr;
-    const bool by_units = pass.own_clips.coefs != nullptr;
-
-    const unsigned used = pass.groups[tensor.group].states_used |
-                          always_used<Rule>();  // which spares most of the questions
-    const Converter convert(tensor);
-    const Arrays arrays(tensor, pass.grads[chunk.tensor], chunk, used);
-    const int aligned_size = arrays.template aligned<kVector>() && !by_units ? size : 0;
-    const LanesOf<param_t> squares(update_lanes);
-    if (telemetry) squares.clear();
-    GradMeter<SumOfSquares, grad_t, kVector> meter;
+    const int aligned_size = arrays_.aligned() && !by_units_ ? size_ : 0;
     int done = 0;
 #pragma unroll 1
     for (; done + kRowsInFlight * kRow <= aligned_size; done += kRowsInFlight * kRow) {
@@ -128,57 +124,89 @@ struct ChunkUpdate {
       const int first = done + threadIdx.x * kVector;
 #pragma unroll
       for (int i = 0; i < kRowsInFlight; ++i) {
-        rows[i] = arrays.template load<kVector>(
+        rows[i] = arrays_.template load<kVector>(
             [&](auto array) { return array.template load<kVector>(first + i * kRow); });
       }
 #pragma unroll
       for (int i = 0; i < kRowsInFlight; ++i) {
-        if (measures) meter.add(rows[i].grad, convert, telemetry);
-        update(rows[i], used, convert, c, [&](int) { return grad_factor; }, kAllStates);
-        if (telemetry) {  // the parameter is loaded again, from the cache: no register holds it
-          squares.template add<1>(first + i * kRow, size,
-                                  arrays.param.template load<kVector>(first + i * kRow),
-                                  rows[i].param, convert);
+        if (measures_) meter.add(rows[i].grad, convert_, telemetry_);
+        update(rows[i], [&](int) { return grad_factor_; }, kAllStates);
+        if (telemetry_) {  // the parameter is loaded again, from the cache: no register holds it
+          squares_.template add<1>(first + i * kRow, size_,
+                                   arrays_.param.template load<kVector>(first + i * kRow),
+                                   rows[i].param, convert_);
         }
-        arrays.store(rows[i], [&](auto array, auto& it) { array.store(first + i * kRow, it); });
+        arrays_.store(rows[i], [&](auto array, auto& it) { array.store(first + i * kRow, it); });
       }
     }
-    if (measures) {
-#pragma unroll 1
-      for (int first = done + threadIdx.x * kVector; first < size; first += kRow) {
-        meter.add(arrays.grad.template load_some<kVector>(first, size), convert, telemetry);
-      }
-    }
-    // What is left, all of it where an array is not aligned: neighboring threads take neighboring
-    // elements, so that single accesses are coalesced too.
-    const auto update_singles = [&](auto count, auto factor) {
-      constexpr int kCount = decltype(count)::value;
-#pragma unroll 1
-      for (int first = done + threadIdx.x; first < size; first += kCount * kThreads) {
-        Elements<kCount> singles = arrays.template load<kCount>(
-            [&](auto array) { return array.template load_each<kCount, kThreads>(first, size); });
-        const auto own_factor = [&](int k) { return factor(first + k * kThreads); };
-        update(singles, used, convert, c, own_factor, kAllStates);
-        if (telemetry) {
-          squares.template add<kThreads>(
-              first, size, arrays.param.template load_each<kCount, kThreads>(first, size),
-              singles.param, convert);
-        }
-        arrays.store(singles, [&](auto array, auto& it) {
-          array.template store_each<kCount, kThreads>(first, size, it);
-        });
-      }
-    };
-    if (telemetry) __syncthreads();  // other threads own the lanes than of vectors
-    if (by_units) {
-      const UnitFactors<T> own(pass, decision.inv_scale, chunk);
-      update_singles(std::integral_constant<int, 2>{},
-                     [&](int i) { return i < size ? own(i) * grad_factor : T{0}; });
-    } else {
-      update_singles(std::integral_constant<int, 4>{}, [&](int) { return grad_factor; });
-    }
-    return meter.result(convert);
+    return done;
   }
+
+  __device__ __forceinline__ void measure_rest(int done,
+                                               GradMeter<SumOfSquares, grad_t, kVector>& meter) {
+#pragma unroll 1
+    for (int first = done + threadIdx.x * kVector; first < size_; first += kRow) {
+      meter.add(arrays_.grad.template load_some<kVector>(first, size_), convert_, telemetry_);
+    }
+  }
+
+  // What is left, all of it where an array is not aligned: neighboring threads take neighboring
+  // elements, so that single accesses are coalesced too.
+  __device__ __forceinline__ void update_singles(int done) {
+    constexpr int kCount = kVectorBytes / sizeof(T);
+#pragma unroll 1
+    for (int first = done + threadIdx.x; first < size_; first += kCount * kThreads) {
+      Elements<kCount> singles = arrays_.template load<kCount>(
+          [&](auto array) { return array.template load_each<kCount, kThreads>(first, size_); });
+      update(singles, [&](int k) { return factor_of(first + k * kThreads); }, kAllStates);
+      if (telemetry_) {
+        squares_.template add<kThreads>(
+            first, size_, arrays_.param.template load_each<kCount, kThreads>(first, size_),
+            singles.param, convert_);
+      }
+      arrays_.store(singles, [&](auto array, auto& it) {
+        array.template store_each<kCount, kThreads>(first, size_, it);
+      });
+    }
+  }
+
+  // What the gradient of element i of the chunk is multiplied by.
+  __device__ __forceinline__ T factor_of(int i) const {
+    if (!by_units_) return grad_factor_;
+    if (i >= size_) return 0;
+    const double coef = coef_of_element(pass_, chunk_, i);
+    return static_cast<T>(decision_.inv_scale * coef) * grad_factor_;
+  }
+
+  // `factor(i)`: factor_of the i-th of the elements.
+  template <int kCount, class Factor, size_t... k>
+  __device__ __forceinline__ void update(Elements<kCount>& elements, Factor factor,
+                                         std::index_sequence<k...>) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      T param = convert_.widen(elements.param.at[i]);
+      T state[state_slots<Rule>] = {convert_.widen(elements.state[k].at[i])...};
+      const T grad = convert_.widen(elements.grad.at[i]) * factor(i);
+      Rule::update(used_, coefficients_, grad, param, state[k]...);
+      elements.param.at[i] = convert_.template narrow<param_t>(param);
+      ((elements.state[k].at[i] = convert_.template narrow<state_t>(state[k])), ...);
+    }
+  }
+
+  static constexpr auto kAllStates = std::make_index_sequence<kStates>{};
+
+  const Pass& pass_;
+  const Chunk chunk_;
+  const Decision& decision_;
+  const TensorEntry& tensor_;
+  const unsigned used_;  // bit k: the rule's kStates[k] is there
+  const int size_;
+  const bool measures_, telemetry_, by_units_;
+  const Converter convert_;
+  const Coefficients coefficients_;
+  const T grad_factor_;
+  const Arrays arrays_;
+  const LanesOf<param_t> squares_;
 };
 
 // What a block keeps between chunks: the last tensor's coefficients, as most tensors share them.
@@ -236,8 +264,9 @@ __device__ __forceinline__ void update_chunk(const Pass& pass, int64_t index, Me
   __syncthreads();
   if (by_units) UnitCoefs(pass, shared.decision, chunk).leave(shared.known_unit, index);
   visit_sizes(tensor, [&](auto types) {
-    mine = ChunkUpdate<Rule, decltype(types)>::run(pass, chunk, memo.prepared, shared.decision,
-                                                   shared.lanes);
+    ChunkUpdate<Rule, decltype(types)> update(pass, chunk, memo.prepared, shared.decision,
+                                              shared.lanes);
+    mine = update.run();
   });
   if (measures) leave_grad_measures<SumOfSquares>(pass, index, mine, telemetry);
   if (telemetry) leave_update_measures(pass, index, shared.lanes);
