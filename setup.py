@@ -67,15 +67,17 @@ def architecture_flags(nvcc: Path) -> list[str]:
                 f"{nvcc} knows none of {', '.join(DEFAULT_ARCHITECTURES)}: set FUSEDOPT_CUDA=0"
             )
         names[-1] += "+PTX"
-    flags = []
+    codes: dict[str, list[str]] = {}  # by the architecture whose PTX they are made of
     for name in names:
         number = name.removesuffix("+PTX").replace(".", "")
         if not re.fullmatch(r"\d+[af]?", number):
             sys.exit(f"TORCH_CUDA_ARCH_LIST: {name!r} is not like 9.0 or 9.0+PTX")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        # Of one generation, the first one's serves all: a third of the work is done once for them.
+        older = (it for it in codes if it[:-1] == number[:-1] and it.isdigit() and it <= number)
+        codes.setdefault(next(older, number), []).append(f"sm_{number}")
         if name.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
+            codes.setdefault(number, []).append(f"compute_{number}")
+    return [f"-gencode=arch=compute_{ptx},code=[{','.join(code)}]" for ptx, code in codes.items()]
 
 
 def cuda_root(nvcc: Path) -> Path:

@@ -57,7 +57,7 @@ def built_objects() -> list[Path]:
         return [
             stamp.with_suffix(".o")
             for stamp in stamps
-            if f"code=sm_{ARCHITECTURE}" in stamp.read_text()
+            if re.search(rf"\bsm_{ARCHITECTURE}\b", stamp.read_text())
             and setup.is_current(stamp.with_suffix(".o"), shlex.split(stamp.read_text()))
         ]
     finally:
