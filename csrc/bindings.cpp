@@ -1,4 +1,6 @@
-#include <torch/extension.h>
+#include <c10/core/GradMode.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "clip_grads.h"
 #include "cpu/isa.h"
@@ -45,9 +47,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
               auto& [kind, arguments, clip_state] = *clip;
               adaptive = AdaptiveClipRequest{kind, std::move(arguments), std::move(clip_state)};
             }
-            return step(plan, param_groups, state,
-                        {max_grad_norm, std::move(adaptive), measure, skip_nonfinite, grad_scale,
-                         found_inf, control});
+            const c10::NoGradGuard no_grad;
+            if (!plan.refresh(param_groups, state)) return false;
+            step(plan.rule(), plan.partitions(),
+                 {max_grad_norm, std::move(adaptive), measure, skip_nonfinite, grad_scale,
+                  found_inf, control},
+                 [&] { return plan.memory_in_use(); });
+            return true;
           },
           py::arg("param_groups"), py::arg("state"), py::arg("max_grad_norm"), py::arg("measure"),
           py::arg("skip_nonfinite"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("clip"),

@@ -1,6 +1,7 @@
 #include "clip_grads.h"
 
 #include <ATen/ExpandUtils.h>
+#include <c10/core/GradMode.h>
 #include <c10/util/hash.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -116,7 +117,7 @@ void set_norm(const Partition& partition, const std::variant<at::Tensor, double>
 
 std::optional<ClipResult> clip_grads(const py::list& tensors, bool of_params, bool checked,
                                      const std::string& backend, const ClipRequest& request) {
-  const at::NoGradGuard no_grad;
+  const c10::NoGradGuard no_grad;
   const bool writes = request.max_norm != HUGE_VAL;
   const auto grads = gather(tensors, of_params, backend);
   if (!grads.has_value()) return std::nullopt;

@@ -1,8 +1,8 @@
 // Clipping by itself, for any optimizer: the norm of a list of gradients, and their scaling.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <torch/csrc/utils/pybind.h>
-#include <torch/types.h>
 
 #include <optional>
 #include <string>

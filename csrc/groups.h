@@ -1,8 +1,8 @@
 // Param groups, from Python's dicts to plain numbers.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <torch/csrc/utils/pybind.h>
-#include <torch/types.h>
 
 #include "registry.h"
 

@@ -3,7 +3,8 @@
 
 #if FUSEDOPT_WITH_CUDA
 
-#include "cuda/passes.h"
+#include <cuda_runtime.h>
+
 #include "partition.h"
 
 namespace fusedopt {

@@ -1,7 +1,15 @@
 #include "partition.h"
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
 #include <algorithm>
 #include <cstring>
+
+#include "streams.h"
+#if FUSEDOPT_WITH_CUDA
+#include "cuda/passes.h"
+#endif
 
 namespace fusedopt {
 
@@ -142,21 +150,5 @@ size_t partition_for(const at::Tensor& tensor, std::vector<Partition>& partition
   partition.place = place;
   return partitions.size() - 1;
 }
-
-#if FUSEDOPT_WITH_CUDA
-int device_index(c10::Device device) { return std::max<int>(0, device.index()); }
-
-cudaStream_t current_stream(c10::Device device) {
-  if (!device.is_cuda()) return nullptr;
-  static const py::object* const get =
-      new py::object(py::module_::import("torch._C").attr("_cuda_getCurrentRawStream"));
-  return reinterpret_cast<cudaStream_t>(py::cast<uintptr_t>((*get)(device.index())));
-}
-
-void check_launch(cudaError_t error, c10::Device device) {
-  TORCH_CHECK(error == cudaSuccess, "fusedopt: launching the step on ", device, " failed with ",
-              cudaGetErrorName(error), ": ", cudaGetErrorString(error));
-}
-#endif
 
 }  // namespace fusedopt

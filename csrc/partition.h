@@ -1,26 +1,23 @@
 // The tensors of one device, and the tables that one pass over them reads.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/core/Stream.h>
-#include <torch/csrc/utils/pybind.h>
-#include <torch/types.h>
 
 #include <optional>
 #include <vector>
 
-#include "cpu/passes.h"
+#include "cpu/schedule.h"
 #include "params.h"
-#if FUSEDOPT_WITH_CUDA
-#include "cuda/passes.h"
-#endif
 
 namespace fusedopt {
 
 // A parameter with gaps between its elements, and the dense copy that the kernels see.
 struct DenseParam {
-  PyObject* param;
-  int index;  // in the partition
+  c10::TensorImpl* param;  // not owned
+  int index;               // in the partition
   at::Tensor dense;
+  at::Tensor original;  // the parameter, during a step
 };
 
 // The tables that don't change from step to step, in the device's memory.
@@ -89,11 +86,5 @@ struct Partition {
 
 // Which of the partitions is that of the tensor's device: a new one for the first tensor on it.
 size_t partition_for(const at::Tensor& tensor, std::vector<Partition>& partitions);
-
-#if FUSEDOPT_WITH_CUDA
-int device_index(c10::Device device);
-cudaStream_t current_stream(c10::Device device);
-void check_launch(cudaError_t error, c10::Device device);
-#endif
 
 }  // namespace fusedopt

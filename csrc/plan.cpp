@@ -129,7 +129,7 @@ void Plan::add_source(PyObject* object, uint32_t group) {
   if (!same_layout(param.sizes(), param.strides(), source.dense_strides) || param.is_neg()) {
     at::Tensor dense = at::empty_strided(param.sizes(), source.dense_strides, param.options());
     entry.param = dense.data_ptr();
-    partition.dense_params.push_back({object, source.index, dense});
+    partition.dense_params.push_back({param.unsafeGetTensorImpl(), source.index, dense, {}});
   }
   partition.tensors.push_back(entry);
   sources_.push_back(std::move(source));

@@ -4,8 +4,8 @@
 // step, and says so when anything has moved; then Python checks all anew and makes a new plan.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <torch/csrc/utils/pybind.h>
-#include <torch/types.h>
 
 #include <string>
 #include <utility>

@@ -1,12 +1,16 @@
 #include "run.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/where.h>
 #include <pthread.h>
+#include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <atomic>
 
 #include "lifetimes.h"
+#include "streams.h"
 
 namespace fusedopt {
 
@@ -16,7 +20,6 @@ namespace {
 #define FUSEDOPT_CUDA_DEVICE c10::kCUDA
 #endif
 
-using Owners = c10::function_ref<std::vector<c10::Storage>()>;
 using Hold = c10::function_ref<void()>;
 
 // Under this many elements a thread costs more to wake than it saves.
@@ -49,7 +52,7 @@ void run_on_cpu(const RuleInfo& rule, const Partition& partition, const Pass& pa
   const cpu::Schedule schedule{partition.spans, threads};
   if (elements < kElementsToReleaseGil) return rule.run_cpu(pass, schedule, phases);
   hold();
-  const py::gil_scoped_release release;
+  const pybind11::gil_scoped_release release;
   rule.run_cpu(pass, schedule, phases);
 }
 

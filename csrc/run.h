@@ -1,6 +1,7 @@
 // Runs a rule's passes over the tensors of all devices: threads, streams, and what they exchange.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/util/FunctionRef.h>
 
 #include <cstddef>
@@ -11,10 +12,13 @@
 
 namespace fusedopt {
 
+// What keeps the memory that a run reads and writes.
+using Owners = c10::function_ref<std::vector<c10::Storage>()>;
+
 // `passes`: one per partition. `owners` is called where other Python threads may run beside the
-// passes, and returns what keeps the memory that these read and write.
+// passes.
 void run(const RuleInfo& rule, std::vector<Partition>& partitions, const std::vector<Pass>& passes,
-         Phases phases, c10::function_ref<std::vector<c10::Storage>()> owners);
+         Phases phases, Owners owners);
 
 // The double at that offset in the partition's StepControl, shape (1,).
 at::Tensor control_slot(const Partition& partition, size_t offset);

@@ -2,8 +2,6 @@
 #pragma once
 
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/utils/pybind.h>
-#include <torch/types.h>
 
 namespace fusedopt {
 

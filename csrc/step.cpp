@@ -1,10 +1,8 @@
 #include "step.h"
 
-#include <torch/csrc/autograd/python_variable.h>
+#include <ATen/ops/where.h>
 
 #include <algorithm>
-
-#include "run.h"
 
 namespace fusedopt {
 
@@ -57,29 +55,27 @@ void gather_clip_states(const std::vector<Partition>& partitions, const Adaptive
 
 // Parameters with gaps between their elements: the kernels see a dense copy.
 void load_dense_params(Partition& partition) {
-  for (const DenseParam& it : partition.dense_params) {
-    if (partition.grads[it.index] != nullptr) {
-      it.dense.copy_(THPVariable_Unpack(it.param).detach());
-    }
+  for (DenseParam& it : partition.dense_params) {
+    if (partition.grads[it.index] == nullptr) continue;
+    const auto param = c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(it.param);
+    it.original = at::Tensor::wrap_tensor_impl(param).detach();
+    it.dense.copy_(it.original);
   }
 }
 
 void store_dense_params(Partition& partition) {
-  for (const DenseParam& it : partition.dense_params) {
-    if (partition.grads[it.index] != nullptr) {
-      THPVariable_Unpack(it.param).detach().copy_(it.dense);
-    }
+  for (DenseParam& it : partition.dense_params) {
+    if (partition.grads[it.index] == nullptr) continue;
+    it.original.copy_(it.dense);
+    it.original.reset();
   }
 }
 
 }  // namespace
 
-bool step(Plan& plan, const py::list& param_groups, const py::dict& state,
-          const StepRequest& request) {
-  const at::NoGradGuard no_grad;
-  if (!plan.refresh(param_groups, state)) return false;
-  std::vector<Partition>& partitions = plan.partitions();
-  if (partitions.empty()) return true;
+void step(const RuleInfo& rule, std::vector<Partition>& partitions, const StepRequest& request,
+          Owners owners) {
+  if (partitions.empty()) return;
   partitions[0].control = request.control;
 
   std::vector<at::Tensor> owner;
@@ -94,14 +90,13 @@ bool step(Plan& plan, const py::list& param_groups, const py::dict& state,
   }
   const bool gathers = passes.size() > 1 && request.clip.has_value() && is_by_tensor(*request.clip);
   const at::Tensor before = gathers ? request.clip->state.clone() : at::Tensor();
-  run(plan.rule(), partitions, passes, Phases::kBoth, [&] { return plan.memory_in_use(); });
+  run(rule, partitions, passes, Phases::kBoth, owners);
   if (gathers) gather_clip_states(partitions, *request.clip, before);
   for (Partition& partition : partitions) {
     store_dense_params(partition);
     partition.dense_grads.clear();
     partition.clip_state.reset();
   }
-  return true;
 }
 
 }  // namespace fusedopt

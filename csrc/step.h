@@ -1,9 +1,12 @@
-// One step: the plan's tensors, packed into plain structs and handed to a backend's passes.
+// One step: a plan's tensors, packed into plain structs and handed to a backend's passes.
 #pragma once
 
-#include <optional>
+#include <ATen/core/Tensor.h>
 
-#include "plan.h"
+#include <optional>
+#include <vector>
+
+#include "run.h"
 
 namespace fusedopt {
 
@@ -25,8 +28,8 @@ struct StepRequest {
   at::Tensor control;  // float64, a StepControl on the first parameter's device
 };
 
-// False: something has moved since the plan was made, and nothing was done.
-bool step(Plan& plan, const py::list& param_groups, const py::dict& state,
-          const StepRequest& request);
+// Of tensors and gradients as the plan has just found them.
+void step(const RuleInfo& rule, std::vector<Partition>& partitions, const StepRequest& request,
+          Owners owners);
 
 }  // namespace fusedopt

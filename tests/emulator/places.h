@@ -2,7 +2,7 @@
 // torch. Their memory is one, but a step treats them as it does several GPUs.
 #pragma once
 
-#include <torch/types.h>
+#include <ATen/core/Tensor.h>
 
 c10::Device fusedopt_emulator_place(const at::Tensor& tensor);
 
