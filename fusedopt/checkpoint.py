@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks
+from fusedopt.arithmetic import compute_dtype
 from fusedopt.checks import IMPLEMENTATION
 from fusedopt.clip import AdaptiveClip
-from fusedopt.reference import Group, Rule, compute_dtype
+from fusedopt.reference import Group, Rule
 from fusedopt.state import is_empty, scalar_like, tensor_like
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt.arithmetic import compute_dtype
 from fusedopt.clip import LIMITS, AdaptiveClip, Unit
-from fusedopt.reference import Group, Rule, compute_dtype
+from fusedopt.reference import Group, Rule
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPE_NAMES = "float32, float64, bfloat16 or float16"

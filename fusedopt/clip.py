@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from fusedopt import reference
+from fusedopt import norms, reference
+from fusedopt.arithmetic import as_read
 
 if TYPE_CHECKING:
     from fusedopt.reference import Decision
@@ -133,10 +134,10 @@ class Percentile(AdaptiveClip):
         count = int(state[_COUNT])
         state[_NORMS + count % self.window] = decision.grad_norm
         state[_COUNT] = count + 1
-        norms = sorted(state[_NORMS : _NORMS + min(count + 1, self.window)].tolist())
-        position = float(len(norms) - 1) * (float(self.percentile) / 100)
-        lower = norms[int(position)]
-        upper = norms[min(int(position) + 1, len(norms) - 1)]
+        recent = sorted(state[_NORMS : _NORMS + min(count + 1, self.window)].tolist())
+        position = float(len(recent) - 1) * (float(self.percentile) / 100)
+        lower = recent[int(position)]
+        upper = recent[min(int(position) + 1, len(recent) - 1)]
         state[_LIMIT] = lower + (upper - lower) * (position - int(position))
 
     def _state_shape(self, num_params: int) -> tuple[int, ...]:
@@ -291,7 +292,7 @@ class PerTensor(AdaptiveClip):
 
 def _grad_norm(param: Tensor, decision: Decision) -> float:
     """A parameter's, unscaled."""
-    norm = reference.norm_of_chunks(reference.chunk_sums(param, param.grad))
+    norm = norms.norm_of_chunks(norms.chunk_sums(param, param.grad))
     return norm.item() * decision.inv_scale
 
 
@@ -333,11 +334,10 @@ class Unit(AdaptiveClip):
 
     def own_coef(self, state: Tensor, index: int, param: Tensor, decision: Decision) -> Tensor:
         assert param.grad is not None
-        weights = reference.unit_norms(param, param)
+        weights = norms.unit_norms(param, param)
         limits = self.clipping * weights.where(weights > self.eps, self.eps)
-        norms = reference.unit_norms(reference.as_read(param.grad, param), param)
-        norms = norms * decision.inv_scale
-        coefs = torch.where(norms > limits, limits / norms, 1.0)
+        grad_norms = norms.unit_norms(as_read(param.grad, param), param) * decision.inv_scale
+        coefs = torch.where(grad_norms > limits, limits / grad_norms, 1.0)
         return coefs.view(-1, *[1] * (param.dim() - 1)) if param.dim() > 1 else coefs.view(())
 
     def _state_shape(self, num_params: int) -> tuple[int, ...]:

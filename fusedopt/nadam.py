@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from fusedopt.arithmetic import power, sqrt
 from fusedopt.clip import AdaptiveClip
 from fusedopt.moments import update_moments
 from fusedopt.optimizer import Backend, FusedOptimizer
-from fusedopt.reference import Group, Rule, power, sqrt
+from fusedopt.reference import Group, Rule
 from fusedopt.settings import NonFinite
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from fusedopt import backends, checkpoint, checks, explain, reference, state
+from fusedopt import backends, checkpoint, checks, explain, norms, reference, state
 from fusedopt.clip import AdaptiveClip
 from fusedopt.readings import Readings
 from fusedopt.reference import Control, Group, Request, Rule
@@ -335,8 +335,7 @@ class FusedOptimizer(Readings):
             (g, i)
             for g, group in enumerate(self.param_groups)
             for i, param in enumerate(group["params"])
-            if param.grad is not None
-            and not reference.chunk_sums(param, param.grad).isfinite().all()
+            if param.grad is not None and not norms.chunk_sums(param, param.grad).isfinite().all()
         ]
 
     @_disable_dynamo

@@ -1,46 +1,26 @@
 """The step in plain torch: the specification that every compiled backend matches in bits.
 
 Every operation is a single one in float32 (float64 for float64 parameters), rounded once: no fused
-multiply-add, no `alpha=`, no `lerp`. Scalars are computed in float64 and rounded once.
-
-The order of the norm's sum is a part of the specification: it makes the norm the same for any
-number of threads or blocks.
-
-1. A gradient, in its parameter's memory order, is cut into chunks of `CHUNK_SIZE` elements.
-2. The squares of a chunk's elements are summed in float64 in `ROW_BYTES // itemsize` lanes:
-   element i is added to lane i % lanes.
-3. Lanes are folded: neighbors are added, then neighbors of these sums, until one is left.
-4. The sums of all chunks of one device's parameters are summed likewise, in `TOTAL_LANES` lanes. A
-   parameter without a gradient counts as zeros. Devices are added in the order of their parameters.
-
-Telemetry sums up the same way, but for the chunks of one parameter, whose sums go to `TENSOR_LANES`
-lanes. The squares of parameters and of their updates are summed in a chunk's lanes in float32
-(float64 for float64 parameters); then the halves of all lanes are added until `TENSOR_LANES` are
-left, which are folded in float64.
-
-A clip of single units cuts them where chunks end. The squares of each piece are summed in float64
-in `TENSOR_LANES` lanes, element i of the piece in lane i % lanes, and then the pieces likewise.
+multiply-add, no `alpha=`, no `lerp`. Scalars are computed in float64 and rounded once. The order of
+every sum is a part of the specification: see `fusedopt.norms`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusedopt import norms
+from fusedopt.arithmetic import as_read, compute_dtype
+
 if TYPE_CHECKING:
     from fusedopt.clip import AdaptiveClip
     from fusedopt.telemetry import Rings
-
-CHUNK_SIZE = 16384
-ROW_BYTES = 4096
-TOTAL_LANES = 256
-TENSOR_LANES = 32
 
 Group = dict[str, Any]
 
@@ -115,139 +95,6 @@ class Control:
     SUM_OF_SQUARES, GRAD_NORM, CLIP_COEF, STEP_SKIPPED, SKIPPED_STEPS = range(5)
     CONSECUTIVE_SKIPS, STEPS = range(5, 7)
     SIZE = 7
-
-
-def power(base: float, exponent: int) -> float:
-    """`base ** exponent` by repeated squaring: the same bits in Python, C++ and CUDA."""
-    result = 1.0
-    while exponent:
-        if exponent & 1:
-            result *= base
-        base *= base
-        exponent >>= 1
-    return result
-
-
-def sqrt(values: Tensor) -> Tensor:
-    """The correctly rounded square root; torch's own on the CPU may be one unit off.
-
-    That of a float32 is correct by way of float64, whose 53 bits are more than twice 24 (Figueroa,
-    1995, "When is double rounding innocuous?").
-    """
-    if values.dtype == torch.float32:
-        return values.to(torch.float64).sqrt().to(torch.float32)
-    if values.device.type == "cpu":
-        return values.clone().apply_(math.sqrt)
-    return values.sqrt()
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that a parameter of this dtype is updated in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def as_read(grad: Tensor, param: Tensor) -> Tensor:
-    """A gradient in the dtype that it is read in: its parameter's, or the one computed in."""
-    return grad if grad.dtype == param.dtype else grad.to(compute_dtype(param.dtype))
-
-
-def in_memory_order(tensor: Tensor, param: Tensor) -> Tensor:
-    """The elements of `tensor`, shaped as `param`, in the order that `param`'s lie in memory."""
-    strides = torch.empty_like(param, device="meta").stride()
-    order = sorted(range(param.dim()), key=lambda dim: -strides[dim])
-    return tensor.permute(order).reshape(-1)
-
-
-def fold(lanes: Tensor) -> Tensor:
-    """The sum over the last dimension, whose size is a power of two: neighbors first."""
-    while lanes.shape[-1] > 1:
-        lanes = lanes[..., 0::2] + lanes[..., 1::2]
-    return lanes[..., 0]
-
-
-def in_lanes(terms: Tensor, lanes: int) -> Tensor:
-    """The last dimension, summed in so many lanes: term i in lane i % lanes."""
-    rows = max(1, -(-terms.shape[-1] // lanes))
-    terms = torch.nn.functional.pad(terms, (0, rows * lanes - terms.shape[-1]))
-    total = torch.zeros_like(terms[..., :lanes])
-    for row in terms.unflatten(-1, (rows, lanes)).unbind(-2):
-        total = total + row
-    return total
-
-
-def sum_in_lanes(terms: Tensor, lanes: int) -> Tensor:
-    """The sum over the last dimension of a float64 tensor: in lanes, then the lanes."""
-    return fold(in_lanes(terms, lanes))
-
-
-def chunk_sums(param: Tensor, grad: Tensor | None) -> Tensor:
-    """The sum of squares of every chunk of a parameter's gradient, float64, shape (chunks,)."""
-    chunks = -(-param.numel() // CHUNK_SIZE)
-    if grad is None or chunks == 0:
-        return torch.zeros(chunks, dtype=torch.float64, device=param.device)
-    return sums_of_squares(as_read(grad, param), param)
-
-
-def sums_of_squares(values: Tensor, param: Tensor) -> Tensor:
-    """The sum of squares of every chunk of values shaped as a parameter, as `chunk_sums`."""
-    values = in_memory_order(values, param).to(torch.float64)
-    chunks = max(1, -(-values.numel() // CHUNK_SIZE))
-    squares = values * values
-    if chunks > 1:
-        squares = torch.nn.functional.pad(squares, (0, chunks * CHUNK_SIZE - squares.numel()))
-    return sum_in_lanes(squares.view(chunks, -1), ROW_BYTES // param.element_size())
-
-
-def sums_in_single(values: Tensor, param: Tensor) -> Tensor:
-    """As `sums_of_squares`, but lanes are summed in the dtype that is computed in."""
-    values = in_memory_order(values, param)
-    values = torch.nn.functional.pad(values, (0, -values.numel() % CHUNK_SIZE))
-    lanes = ROW_BYTES // param.element_size()
-    squares = (values * values).view(-1, CHUNK_SIZE)
-    total = in_lanes(squares, lanes)
-    while total.shape[-1] > TENSOR_LANES:
-        first, second = total.chunk(2, dim=-1)
-        total = first + second
-    return fold(total.to(torch.float64))
-
-
-def norm_of_chunks(sums: Tensor) -> Tensor:
-    """A parameter's norm, from the sums of its chunks: 0-d float64."""
-    return sqrt(sum_in_lanes(sums, TENSOR_LANES))
-
-
-def unit_norms(values: Tensor, param: Tensor) -> Tensor:
-    """The norms of values shaped as a parameter, by index of its first dimension: float64.
-
-    Of one with fewer than two dimensions it is one norm. Shape (units,).
-    """
-    units = param.shape[0] if param.dim() > 1 else 1
-    if param.numel() == 0:
-        return torch.zeros(units, dtype=torch.float64, device=param.device)
-    squares = in_memory_order(values, param).to(torch.float64).square()
-    size = param.numel() // units
-    totals = sum_in_lanes(squares.view(units, size), TENSOR_LANES)
-    cuts = range(CHUNK_SIZE, param.numel(), CHUNK_SIZE)
-    for unit in {cut // size for cut in cuts if cut % size != 0}:
-        first, last = unit * size, (unit + 1) * size
-        ends = [first, *(cut for cut in cuts if first < cut < last), last]
-        pieces = [
-            sum_in_lanes(squares[begin:end], TENSOR_LANES)
-            for begin, end in itertools.pairwise(ends)
-        ]
-        totals[unit] = sum_in_lanes(torch.stack(pieces), TENSOR_LANES)
-    return sqrt(totals)
-
-
-def sum_of_squares(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> float:
-    """Of all gradients of pairs (parameter, gradient), summed as the module's docstring says."""
-    sums_by_device: dict[torch.device, list[Tensor]] = {}
-    for param, grad in pairs:
-        sums_by_device.setdefault(param.device, []).append(chunk_sums(param, grad))
-    total = 0.0
-    for sums in sums_by_device.values():
-        total += sum_in_lanes(torch.cat(sums), TOTAL_LANES).item()
-    return total
 
 
 def clip_coefficient(max_norm: float, norm: float) -> float:
@@ -325,7 +172,7 @@ def step(
 ) -> None:
     """One whole step. `control` (float64, shape (7,)) takes the readings; see `Control`."""
     pairs = list(distinct_params(param_groups))
-    total = sum_of_squares((param, param.grad) for _, param in pairs)
+    total = norms.sum_of_squares((param, param.grad) for _, param in pairs)
     decision = decide(request, total if request.measure else 0.0)
     before = None if rings is None else [param.clone() for _, param in pairs]
     coefs = []
@@ -382,11 +229,13 @@ def measures(param: Tensor, before: Tensor, decision: Decision) -> Tensor:
         update_norm, param_norm = zero, zero * math.nan
     else:
         dtype = compute_dtype(param.dtype)
-        update_norm = norm_of_chunks(sums_in_single(param.to(dtype) - before.to(dtype), param))
-        param_norm = norm_of_chunks(sums_in_single(before.to(dtype), param))
+        update_norm = norms.norm_of_chunks(
+            norms.sums_in_single(param.to(dtype) - before.to(dtype), param)
+        )
+        param_norm = norms.norm_of_chunks(norms.sums_in_single(before.to(dtype), param))
     return torch.stack(
         [
-            norm_of_chunks(sums_of_squares(grad, param)) * decision.inv_scale,
+            norms.norm_of_chunks(norms.sums_of_squares(grad, param)) * decision.inv_scale,
             largest * decision.inv_scale,
             grad.isinf().sum().double(),
             grad.isnan().sum().double(),
@@ -431,16 +280,16 @@ def total_norm(grads: list[Tensor], norm_type: float) -> Tensor:
     with a negative order, where there is no such norm: torch raises a RuntimeError.
     """
     if norm_type == 2.0:
-        norm = math.sqrt(sum_of_squares((grad, grad) for grad in grads))
+        norm = math.sqrt(norms.sum_of_squares((grad, grad) for grad in grads))
         return torch.tensor(norm, dtype=torch.float64, device=grads[0].device)
-    norms = [
+    each = [
         torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64).to(grads[0].device)
         for grad in grads
         if grad.numel() > 0 or norm_type < 0
     ]
-    if not norms:
+    if not each:
         return torch.zeros((), dtype=torch.float64, device=grads[0].device)
-    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    return torch.linalg.vector_norm(torch.stack(each), norm_type)
 
 
 @torch.no_grad()

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from fusedopt.arithmetic import sqrt
 from fusedopt.clip import AdaptiveClip
 from fusedopt.optimizer import Backend, FusedOptimizer
-from fusedopt.reference import Group, Rule, count_step, sqrt
+from fusedopt.reference import Group, Rule, count_step
 from fusedopt.settings import NonFinite
 
 

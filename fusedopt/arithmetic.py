@@ -1,0 +1,42 @@
+"""Arithmetic that gives the same bits in Python, C++ and CUDA, and the types that it is done in."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def power(base: float, exponent: int) -> float:
+    """`base ** exponent` by repeated squaring: the same bits in Python, C++ and CUDA."""
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
+def sqrt(values: Tensor) -> Tensor:
+    """The correctly rounded square root; torch's own on the CPU may be one unit off.
+
+    That of a float32 is correct by way of float64, whose 53 bits are more than twice 24 (Figueroa,
+    1995, "When is double rounding innocuous?").
+    """
+    if values.dtype == torch.float32:
+        return values.to(torch.float64).sqrt().to(torch.float32)
+    if values.device.type == "cpu":
+        return values.clone().apply_(math.sqrt)
+    return values.sqrt()
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that a parameter of this dtype is updated in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_read(grad: Tensor, param: Tensor) -> Tensor:
+    """A gradient in the dtype that it is read in: its parameter's, or the one computed in."""
+    return grad if grad.dtype == param.dtype else grad.to(compute_dtype(param.dtype))
