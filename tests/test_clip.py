@@ -1,8 +1,7 @@
-"""Limits that adapt themselves: the formulas by hand, equal bits, checkpoints, what is refused."""
+"""Limits that adapt themselves: the formulas by hand, equal bits, what is refused."""
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 import threading
@@ -11,29 +10,10 @@ import numpy as np
 import pytest
 import torch
 from cases import CLASSES, DTYPES, assert_same_bits, make_params, set_grads, snapshot, tensors_of
+from limited import LEARNING, LIMITS, OWN, SCALES, UNITS, run
 
 import fusedopt
 from fusedopt.clip import AdaptiveClip, Percentile, PerTensor, Unit, ZScore
-
-GLOBAL = [Percentile(80, window=5, warmup=3), Percentile(100, window=4, warmup=1), ZScore(warmup=4)]
-OWN = [PerTensor(warmup=3), Unit(0.5), PerTensor(warmup=2, max_norm=50.0), Unit(0.1, max_norm=50.0)]
-LIMITS = [*GLOBAL, *OWN]
-LEARNING = [limit for limit in LIMITS if not isinstance(limit, Unit)]
-# Units that fit a chunk, that two share, that are longer than one, and those of a single element.
-UNITS = [(4, 5), (1,), (0, 3), (3, 0), (700, 33), (3, 20000), (40000,), (6, 2, 3, 3), (50, 1), ()]
-# Of the gradients, by step: two spikes, and a step without a finite gradient.
-SCALES = [1.0, 1.2, 0.8, 1.1, 30.0, 0.9, math.nan, 1.0, 50.0, 1.1, 1.0]
-
-
-def run(optimizer, params, scales=SCALES, first=0):
-    """The limits' effect on each step, and the norms."""
-    norms, coefs = [], []
-    for step, scale in enumerate(scales, first):
-        set_grads(params, step, scale)
-        optimizer.step()
-        norms.append(optimizer.grad_norm.item())
-        coefs.append(optimizer._readings()[2].item())
-    return norms, coefs
 
 
 @pytest.mark.parametrize("limit", LIMITS, ids=str)
@@ -229,86 +209,6 @@ def test_bad_steps_teach_nothing(backend, limit, nonfinite):
     before = optimizer._own["clip_state"].clone()
     run(optimizer, params, [math.nan, math.inf])
     assert torch.equal(optimizer._own["clip_state"], before)
-
-
-@pytest.mark.parametrize("limit", LEARNING, ids=str)
-def test_a_checkpoint_goes_on(backend, limit):
-    params = make_params(device=backend.device)
-    optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=limit)
-    run(optimizer, params, SCALES[:6])
-    twins = [p.detach().clone().requires_grad_() for p in params]
-    resumed = backend.make(fusedopt.FusedAdam, twins, max_grad_norm=limit)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert run(optimizer, params, SCALES[6:], 6)[1][1:] == run(resumed, twins, SCALES[6:], 6)[1][1:]
-    assert_same_bits(snapshot(optimizer), snapshot(resumed))
-
-
-def test_checkpoints_with_and_without():
-    params = make_params()
-    adapts = fusedopt.FusedAdam(params, max_grad_norm=ZScore())
-    run(adapts, params, SCALES[:3])
-    saved = adapts.state_dict()
-    twin = torch.optim.Adam(params)
-    twin.load_state_dict(saved)  # looks past what it doesn't know
-    fixed = fusedopt.FusedAdam(params, max_grad_norm=1.0)
-    fixed.load_state_dict(saved)
-    assert "clip" not in fixed.state_dict()
-    adapts.load_state_dict(twin.state_dict())
-    assert adapts._own["clip_state"] is None  # learns anew
-    other = fusedopt.FusedAdam(params, max_grad_norm=ZScore(threshold=3.0))
-    other.load_state_dict(saved)
-    assert other._own["clip_state"] is None
-    saved["clip"]["state"] = torch.zeros(2)
-    with pytest.raises(ValueError, match=r"state of ZScore.*float64 tensor of shape \(3,\)"):
-        fusedopt.FusedAdam(params, max_grad_norm=ZScore()).load_state_dict(saved)
-
-
-def learned(limit, steps=4):
-    params = make_params([(4, 2), (3,)])
-    optimizer = fusedopt.FusedAdam(params, max_grad_norm=limit)
-    run(optimizer, params, SCALES[:steps])
-    return params, copy.deepcopy(optimizer.state_dict())
-
-
-@pytest.mark.parametrize("limit", LEARNING, ids=str)
-def test_a_count_that_no_step_has_left_is_refused(limit):
-    params, saved = learned(limit)
-    for bad in (-3.0, 0.5, 1e300, math.inf, math.nan):
-        saved["clip"]["state"].view(-1)[0] = bad
-        other = fusedopt.FusedAdam(params, max_grad_norm=limit)
-        with pytest.raises(ValueError, match="expected whole numbers of steps, and no nan"):
-            other.load_state_dict(saved)
-    assert other._own["clip_state"] is None and not other.state
-
-
-def test_equal_limits_know_each_other_in_a_checkpoint():
-    params, saved = learned(ZScore(max_norm=2, warmup=2))
-    other = fusedopt.FusedAdam(params, max_grad_norm=ZScore(max_norm=2.0, warmup=2))
-    other.load_state_dict(saved)
-    assert other._own["clip_state"][0] == 4
-
-
-def test_a_checkpoint_whose_memory_is_laid_out_otherwise(backend):
-    limit = PerTensor(warmup=2)
-    params, saved = learned(limit)
-    expected = saved["clip"]["state"].clone()
-    saved["clip"]["state"] = expected.t().contiguous().t()
-    params = [torch.nn.Parameter(p.detach().to(backend.device)) for p in params]
-    other = backend.make(fusedopt.FusedAdam, params, max_grad_norm=limit)
-    other.load_state_dict(saved)
-    run(other, params, [1.0])
-    assert other._own["clip_state"].is_contiguous()
-    assert (other._own["clip_state"][:, 0] == expected[:, 0] + 1).all()
-
-
-def test_a_checkpoint_that_is_loaded_in_inference_mode():
-    limit = PerTensor(warmup=2)
-    params, saved = learned(limit)
-    other = fusedopt.FusedAdam(params, backend="reference", max_grad_norm=limit)
-    with torch.inference_mode():
-        other.load_state_dict(saved)
-    run(other, params, [1.0])
-    assert (other._own["clip_state"][:, 0] == 5).all()
 
 
 class Halved(ZScore):
