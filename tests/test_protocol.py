@@ -89,7 +89,7 @@ def test_hooks_run_around_the_step_as_around_torchs(case):
 @pytest.mark.parametrize("case", CLASSES, ids=str)
 def test_profiler_sees_one_step_under_its_name(backend, case):
     optimizer = backend.make(case.cls, make_params([(3,)], device=backend.device))
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:  # else some versions warn
         train(optimizer, [0])
     names = [e.name for e in profile.events() if e.name.startswith("Optimizer.step")]
     assert names == [f"Optimizer.step#{case.cls.__name__}.step"]

@@ -88,3 +88,10 @@ def test_the_compiler_knows_that_arrays_are_in_global_memory(kernels):
 def test_nothing_lies_in_local_memory(kernels):
     for name, code in kernels.items():
         assert not [op for op in code if re.match(r"(LDL|STL)\b", op)], name
+
+
+def test_16_bit_types_are_rounded_by_single_instructions(kernels):
+    for name, code in kernels.items():
+        if "update_kernel" in name:
+            counts = [sum(op.startswith(f"F2FP.{kind}") for op in code) for kind in ("BF16", "F16")]
+            assert counts[0] == counts[1] > 0, name

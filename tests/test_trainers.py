@@ -234,9 +234,8 @@ def test_transformers_example_learns_and_resumes(tmp_path, capsys, options):
 
 def gpt2_trainer(folder: Path, poisoned: int | None = None, steps: int = 8, **options: Any) -> Any:
     """A trainer of the example's model; each step takes two batches of four blocks."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
     module = example("transformers_gpt2", "transformers")
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Poison(TrainerCallback):
         """Makes the gradients of a step nan, as an exploding loss would."""

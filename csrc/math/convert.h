@@ -83,9 +83,15 @@ struct narrow_to<double> {
 template <>
 struct narrow_to<bfloat16> {
   static FUSEDOPT_INLINE bfloat16 from(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    bfloat16 result;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+    return result;
+#else
     const uint32_t bits = bit_cast<uint32_t>(value);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     return {static_cast<uint16_t>(value != value ? 0x7fc0u : rounded)};
+#endif
   }
 };
 
