@@ -4,21 +4,32 @@
 
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <initializer_list>
 #include <unordered_map>
+#include <vector>
 
 namespace fusedopt {
 
 namespace {
 
-std::vector<at::Tensor> memory_of(const Partition& partition) {
-  std::vector<at::Tensor> memory{partition.chunk_sums, partition.control,
-                                 partition.tables.memory()};
-  for (const at::Tensor& it :
-       {partition.chunk_measures, partition.step_ring, partition.param_ring,
-        partition.own_clips.units, partition.own_clips.tensor_norms, partition.own_clips.unit_sums,
-        partition.own_clips.coefs, partition.own_clips.chunk_coefs, partition.clip_state}) {
-    if (it.defined()) memory.push_back(it);
+std::vector<at::Tensor> defined_of(std::initializer_list<at::Tensor> tensors) {
+  std::vector<at::Tensor> result;
+  for (const at::Tensor& it : tensors) {
+    if (it.defined()) result.push_back(it);
   }
+  return result;
+}
+
+std::vector<at::Tensor> made_by_python(const Partition& partition) {
+  return defined_of(
+      {partition.control, partition.step_ring, partition.param_ring, partition.clip_state});
+}
+
+std::vector<at::Tensor> made_here(const Partition& partition) {
+  const OwnClipMemory& clips = partition.own_clips;
+  std::vector<at::Tensor> memory = defined_of(
+      {partition.chunk_sums, partition.tables.memory(), partition.chunk_measures, clips.units,
+       clips.tensor_norms, clips.unit_sums, clips.coefs, clips.chunk_coefs});
   for (const DenseParam& it : partition.dense_params) memory.push_back(it.dense);
   return memory;
 }
@@ -38,21 +49,20 @@ void keep_for_current_stream(Partition& partition, cudaStream_t stream) {
   if (is_capturing(stream)) {
     // By storage, as a later graph may read more. Never destroyed: CUDA may be gone.
     static auto* const kept = new std::unordered_map<const void*, at::Tensor>;
-    for (const at::Tensor& tensor : memory_of(partition)) {
-      kept->try_emplace(tensor.storage().unsafeGetStorageImpl(), tensor);
+    for (const auto& memory : {made_here(partition), made_by_python(partition)}) {
+      for (const at::Tensor& it : memory) {
+        kept->try_emplace(it.storage().unsafeGetStorageImpl(), it);
+      }
     }
   }
   if (!partition.device.is_cuda()) return;
   // torch's allocator gives memory back to the stream that it was allocated on, unless it knows of
   // others. What Python has made may come from any stream.
   const c10::Stream current = c10::impl::VirtualGuardImpl(c10::kCUDA).getStream(partition.device);
-  for (const at::Tensor& it :
-       {partition.control, partition.step_ring, partition.param_ring, partition.clip_state}) {
-    if (it.defined()) it.record_stream(current);
-  }
+  for (const at::Tensor& it : made_by_python(partition)) it.record_stream(current);
   if (!partition.home.has_value()) partition.home = current;
   if (*partition.home == current) return;
-  for (const at::Tensor& tensor : memory_of(partition)) tensor.record_stream(current);
+  for (const at::Tensor& it : made_here(partition)) it.record_stream(current);
 }
 
 }  // namespace fusedopt

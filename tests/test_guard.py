@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SANITIZED
+from torch.torch_version import TorchVersion
 
 import fusedopt
 from fusedopt import backends
@@ -26,7 +27,9 @@ GUARD = Path(__file__).with_name("guard")
 
 # Counted: 3 (pybind11's list of arguments, the list of passes, libgomp's team of threads). Where
 # the GIL is released, 4 more: the list of what is to be kept alive doubles its size as it grows.
-MAX_ALLOCATIONS, MAX_ALLOCATIONS_WITHOUT_GIL = 3, 7
+# One more by pybind11 3.0, which came with torch until 2.12.
+MAX_ALLOCATIONS = 3 if TorchVersion(torch.__version__) >= "2.13" else 4
+MAX_ALLOCATIONS_WITHOUT_GIL = MAX_ALLOCATIONS + 4
 
 # Counted: 1, norm and update together.
 MAX_REGIONS = 1

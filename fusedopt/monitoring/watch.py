@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fusedopt.explain import nonfinite_params
 from fusedopt.monitoring.history import History
 from fusedopt.monitoring.log_reader import LogReader, NotALogError
 from fusedopt.monitoring.plot import fail
@@ -176,11 +177,7 @@ def sparkline(values: Tensor, room: int) -> str:
 
 def culprits(rows: Telemetry, index: int) -> str:
     """The parameters whose gradients held inf or nan in one step."""
-    names = [
-        name
-        for name, param in rows.params.items()
-        if param.infs[index] > 0 or param.nans[index] > 0
-    ]
+    names = nonfinite_params(rows, index)
     if not names:
         return "no parameter with inf or nan: a gradient scaler's overflow, or not logged"
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
