@@ -43,6 +43,11 @@ MAX_CALLS = 25
 MAX_INSTRUCTIONS_PER_TENSOR = 2_450
 MAX_INSTRUCTIONS_BESIDE = 72_000
 
+# Counted with AVX2 in a clipped step of that many elements, at most: 10.4, 17.1, 20.0 and 42.1; a
+# quarter more is allowed. A loop that the compiler makes no vectors of takes several times as many.
+ELEMENTS = 16384
+MAX_INSTRUCTIONS_PER_ELEMENT = {"float32": 13, "float64": 22, "bfloat16": 25, "float16": 53}
+
 
 def build(source: Path, folder: Path) -> Path:
     compiler = os.environ.get("CC", "cc").split()
@@ -140,7 +145,8 @@ def test_python_does_nothing_for_a_tensor(clip):
     assert 0 < many <= MAX_CALLS
 
 
-def test_instructions(tmp_path):
+def instructions(tmp_path: Path, kind: str) -> list[tuple[list, int, int]]:
+    """What probe.py has run under callgrind: what, how many steps, and all their instructions."""
     if shutil.which("valgrind") is None:
         pytest.skip("valgrind is not installed: apt-get install valgrind")
     assert backends._C is not None
@@ -149,16 +155,34 @@ def test_instructions(tmp_path):
     shim = build(GUARD / "instructions.c", tmp_path)
     callgrind = ["valgrind", "-q", "--tool=callgrind", "--instr-atstart=no",
                  f"--callgrind-out-file={tmp_path / 'counts'}"]  # fmt: skip
-    found = probe(*callgrind, sys.executable, GUARD / "probe.py", "instructions", shim,
+    found = probe(*callgrind, sys.executable, GUARD / "probe.py", kind, shim,
                   OMP_NUM_THREADS="1", FUSEDOPT_ISA="avx2")  # fmt: skip
     assert found["isa"] == "avx2"  # valgrind itself hides AVX-512
-    by_what: dict[tuple[int, bool], Counts] = {}
-    for index, ((tensors, _, clip), steps) in enumerate(found["result"]):
+    counted = []
+    for index, (what, steps) in enumerate(found["result"]):
         # Two files each: what came before the steps, and the steps.
         text = (tmp_path / f"counts.{2 * index + 2}").read_text()
         total = re.search(r"^totals: (\d+)", text, re.MULTILINE)
         assert total is not None
-        by_what.setdefault((tensors, clip), {})[steps] = (int(total[1]),)
+        counted.append((what, steps, int(total[1])))
+    return counted
+
+
+def test_no_loop_over_elements_is_left_without_vectors(tmp_path):
+    counted = instructions(tmp_path, "elements")
+    too_many = []
+    for (*rule, dtype, grad_dtype, telemetry), _, total in counted:
+        loop = f"{rule}, {dtype}, gradient {grad_dtype}, telemetry={telemetry}"
+        print(f"{loop}: {total / ELEMENTS:.1f} instructions per element")
+        if not 0 < total / ELEMENTS <= MAX_INSTRUCTIONS_PER_ELEMENT[dtype]:
+            too_many.append(loop)
+    assert len(counted) > 100 and not too_many
+
+
+def test_instructions(tmp_path):
+    by_what: dict[tuple[int, bool], Counts] = {}
+    for (tensors, _, clip), steps, total in instructions(tmp_path, "instructions"):
+        by_what.setdefault((tensors, clip), {})[steps] = (total,)
     for clip in (False, True):
         few, many = (per_step(by_what[tensors, clip], 0) for tensors in (10, 1000))
         per_tensor = (many - few) / 990

@@ -74,7 +74,7 @@ struct Update {
       params[i] = narrow<param_t>(param);
       (store<k>(states[k], i, state[k]), ...);
       if constexpr (kMeasures) {
-        const T update = widen(narrow<param_t>(param)) - before;
+        const T update = round_to<param_t>(param) - before;
         param_lanes[i] += before * before;
         update_lanes[i] += update * update;
       }

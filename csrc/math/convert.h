@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "inline.h"
 
@@ -39,70 +40,32 @@ FUSEDOPT_INLINE To bit_cast(From from) {
   return to;
 }
 
-// widen: exact for every type.
-FUSEDOPT_INLINE float widen(float value) { return value; }
-FUSEDOPT_INLINE double widen(double value) { return value; }
-FUSEDOPT_INLINE float widen(bfloat16 value) {
-  return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
-}
-FUSEDOPT_INLINE float widen(float16 value) {
-#if defined(__CUDA_ARCH__)
-  float result;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
-  return result;
-#else
-  // Move exponent and mantissa into place, then let one multiplication mend the exponent's bias:
-  // it is exact, and normalizes subnormals on the way.
-  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
-  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
-  const float rebiased = bit_cast<float>(magnitude) * 0x1p112f;
-  const uint32_t nonfinite = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
-  return bit_cast<float>(bit_cast<uint32_t>(rebiased) | nonfinite | sign);
-#endif
-}
-
-// narrow: rounds to nearest, ties to even. A NaN stays a NaN; its payload is not specified.
+// What a 16-bit type is to a host: its bits in the low half of a word, and back.
 template <class scalar_t>
-struct narrow_to;
-
-template <class scalar_t>
-FUSEDOPT_INLINE scalar_t narrow(opmath_t<scalar_t> value) {
-  return narrow_to<scalar_t>::from(value);
-}
+struct bits_of;
 
 template <>
-struct narrow_to<float> {
-  static FUSEDOPT_INLINE float from(float value) { return value; }
-};
-
-template <>
-struct narrow_to<double> {
-  static FUSEDOPT_INLINE double from(double value) { return value; }
-};
-
-template <>
-struct narrow_to<bfloat16> {
-  static FUSEDOPT_INLINE bfloat16 from(float value) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    bfloat16 result;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
-    return result;
-#else
+struct bits_of<bfloat16> {
+  static FUSEDOPT_INLINE float widen(uint32_t bits) { return bit_cast<float>(bits << 16); }
+  static FUSEDOPT_INLINE uint32_t narrow(float value) {
     const uint32_t bits = bit_cast<uint32_t>(value);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return {static_cast<uint16_t>(value != value ? 0x7fc0u : rounded)};
-#endif
+    return value != value ? 0x7fc0u : rounded;
   }
 };
 
 template <>
-struct narrow_to<float16> {
-  static FUSEDOPT_INLINE float16 from(float value) {
-#if defined(__CUDA_ARCH__)
-    float16 result;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
-    return result;
-#else
+struct bits_of<float16> {
+  // Move exponent and mantissa into place, then let one multiplication mend the exponent's bias:
+  // it is exact, and normalizes subnormals on the way.
+  static FUSEDOPT_INLINE float widen(uint32_t bits) {
+    const uint32_t sign = (bits & 0x8000u) << 16;
+    const uint32_t magnitude = (bits & 0x7fffu) << 13;
+    const float rebiased = bit_cast<float>(magnitude) * 0x1p112f;
+    const uint32_t nonfinite = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+    return bit_cast<float>(bit_cast<uint32_t>(rebiased) | nonfinite | sign);
+  }
+  static FUSEDOPT_INLINE uint32_t narrow(float value) {
     const uint32_t bits = bit_cast<uint32_t>(value);
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
@@ -113,9 +76,57 @@ struct narrow_to<float16> {
     uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
     result = magnitude >= 0x47800000u ? 0x7c00u : result;
     result = magnitude > 0x7f800000u ? 0x7e00u : result;
-    return {static_cast<uint16_t>(result | sign)};
-#endif
+    return result | sign;
   }
 };
+
+// widen: exact for every type.
+FUSEDOPT_INLINE float widen(float value) { return value; }
+FUSEDOPT_INLINE double widen(double value) { return value; }
+FUSEDOPT_INLINE float widen(bfloat16 value) { return bits_of<bfloat16>::widen(value.bits); }
+FUSEDOPT_INLINE float widen(float16 value) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+#else
+  return bits_of<float16>::widen(value.bits);
+#endif
+}
+
+// narrow: rounds to nearest, ties to even. A NaN stays a NaN; its payload is not specified.
+template <class scalar_t>
+FUSEDOPT_INLINE scalar_t narrow(opmath_t<scalar_t> value) {
+  if constexpr (sizeof(scalar_t) == sizeof(value)) {
+    return value;
+  } else {
+    scalar_t result;
+#if defined(__CUDA_ARCH__)
+    if constexpr (std::is_same_v<scalar_t, float16>) {
+      asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+      return result;
+    }
+#if __CUDA_ARCH__ >= 800
+    if constexpr (std::is_same_v<scalar_t, bfloat16>) {
+      asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+      return result;
+    }
+#endif
+#endif
+    result.bits = static_cast<uint16_t>(bits_of<scalar_t>::narrow(value));
+    return result;
+  }
+}
+
+// widen(narrow(value)), for loops that a host's compiler is to make vectors of: it knows no vectors
+// of words that become 16 bits and words again.
+template <class scalar_t>
+FUSEDOPT_INLINE opmath_t<scalar_t> round_to(opmath_t<scalar_t> value) {
+  if constexpr (sizeof(scalar_t) == sizeof(value)) {
+    return value;
+  } else {
+    return bits_of<scalar_t>::widen(bits_of<scalar_t>::narrow(value));
+  }
+}
 
 }  // namespace fusedopt

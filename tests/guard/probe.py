@@ -2,6 +2,7 @@
 
 probe.py counts SHIM           prints, as JSON, what counts.c counted in each of COUNTS
 probe.py instructions SHIM     INSTRUCTIONS under callgrind, which writes a file for each
+probe.py elements SHIM         ELEMENTS, likewise
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import gc
 import json
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -30,6 +32,46 @@ INSTRUCTIONS = [
     for clip in (False, True)
     for steps in (2, 4)
 ]
+# (class, options, dtype of the parameter, of the gradient, telemetry): every loop over elements
+ELEMENTS = [
+    (name, options, param, grad, telemetry)
+    for name, options in (
+        ("Adam", {}),
+        ("Adam", {"amsgrad": True}),
+        ("NAdam", {}),
+        ("RMSprop", {}),
+        ("RMSprop", {"momentum": 0.9}),
+        ("RMSprop", {"centered": True}),
+        ("RMSprop", {"centered": True, "momentum": 0.9}),
+        ("SGD", {}),
+        ("SGD", {"momentum": 0.9}),
+    )
+    for param, grad in (
+        ("float32", "float32"),
+        ("float64", "float64"),
+        ("bfloat16", "bfloat16"),
+        ("float16", "float16"),
+        ("bfloat16", "float32"),
+        ("float16", "float32"),
+    )
+    for telemetry in (0, 2)
+]
+NUMEL = 16384  # of ELEMENTS
+
+
+def element_step(
+    name: str, options: dict[str, Any], dtype: str, grad: str, telemetry: int
+) -> Callable[[], None]:
+    param: Any = torch.nn.Parameter(torch.randn(NUMEL).to(getattr(torch, dtype)))
+    param.grad_dtype = getattr(torch, grad)
+    param.grad = torch.randn(NUMEL, dtype=param.grad_dtype)
+    kwargs = {"lr": 1e-3, "max_grad_norm": 1.0, **options}
+    if telemetry:
+        kwargs["telemetry"] = telemetry
+    optimizer = getattr(fusedopt, f"Fused{name}")([param], **kwargs)
+    for _ in range(2):
+        optimizer._fused_step()
+    return optimizer._fused_step
 
 
 def steady_step(tensors: int, numel: int, clip: bool) -> Callable[[], None]:
@@ -66,9 +108,12 @@ def main(kind: str, shim: str) -> None:
         for *what, steps in COUNTS:
             result.append((what, steps, count(library, steady_step(*what), steps)))
     else:
-        prepared = [steady_step(*what) for *what, _ in INSTRUCTIONS]
+        if kind == "elements":
+            prepared = [(what, 1, element_step(*what)) for what in ELEMENTS]
+        else:
+            prepared = [(what, steps, steady_step(*what)) for *what, steps in INSTRUCTIONS]
         library.instructions_begin()
-        for step, (*what, steps) in zip(prepared, INSTRUCTIONS, strict=True):
+        for what, steps, step in prepared:
             times = range(steps)
             library.instructions_dump()
             for _ in times:
