@@ -22,8 +22,8 @@ namespace {
 
 using Hold = c10::function_ref<void()>;
 
-// Under this many elements a thread costs more to wake than it saves.
-constexpr int64_t kElementsPerThread = 32768;
+// With fewer elements a thread costs more to wake than it saves; a chunk isn't divided anyway.
+constexpr int64_t kElementsPerThread = kChunkSize;
 
 // A forked child has none of its parent's threads, and GNU's OpenMP would wait for them forever.
 std::atomic<bool> in_forked_child{false};

@@ -40,7 +40,7 @@ FUSEDOPT_INLINE To bit_cast(From from) {
   return to;
 }
 
-// What a 16-bit type is to a host: its bits in the low half of a word, and back.
+// Where no instruction converts: a 16-bit type's bits, in the low half of a word, and its value.
 template <class scalar_t>
 struct bits_of;
 

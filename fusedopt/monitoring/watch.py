@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusedopt.explain import nonfinite_params
+from fusedopt.explain import NAMED, and_more, nonfinite_params
 from fusedopt.monitoring.history import History
 from fusedopt.monitoring.log_reader import LogReader, NotALogError
 from fusedopt.monitoring.plot import fail
@@ -180,8 +180,7 @@ def culprits(rows: Telemetry, index: int) -> str:
     names = nonfinite_params(rows, index)
     if not names:
         return "no parameter with inf or nan: a gradient scaler's overflow, or not logged"
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"inf or nan in {', '.join(names[:3])}{more}"
+    return f"inf or nan in {', '.join(names[:NAMED])}{and_more(len(names) - NAMED)}"
 
 
 def layers_table(recent: Telemetry) -> Any:

@@ -32,9 +32,10 @@ INSTRUCTIONS = [
     for clip in (False, True)
     for steps in (2, 4)
 ]
-# (class, options, dtype of the parameter, of the gradient, telemetry): every loop over elements
+# (class, options, dtype of the parameter, of the gradient, elements, telemetry, steps): every loop
+# over elements
 ELEMENTS = [
-    (name, options, param, grad, telemetry)
+    (name, options, param, grad, 16384, telemetry, 1)
     for name, options in (
         ("Adam", {}),
         ("Adam", {"amsgrad": True}),
@@ -54,21 +55,19 @@ ELEMENTS = [
         ("bfloat16", "float32"),
         ("float16", "float32"),
     )
-    for telemetry in (0, 2)
+    for telemetry in (None, 2)
 ]
-NUMEL = 16384  # of ELEMENTS
 
 
 def element_step(
-    name: str, options: dict[str, Any], dtype: str, grad: str, telemetry: int
+    name: str, options: dict[str, Any], dtype: str, grad: str, numel: int, telemetry: int | None
 ) -> Callable[[], None]:
-    param: Any = torch.nn.Parameter(torch.randn(NUMEL).to(getattr(torch, dtype)))
+    param: Any = torch.nn.Parameter(torch.randn(numel).to(getattr(torch, dtype)))
     param.grad_dtype = getattr(torch, grad)
-    param.grad = torch.randn(NUMEL, dtype=param.grad_dtype)
-    kwargs = {"lr": 1e-3, "max_grad_norm": 1.0, **options}
-    if telemetry:
-        kwargs["telemetry"] = telemetry
-    optimizer = getattr(fusedopt, f"Fused{name}")([param], **kwargs)
+    param.grad = torch.randn(numel, dtype=param.grad_dtype)
+    optimizer = getattr(fusedopt, f"Fused{name}")(
+        [param], lr=1e-3, max_grad_norm=1.0, telemetry=telemetry, **options
+    )
     for _ in range(2):
         optimizer._fused_step()
     return optimizer._fused_step
@@ -103,15 +102,17 @@ def count(library: ctypes.CDLL, step: Callable[[], None], steps: int) -> tuple[i
 def main(kind: str, shim: str) -> None:
     library = ctypes.CDLL(shim)
     gc.disable()
+    cases, make_step = {
+        "counts": (COUNTS, steady_step),
+        "instructions": (INSTRUCTIONS, steady_step),
+        "elements": (ELEMENTS, element_step),
+    }[kind]
     result = []
     if kind == "counts":
-        for *what, steps in COUNTS:
-            result.append((what, steps, count(library, steady_step(*what), steps)))
+        for *what, steps in cases:
+            result.append((what, steps, count(library, make_step(*what), steps)))
     else:
-        if kind == "elements":
-            prepared = [(what, 1, element_step(*what)) for what in ELEMENTS]
-        else:
-            prepared = [(what, steps, steady_step(*what)) for *what, steps in INSTRUCTIONS]
+        prepared = [(what, steps, make_step(*what)) for *what, steps in cases]
         library.instructions_begin()
         for what, steps, step in prepared:
             times = range(steps)
