@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from test_build import ROOT, python
 
 from benchmarks import gpu_build, gpu_stages
 from benchmarks.contests import StepContest
+from fusedopt import backends
 
 REPORT = ROOT / "benchmarks/gpu_report.py"
 
@@ -122,3 +124,19 @@ def test_a_variant_is_where_the_build_leaves_it(name):
     folder = gpu_build.variant_folder(name)
     assert gpu_build.variant_library(name).relative_to(folder).parts[0] == "fusedopt"
     assert gpu_stages.variant_library is gpu_build.variant_library
+
+
+def test_variants_are_not_taken_for_each_other(tmp_path, monkeypatch):
+    """pybind11 knows a module by its name, and has it in memory already."""
+    shipped = backends._C
+    assert shipped is not None
+    monkeypatch.setattr(gpu_stages, "variant_library", lambda name: tmp_path / name / "_C.so")
+    for name in gpu_build.VARIANTS:
+        (tmp_path / name).mkdir()
+        shutil.copy(shipped.__file__, tmp_path / name / "_C.so")
+    modules = gpu_stages.built_variants()
+    assert {name: it.__file__ for name, it in modules.items()} == {
+        name: str(tmp_path / name / "_C.so") for name in gpu_build.VARIANTS
+    }
+    plans = {id(it.Plan) for it in (shipped, *modules.values())}
+    assert len(plans) == 1 + len(gpu_build.VARIANTS) >= 3

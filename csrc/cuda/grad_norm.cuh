@@ -12,7 +12,7 @@
 namespace fusedopt::cuda {
 
 template <class Norm, bool telemetry, class param_t, class grad_t>
-__device__ GradMeasures measure_chunk(const void* grad, Chunk chunk, int size, Converter convert) {
+__device__ GradMeasures measure_chunk(const void* grad, Chunk chunk, int size, Format format) {
   constexpr int kVector = vector_size<param_t>;
   constexpr int kRow = kThreads * kVector;
   constexpr int kRowsInFlight = 4;
@@ -29,13 +29,13 @@ __device__ GradMeasures measure_chunk(const void* grad, Chunk chunk, int size, C
       rows[row] = grads.template load<kVector>(first + row * kRow);
     }
 #pragma unroll
-    for (int row = 0; row < kRowsInFlight; ++row) meter.add(rows[row], convert, telemetry);
+    for (int row = 0; row < kRowsInFlight; ++row) meter.add(rows[row], format, telemetry);
   }
 #pragma unroll 1
   for (; first < size; first += kRow) {
-    meter.add(grads.template load_some<kVector>(first, size), convert, telemetry);
+    meter.add(grads.template load_some<kVector>(first, size), format, telemetry);
   }
-  return meter.result(convert);
+  return meter.result(format);
 }
 
 // What one chunk adds to the norm; 0 where there is no gradient.
@@ -53,7 +53,7 @@ __device__ void measure_chunk(const Pass& pass, int64_t index) {
     using param_t = typename decltype(types)::param_t;
     using grad_t = typename decltype(types)::grad_t;
     const int size = static_cast<int>(chunk.size(tensor.numel));
-    mine = measure_chunk<Norm, detailed, param_t, grad_t>(grad, chunk, size, Converter(tensor));
+    mine = measure_chunk<Norm, detailed, param_t, grad_t>(grad, chunk, size, Format(tensor));
   });
   leave_grad_measures<Norm>(pass, index, mine, detailed && pass.telemetry.chunks != nullptr);
   if (detailed && pass.own_clips.coefs != nullptr) measure_units(pass, index);

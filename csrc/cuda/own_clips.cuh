@@ -31,7 +31,7 @@ __device__ inline void measure_units(const Pass& pass, int64_t index) {
   const void* grad = pass.grads[chunk.tensor];
   if (grad == nullptr) return;
   const Units units = pass.own_clips.units[chunk.tensor];
-  const Converter convert(tensor);
+  const Format format(tensor);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   visit_both(tensor, grad, chunk, [&](const auto& params, const auto& grads) {
     int turn = 0;
@@ -41,9 +41,9 @@ __device__ inline void measure_units(const Pass& pass, int64_t index) {
       UnitSums sums{};
 #pragma unroll 4
       for (int i = static_cast<int>(piece.first) + lane; i < piece.last; i += kWarpSize) {
-        sums.grads = SumOfSquares::add(sums.grads, convert.widen(grads.template load<1>(i).at[0]));
+        sums.grads = SumOfSquares::add(sums.grads, format.widen(grads.template load<1>(i).at[0]));
         sums.params =
-            SumOfSquares::add(sums.params, convert.widen(params.template load<1>(i).at[0]));
+            SumOfSquares::add(sums.params, format.widen(params.template load<1>(i).at[0]));
       }
       sums = {warp_total<SumOfSquares>(sums.grads), warp_total<SumOfSquares>(sums.params)};
       if (lane == 0) pass.own_clips.unit_sums[units.first + piece.unit + index] = sums;

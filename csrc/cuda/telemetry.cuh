@@ -21,25 +21,25 @@ struct GradMeter {
   Lanes<Norm, kVector> lanes;
   magnitude_bits<grad_t> largest = 0;
 
-  __device__ void add(const Vector<grad_t, kVector>& grads, Converter convert, bool telemetry) {
-    lanes.add(grads, convert);
+  __device__ void add(const Vector<grad_t, kVector>& grads, Format format, bool telemetry) {
+    lanes.add(grads, format);
     if (!telemetry) return;
 #pragma unroll
     for (int k = 0; k < kVector; ++k) largest = std::max(largest, magnitude(grads.at[k]));
   }
 
-  __device__ GradMeasures result(Converter convert) {
-    return {fold<Norm>(lanes.at), convert.widen(bit_cast<grad_t>(largest))};
+  __device__ GradMeasures result(Format format) {
+    return {fold<Norm>(lanes.at), format.widen(bit_cast<grad_t>(largest))};
   }
 };
 
 // Leaves the numbers of inf and of nan among a chunk's gradients in thread 0.
 template <class grad_t>
-__device__ void count_nonfinite(const Stretch<grad_t>& grads, int size, Converter convert,
-                                double& infs, double& nans) {
+__device__ void count_nonfinite(const Stretch<grad_t>& grads, int size, Format format, double& infs,
+                                double& nans) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < size; i += kThreads) {
-    const auto value = convert.widen(grads.template load<1>(i).at[0]);
+    const auto value = format.widen(grads.template load<1>(i).at[0]);
     const bool is_nan = value != value;
     infs += !is_nan && value - value != 0 ? 1 : 0;
     nans += is_nan ? 1 : 0;
@@ -71,7 +71,7 @@ __device__ void leave_grad_measures(const Pass& pass, int64_t index, const GradM
     const TensorEntry& tensor = pass.tensors[chunk.tensor];
     const int size = static_cast<int>(chunk.size(tensor.numel));
     visit_grads(tensor, pass.grads[chunk.tensor], chunk, [&](const auto& grads) {
-      count_nonfinite(grads, size, Converter(tensor), infs, nans);
+      count_nonfinite(grads, size, Format(tensor), infs, nans);
     });
   }
   if (threadIdx.x == 0) {
@@ -112,13 +112,13 @@ struct LanesOf {
   // Elements first, first + kStride, ... as far as they are there: as they were, and as they are.
   template <int kStride, int kCount>
   __device__ void add(int first, int size, const Vector<param_t, kCount>& before,
-                      const Vector<param_t, kCount>& after, Converter convert) const {
+                      const Vector<param_t, kCount>& after, Format format) const {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       const int i = first + k * kStride;
       if (i >= size) continue;
-      const T old = convert.widen(before.at[k]);
-      const T change = convert.widen(after.at[k]) - old;
+      const T old = format.widen(before.at[k]);
+      const T change = format.widen(after.at[k]) - old;
       params[i % kRow] += old * old;
       updates[i % kRow] += change * change;
     }

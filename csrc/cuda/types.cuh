@@ -20,28 +20,31 @@ struct opmath<either16> {
 
 namespace cuda {
 
-// widen() and narrow() of ../math/convert.h, for a tensor's dtypes.
-struct Converter {
+// Which of the two formats a tensor's elements of 16 bits have.
+struct Format {
   bool is_bfloat16;
 
-  __device__ explicit Converter(const TensorEntry& tensor)
+  __device__ explicit Format(const TensorEntry& tensor)
       : is_bfloat16(tensor.param_dtype == Dtype::kBFloat16) {}
+
+  // Calls body(bfloat16{}) or body(float16{}) if scalar_t is either16, else body(scalar_t{}): one
+  // question for as many elements as the body converts.
+  template <class scalar_t, class Body>
+  __device__ __forceinline__ void visit(Body&& body) const {
+    if constexpr (!std::is_same_v<scalar_t, either16>) {
+      body(scalar_t{});
+    } else if (is_bfloat16) {
+      body(bfloat16{});
+    } else {
+      body(float16{});
+    }
+  }
 
   template <class scalar_t>
   __device__ opmath_t<scalar_t> widen(scalar_t value) const {
     if constexpr (std::is_same_v<scalar_t, either16>) {
       return is_bfloat16 ? fusedopt::widen(bfloat16{value.bits})
                          : fusedopt::widen(float16{value.bits});
-    } else {
-      return value;
-    }
-  }
-
-  template <class scalar_t>
-  __device__ scalar_t narrow(opmath_t<scalar_t> value) const {
-    if constexpr (std::is_same_v<scalar_t, either16>) {
-      return {is_bfloat16 ? fusedopt::narrow<bfloat16>(value).bits
-                          : fusedopt::narrow<float16>(value).bits};
     } else {
       return value;
     }

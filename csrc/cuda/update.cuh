@@ -38,7 +38,7 @@ class ChunkUpdate {
         measures_(!pass.options.measure),
         telemetry_(pass.telemetry.chunks != nullptr),
         by_units_(pass.own_clips.coefs != nullptr),
-        convert_(tensor_),
+        format_(tensor_),
         coefficients_(rounded<Rule, T>(prepared.coefficients)),
         grad_factor_(static_cast<T>(prepared.grad_factor)),
         arrays_(tensor_, pass.grads[chunk.tensor], chunk, used_),
@@ -53,7 +53,7 @@ class ChunkUpdate {
     if (measures_) measure_rest(done, meter);
     if (telemetry_) __syncthreads();  // other threads own the lanes than of vectors
     update_singles(done);
-    return meter.result(convert_);
+    return meter.result(format_);
   }
 
  private:
@@ -115,7 +115,7 @@ class ChunkUpdate {
   __device__ __forceinline__ int update_vectors(GradMeter<SumOfSquares, grad_t, kVector>& meter) {
     constexpr int kBytes = sizeof(Elements<kVector>) + sizeof(Lanes<SumOfSquares, kVector>);
     // Before the first use. For 128 registers: float64's divisions and roots need some themselves.
-    constexpr int kRowsInFlight = kBytes <= 128 && sizeof(T) == sizeof(float) ? 2 : 1;
+    constexpr int kRowsInFlight = kBytes <= 144 && sizeof(T) == sizeof(float) ? 2 : 1;
     const int aligned_size = arrays_.aligned() && !by_units_ ? size_ : 0;
     int done = 0;
 #pragma unroll 1
@@ -129,12 +129,12 @@ class ChunkUpdate {
       }
 #pragma unroll
       for (int i = 0; i < kRowsInFlight; ++i) {
-        if (measures_) meter.add(rows[i].grad, convert_, telemetry_);
+        if (measures_) meter.add(rows[i].grad, format_, telemetry_);
         update(rows[i], [&](int) { return grad_factor_; }, kAllStates);
         if (telemetry_) {  // the parameter is loaded again, from the cache: no register holds it
           squares_.template add<1>(first + i * kRow, size_,
                                    arrays_.param.template load<kVector>(first + i * kRow),
-                                   rows[i].param, convert_);
+                                   rows[i].param, format_);
         }
         arrays_.store(rows[i], [&](auto array, auto& it) { array.store(first + i * kRow, it); });
       }
@@ -146,7 +146,7 @@ class ChunkUpdate {
                                                GradMeter<SumOfSquares, grad_t, kVector>& meter) {
 #pragma unroll 1
     for (int first = done + threadIdx.x * kVector; first < size_; first += kRow) {
-      meter.add(arrays_.grad.template load_some<kVector>(first, size_), convert_, telemetry_);
+      meter.add(arrays_.grad.template load_some<kVector>(first, size_), format_, telemetry_);
     }
   }
 
@@ -162,7 +162,7 @@ class ChunkUpdate {
       if (telemetry_) {
         squares_.template add<kThreads>(
             first, size_, arrays_.param.template load_each<kCount, kThreads>(first, size_),
-            singles.param, convert_);
+            singles.param, format_);
       }
       arrays_.store(singles, [&](auto array, auto& it) {
         array.template store_each<kCount, kThreads>(first, size_, it);
@@ -182,14 +182,23 @@ class ChunkUpdate {
   template <int kCount, class Factor, size_t... k>
   __device__ __forceinline__ void update(Elements<kCount>& elements, Factor factor,
                                          std::index_sequence<k...>) const {
+    constexpr int kTogether = 2;  // what one instruction rounds to 16 bits, and registers allow
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      T param = convert_.widen(elements.param.at[i]);
-      T state[state_slots<Rule>] = {convert_.widen(elements.state[k].at[i])...};
-      const T grad = convert_.widen(elements.grad.at[i]) * factor(i);
-      Rule::update(used_, coefficients_, grad, param, state[k]...);
-      elements.param.at[i] = convert_.template narrow<param_t>(param);
-      ((elements.state[k].at[i] = convert_.template narrow<state_t>(state[k])), ...);
+    for (int begin = 0; begin < kCount; begin += kTogether) {
+      T param[kTogether], grad[kTogether], state[state_slots<Rule>][kTogether];
+      format_.template visit<param_t>([&](auto half) {
+        widen<decltype(half)>(elements.param, begin, param);
+        widen<decltype(half)>(elements.grad, begin, grad);
+        (widen<decltype(half)>(elements.state[k], begin, state[k]), ...);
+      });
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        Rule::update(used_, coefficients_, grad[i] * factor(begin + i), param[i], state[k][i]...);
+      }
+      format_.template visit<param_t>([&](auto half) {
+        narrow<decltype(half)>(param, begin, elements.param);
+        (narrow<decltype(half)>(state[k], begin, elements.state[k]), ...);
+      });
     }
   }
 
@@ -202,7 +211,7 @@ class ChunkUpdate {
   const unsigned used_;  // bit k: the rule's kStates[k] is there
   const int size_;
   const bool measures_, telemetry_, by_units_;
-  const Converter convert_;
+  const Format format_;
   const Coefficients coefficients_;
   const T grad_factor_;
   const Arrays arrays_;

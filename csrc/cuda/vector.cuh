@@ -74,15 +74,50 @@ struct Stretch {
   }
 };
 
+// Elements begin, begin + 1, ... of a vector in the type that they are computed in, and back. Those
+// that are either16 are half_t.
+template <class half_t, class scalar_t, int kVector, int kCount>
+__device__ void widen(const Vector<scalar_t, kVector>& from, int begin,
+                      opmath_t<scalar_t> (&to)[kCount]) {
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    if constexpr (std::is_same_v<scalar_t, either16>) {
+      to[k] = fusedopt::widen(half_t{from.at[begin + k].bits});
+    } else {
+      to[k] = from.at[begin + k];
+    }
+  }
+}
+
+template <class half_t, class scalar_t, int kVector, int kCount>
+__device__ void narrow(const opmath_t<scalar_t> (&from)[kCount], int begin,
+                       Vector<scalar_t, kVector>& to) {
+  if constexpr (std::is_same_v<scalar_t, either16>) {
+#pragma unroll
+    for (int k = 0; k < kCount; k += 2) {
+      const uint32_t pair = narrow_pair<half_t>(from[k], from[k + 1]);
+      to.at[begin + k].bits = static_cast<uint16_t>(pair);
+      to.at[begin + k + 1].bits = static_cast<uint16_t>(pair >> 16);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) to.at[begin + k] = from[k];
+  }
+}
+
 // A thread's lanes of the norm: one per element of its vector.
 template <class Norm, int kVector>
 struct Lanes {
   double at[kVector] = {};
 
   template <class grad_t>
-  __device__ void add(const Vector<grad_t, kVector>& grad, Converter convert) {
+  __device__ void add(const Vector<grad_t, kVector>& grads, Format format) {
+    format.visit<grad_t>([&](auto half) {
+      opmath_t<grad_t> values[kVector];
+      widen<decltype(half)>(grads, 0, values);
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) at[k] = Norm::add(at[k], convert.widen(grad.at[k]));
+      for (int k = 0; k < kVector; ++k) at[k] = Norm::add(at[k], values[k]);
+    });
   }
 };
 

@@ -106,16 +106,26 @@ FUSEDOPT_INLINE scalar_t narrow(opmath_t<scalar_t> value) {
       asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
       return result;
     }
-#if __CUDA_ARCH__ >= 800
-    if constexpr (std::is_same_v<scalar_t, bfloat16>) {
-      asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
-      return result;
-    }
-#endif
 #endif
     result.bits = static_cast<uint16_t>(bits_of<scalar_t>::narrow(value));
     return result;
   }
+}
+
+// Two of them in one word, the first in its low half.
+template <class scalar_t>
+FUSEDOPT_INLINE uint32_t narrow_pair(float first, float second) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t pair;
+  if constexpr (std::is_same_v<scalar_t, bfloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  }
+  return pair;
+#else
+  return narrow<scalar_t>(first).bits | static_cast<uint32_t>(narrow<scalar_t>(second).bits) << 16;
+#endif
 }
 
 // widen(narrow(value)), for loops that a host's compiler is to make vectors of: it knows no vectors

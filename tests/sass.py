@@ -1,0 +1,92 @@
+"""Machine code of CUDA kernels: their instructions, and the loops among them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][A-Z0-9._]*)\s*(.*?)\s*;")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    conditional: bool
+    op: str
+    operands: str
+
+    @property
+    def target(self) -> int | None:
+        """Where a jump goes."""
+        found = re.search(r"0x([0-9a-f]+)\)?$", self.operands)
+        return int(found[1], 16) if self.op.startswith("BRA") and found else None
+
+    def next(self, following: int) -> list[int]:
+        """Where it goes on. Calls end a way: compilers put only what is rare behind them."""
+        if self.op.startswith("BRA"):
+            # As in "BRA 0x8ed0", or "BRA P1, 0x8ed0", or "BRA.DIV UR4, 0x8ed0"
+            goes_on = self.conditional or "," in self.operands
+            return [*([self.target] if self.target is not None else []),
+                    *([following] if goes_on else [])]  # fmt: skip
+        if self.op.startswith(("EXIT", "RET", "CALL", "BRX", "JMP")):
+            return [following] if self.conditional else []
+        return [following]
+
+
+Code = list[Instruction]
+
+
+def disassembler() -> str | None:
+    """cuobjdump of the toolkit, of NVIDIA's package of that name, or the one that Triton brings."""
+    folders = [*os.get_exec_path(), "/usr/local/cuda/bin"]
+    for package, folder in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
+        spec = find_spec(package)
+        for root in (spec and spec.submodule_search_locations) or ():
+            folders.append(f"{root}/{folder}")
+    return shutil.which("cuobjdump", path=os.pathsep.join(folders))
+
+
+def disassemble(cuobjdump: str, objects: Sequence[Path], architecture: str) -> dict[str, Code]:
+    """The instructions of each kernel for compute capability `architecture` ("90")."""
+    command = [cuobjdump, "-sass", "-arch", f"sm_{architecture}"]
+    text = "".join(
+        subprocess.run([*command, it], check=True, capture_output=True, text=True).stdout
+        for it in objects
+    )
+    _, *parts = re.split(r"Function : (\S+)", text)
+    return {
+        name: [
+            Instruction(int(address, 16), bool(condition), op, operands)
+            for address, condition, op, operands in INSTRUCTION.findall(part)
+        ]
+        for name, part in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+def loops(code: Code) -> list[list[str]]:
+    """The operations on the shortest way round each loop: what runs when nothing is out of the
+    ordinary and no option asks for more."""
+    index = {it.address: i for i, it in enumerate(code)}
+    following = [it.address for it in code[1:]] + [-1]
+    found = []
+    for last, jump in enumerate(code):
+        if jump.target is None or jump.target > jump.address or jump.target not in index:
+            continue
+        first = index[jump.target]
+        ways: dict[int, list[int]] = {first: [first]}  # by where they end
+        for i in range(first, last):
+            for address in code[i].next(following[i]) if i in ways else ():
+                to = index.get(address, -1)
+                if i < to <= last and (to not in ways or len(ways[i]) + 1 < len(ways[to])):
+                    ways[to] = [*ways[i], to]
+            if i != first:
+                ways.pop(i, None)
+        if last in ways:
+            found.append([code[i].op for i in ways[last] if code[i].op != "NOP"])
+    return found
