@@ -21,6 +21,23 @@ PyObject* find(PyObject* dict, PyObject* key) {
   return value;
 }
 
+// Another number whenever a dict's contents change, unlike any other dict's. 0: Python keeps none.
+uint64_t version_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030E0000
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#pragma GCC diagnostic pop
+#else
+  return 0;
+#endif
+}
+
+// Whether a dict's contents are those of that version, for certain.
+bool is_of_version(PyObject* dict, uint64_t version) {
+  return version != 0 && version_of(dict) == version;
+}
+
 // Strides of dimensions of size 1 say nothing about the layout.
 bool same_layout(c10::IntArrayRef sizes, c10::IntArrayRef a, c10::IntArrayRef b) {
   for (size_t i = 0; i < sizes.size(); ++i) {
@@ -35,10 +52,13 @@ at::ScalarType grad_dtype_for(at::ScalarType param, at::ScalarType grad) {
   return param == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// Anything else is for Python to refuse by name.
+// Anything else is for Python to refuse by name, or for a plan that knows it.
 bool is_ordinary(const at::Tensor& grad, const Source& source) {
-  return grad.layout() == at::kStrided && grad.device() == source.device &&
-         equal(grad.sizes(), source.sizes) && has_kernels(grad.scalar_type());
+  const at::ScalarType dtype = grad.scalar_type();
+  return (dtype == source.grad_dtype ||
+          (has_kernels(dtype) && grad_dtype_for(source.dtype, dtype) == source.grad_dtype)) &&
+         grad.layout() == at::kStrided && grad.device() == source.device &&
+         equal(grad.unsafeGetTensorImpl()->sizes(), source.sizes);
 }
 
 // How many tensors ahead to prefetch: as many as are looked at while one comes from memory.
@@ -77,11 +97,8 @@ Plan::Plan(const std::string& rule, const std::string& backend, const py::list& 
     const int first_item = static_cast<int>(items_.size());
     const auto found = known.find(key);
     if (found != known.end()) add_state(sources_[found->second], value);
-    const void* table =
-        PyDict_Check(value) ? reinterpret_cast<PyDictObject*>(value)->ma_keys : nullptr;
-    state_entries_.push_back({key, value, table,
-                              found == known.end() ? nullptr : &sources_[found->second], first_item,
-                              static_cast<int>(items_.size())});
+    const Source* source = found == known.end() ? nullptr : &sources_[found->second];
+    state_entries_.push_back({key, value, 0, source, first_item, static_cast<int>(items_.size())});
   }
   for (Source& source : sources_) {
     PyObject* counter = find(counters.ptr(), source.seen.object);
@@ -106,6 +123,8 @@ void Plan::add_source(PyObject* object, uint32_t group) {
   source.group = group;
   source.device = param.device();
   source.dtype = dtype;
+  const at::Tensor& grad = param.grad();
+  source.grad_dtype = grad_dtype_for(dtype, grad.defined() ? grad.scalar_type() : dtype);
   source.storage_offset = param.storage_offset();
   source.sizes = param.sizes();
   source.strides = source.dense_strides = param.strides();
@@ -121,8 +140,7 @@ void Plan::add_source(PyObject* object, uint32_t group) {
   entry.numel = param.numel();
   entry.group = group;
   entry.param_dtype = entry.state_dtype = to_dtype(dtype);
-  const at::Tensor& grad = param.grad();
-  entry.grad_dtype = to_dtype(grad_dtype_for(dtype, grad.defined() ? grad.scalar_type() : dtype));
+  entry.grad_dtype = to_dtype(source.grad_dtype);
   partition.numbers.push_back(static_cast<int64_t>(sources_.size()));
   const int64_t units = param.dim() > 1 ? std::max<int64_t>(1, param.size(0)) : 1;
   partition.unit_sizes.push_back(std::max<int64_t>(1, param.numel() / units));
@@ -197,33 +215,52 @@ bool Plan::same_lists(const py::list& param_groups) const {
   return true;
 }
 
-bool Plan::same_state(const py::dict& state) const {
-  if (PyDict_Size(state.ptr()) != static_cast<Py_ssize_t>(state_entries_.size())) return false;
-  PyObject *key, *value;
-  Py_ssize_t at = 0;
-  // Walking the dicts in their order spares hashing: Tensor.__hash__ is a call into Python.
-  for (size_t e = 0; e < state_entries_.size() && PyDict_Next(state.ptr(), &at, &key, &value);
-       ++e) {
+bool Plan::same_state(const py::dict& state) {
+  if (!is_of_version(state.ptr(), state_version_)) {
+    if (!same_entries(state)) return false;
+    state_version_ = version_of(state.ptr());
+  }
+  for (size_t e = 0; e < state_entries_.size(); ++e) {
     if (e + kAhead < state_entries_.size()) {
       const StateEntry& next = state_entries_[e + kAhead];
       __builtin_prefetch(next.value);
-      __builtin_prefetch(next.table);
-      __builtin_prefetch(static_cast<const char*>(next.table) + 64);
       for (int i = next.first_item; i < next.last_item; ++i) items_[i].seen.prefetch();
     }
-    const StateEntry& entry = state_entries_[e];
-    if (key != entry.key || value != entry.value) return false;
+    StateEntry& entry = state_entries_[e];
     if (entry.first_item == entry.last_item) continue;
-    if (!PyDict_Check(value)) return false;
-    if (PyDict_Size(value) != entry.last_item - entry.first_item) return false;
-    PyObject *name, *tensor;
-    Py_ssize_t inner = 0;
+    if (!is_of_version(entry.value, entry.version)) {
+      if (!same_items(entry)) return false;
+      entry.version = version_of(entry.value);
+    }
     for (int i = entry.first_item; i < entry.last_item; ++i) {
       const StateItem& item = items_[i];
-      if (!PyDict_Next(value, &inner, &name, &tensor) || name != item.key) return false;
       if (item.seen.object == nullptr) continue;
-      if (!item.seen.still_holds(tensor) || !item.laid_out_as(entry.source)) return false;
+      if (!item.seen.is_unchanged() || !item.laid_out_as(entry.source)) return false;
     }
+  }
+  return true;
+}
+
+// Walking the dicts in their order spares hashing: Tensor.__hash__ is a call into Python.
+bool Plan::same_entries(const py::dict& state) const {
+  if (PyDict_Size(state.ptr()) != static_cast<Py_ssize_t>(state_entries_.size())) return false;
+  PyObject *key, *value;
+  Py_ssize_t at = 0;
+  for (const StateEntry& entry : state_entries_) {
+    if (!PyDict_Next(state.ptr(), &at, &key, &value)) return false;
+    if (key != entry.key || value != entry.value) return false;
+  }
+  return true;
+}
+
+bool Plan::same_items(const StateEntry& entry) const {
+  if (!PyDict_Check(entry.value)) return false;
+  if (PyDict_Size(entry.value) != entry.last_item - entry.first_item) return false;
+  PyObject *name, *tensor;
+  Py_ssize_t at = 0;
+  for (int i = entry.first_item; i < entry.last_item; ++i) {
+    if (!PyDict_Next(entry.value, &at, &name, &tensor) || name != items_[i].key) return false;
+    if (items_[i].seen.object != nullptr && !items_[i].seen.is_of(tensor)) return false;
   }
   return true;
 }
@@ -244,7 +281,7 @@ bool Plan::same_groups(const py::list& param_groups) {
 }
 
 bool Plan::same_param(const Source& source) const {
-  if (!source.seen.still_holds(source.seen.object)) return false;
+  if (!source.seen.is_of(source.seen.object) || !source.seen.is_unchanged()) return false;
   const c10::TensorImpl* impl = source.seen.impl;
   return equal(impl->sizes(), source.sizes) && equal(impl->strides(), source.strides) &&
          impl->storage_offset() == source.storage_offset &&
@@ -263,19 +300,18 @@ bool Plan::gather_grad(Source& source) {
   source.grad_seen.impl = grad.unsafeGetTensorImpl();
   source.grad_seen.storage = source.grad_seen.impl->unsafe_storage().unsafeGetStorageImpl();
   if (!source.complete || !is_ordinary(grad, source)) return false;
-  const at::ScalarType dtype = grad_dtype_for(source.dtype, grad.scalar_type());
-  if (to_dtype(dtype) != entry.grad_dtype) return false;
   // Autograd learns of the update as of any other in-place operation.
   if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
-  const bool direct = grad.scalar_type() == dtype && !grad.is_neg() &&
-                      same_layout(grad.sizes(), grad.strides(), source.dense_strides);
+  const bool direct =
+      grad.scalar_type() == source.grad_dtype && !grad.is_neg() &&
+      same_layout(source.sizes, source.grad_seen.impl->strides(), source.dense_strides);
   static const char kEmpty = 0;  // an empty gradient is one all the same
   if (direct) {
     slot = entry.numel == 0 ? &kEmpty : grad.unsafeGetTensorImpl()->data();
     return slot != nullptr;
   }
-  at::Tensor dense =
-      at::empty_strided(grad.sizes(), source.dense_strides, grad.options().dtype(dtype));
+  at::Tensor dense = at::empty_strided(grad.sizes(), source.dense_strides,
+                                       grad.options().dtype(source.grad_dtype));
   dense.copy_(grad.detach());
   slot = entry.numel == 0 ? &kEmpty : dense.data_ptr();
   partition.dense_grads.push_back(std::move(dense));

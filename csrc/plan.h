@@ -29,6 +29,7 @@ struct Source {
   bool complete = false;  // all of them: else its first gradient asks for a new plan
   c10::Device device = at::kCPU;
   at::ScalarType dtype = at::kFloat;
+  at::ScalarType grad_dtype = at::kFloat;  // as the kernels read it
   int64_t storage_offset = 0;
   c10::DimVector sizes, strides;
   c10::DimVector dense_strides;  // the layout of the states, and of what the kernels see
@@ -73,7 +74,7 @@ class Plan {
   struct StateEntry {
     PyObject* key;
     PyObject* value;
-    const void* table;          // where the dict keeps its items; only to prefetch them
+    uint64_t version;           // of the dict, when its items were looked at
     const Source* source;       // null where the key is not one of the parameters
     int first_item, last_item;  // of items_
   };
@@ -83,7 +84,9 @@ class Plan {
   void add_counter(Source& source, PyObject* counter);
 
   bool same_lists(const py::list& param_groups) const;
-  bool same_state(const py::dict& state) const;
+  bool same_state(const py::dict& state);
+  bool same_entries(const py::dict& state) const;
+  bool same_items(const StateEntry& entry) const;
   bool same_groups(const py::list& param_groups);
   bool same_param(const Source& source) const;
   bool gather_grad(Source& source);
@@ -94,6 +97,7 @@ class Plan {
   std::vector<uint32_t> states_used_;     // by group
   std::vector<Source> sources_;           // each parameter once
   std::vector<StateEntry> state_entries_;
+  uint64_t state_version_ = 0;    // of optimizer.state, when its entries were looked at
   std::vector<StateItem> items_;  // of all entries, in the order of their dicts
   std::vector<Partition> partitions_;
 };

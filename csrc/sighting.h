@@ -29,9 +29,12 @@ struct Sighting {
     __builtin_prefetch(storage);
   }
 
-  bool still_holds(PyObject* tensor) const {
-    if (tensor != object || !THPVariable_Check(tensor)) return false;
-    const c10::TensorImpl* now = THPVariable_Unpack(tensor).unsafeGetTensorImpl();
+  // The object is still there, and a tensor.
+  bool is_of(PyObject* tensor) const { return tensor == object && THPVariable_Check(tensor); }
+
+  // Of an object that is.
+  bool is_unchanged() const {
+    const c10::TensorImpl* now = THPVariable_Unpack(object).unsafeGetTensorImpl();
     return now == impl && now->unsafe_storage().unsafeGetStorageImpl() == storage &&
            base_of(storage) == base;
   }

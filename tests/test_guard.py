@@ -38,10 +38,11 @@ MAX_REGIONS = 1
 # of tensors. Python versions differ by a few, and an attribute more is no harm.
 MAX_CALLS = 25
 
-# Counted with AVX2, clipped and not: 1,950 instructions for each tensor of 64 and 48,000 for the
-# rest of a step; a quarter more is allowed for other compilers, and half for other Pythons.
-MAX_INSTRUCTIONS_PER_TENSOR = 2_450
-MAX_INSTRUCTIONS_BESIDE = 72_000
+# Counted with AVX2, clipped and not: 1,440 instructions for each tensor of 64 and 46,000 for the
+# rest of a step; a quarter more is allowed for other compilers, and half for other Pythons. Where
+# dicts have no versions, from Python 3.14 on, each tensor's state is walked through.
+MAX_INSTRUCTIONS_PER_TENSOR = 1_800 if sys.version_info < (3, 14) else 2_300
+MAX_INSTRUCTIONS_BESIDE = 70_000
 
 # Counted with AVX2 in a clipped step of one tensor, at most: 10.4, 17.1, 20.0 and 42.1; a
 # quarter more is allowed. A loop that the compiler makes no vectors of takes several times as many.
