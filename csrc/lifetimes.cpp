@@ -20,16 +20,17 @@ std::vector<at::Tensor> defined_of(std::initializer_list<at::Tensor> tensors) {
   return result;
 }
 
-std::vector<at::Tensor> made_by_python(const Partition& partition) {
-  return defined_of(
-      {partition.control, partition.step_ring, partition.param_ring, partition.clip_state});
+// What Python has made, and what a limit needs that was set between two steps.
+std::vector<at::Tensor> from_any_stream(const Partition& partition) {
+  const OwnClipMemory& clips = partition.own_clips;
+  return defined_of({partition.control, partition.step_ring, partition.param_ring,
+                     partition.clip_state, clips.units, clips.tensor_norms, clips.unit_sums,
+                     clips.coefs, clips.chunk_coefs});
 }
 
-std::vector<at::Tensor> made_here(const Partition& partition) {
-  const OwnClipMemory& clips = partition.own_clips;
-  std::vector<at::Tensor> memory = defined_of(
-      {partition.chunk_sums, partition.tables.memory(), partition.chunk_measures, clips.units,
-       clips.tensor_norms, clips.unit_sums, clips.coefs, clips.chunk_coefs});
+std::vector<at::Tensor> from_home(const Partition& partition) {
+  std::vector<at::Tensor> memory =
+      defined_of({partition.chunk_sums, partition.tables.memory(), partition.chunk_measures});
   for (const DenseParam& it : partition.dense_params) memory.push_back(it.dense);
   return memory;
 }
@@ -49,7 +50,7 @@ void keep_for_current_stream(Partition& partition, cudaStream_t stream) {
   if (is_capturing(stream)) {
     // By storage, as a later graph may read more. Never destroyed: CUDA may be gone.
     static auto* const kept = new std::unordered_map<const void*, at::Tensor>;
-    for (const auto& memory : {made_here(partition), made_by_python(partition)}) {
+    for (const auto& memory : {from_home(partition), from_any_stream(partition)}) {
       for (const at::Tensor& it : memory) {
         kept->try_emplace(it.storage().unsafeGetStorageImpl(), it);
       }
@@ -57,12 +58,12 @@ void keep_for_current_stream(Partition& partition, cudaStream_t stream) {
   }
   if (!partition.device.is_cuda()) return;
   // torch's allocator gives memory back to the stream that it was allocated on, unless it knows of
-  // others. What Python has made may come from any stream.
+  // others.
   const c10::Stream current = c10::impl::VirtualGuardImpl(c10::kCUDA).getStream(partition.device);
-  for (const at::Tensor& it : made_by_python(partition)) it.record_stream(current);
+  for (const at::Tensor& it : from_any_stream(partition)) it.record_stream(current);
   if (!partition.home.has_value()) partition.home = current;
   if (*partition.home == current) return;
-  for (const at::Tensor& it : made_here(partition)) it.record_stream(current);
+  for (const at::Tensor& it : from_home(partition)) it.record_stream(current);
 }
 
 }  // namespace fusedopt

@@ -81,6 +81,13 @@ def test_nothing_lies_in_local_memory(kernels):
         assert count(code, r"(LDL|STL)\b") == 0, name
 
 
+def test_arguments_are_not_read_one_thread_after_the_other(kernels):
+    """As constants are, by an address that differs from thread to thread."""
+    for name, code in kernels.items():
+        by_register = [it for it in code if re.search(r"c\[0x0\]\s*\[U?R\d", it.operands)]
+        assert not [it for it in by_register if it.op.startswith("LDC")], name
+
+
 def test_one_instruction_rounds_two_elements_to_16_bits(kernels):
     for name, code in update_kernels(kernels).items():
         counts = [count(code, rf"F2FP\.{kind}\.F32") for kind in ("BF16", "F16")]

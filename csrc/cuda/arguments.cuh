@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "block.cuh"
+#include "memory.cuh"
 #include "passes.h"
 
 namespace fusedopt::cuda {
@@ -14,6 +15,14 @@ namespace fusedopt::cuda {
 // The smaller size serves up to about 450 tensors.
 inline constexpr size_t kSmall = 3808;
 inline constexpr size_t kLarge = 32480;
+
+// From a kernel's arguments, by all blocks.
+__device__ inline void copy_words(const uint64_t* arguments, uint64_t* to, size_t count) {
+  const uint64_t* const from = like_other_memory(arguments);
+  for (size_t i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads) {
+    to[i] = from[i];
+  }
+}
 
 template <size_t kBytes>
 struct Arguments {
@@ -24,11 +33,10 @@ struct Arguments {
   alignas(8) unsigned char inlined[kBytes];  // the gradients' pointers, then the groups
 
   __device__ void leave() const {
-    if (keep == nullptr || blockIdx.x != 0) return;
+    if (keep == nullptr) return;
     const size_t size = pass.num_tensors * sizeof(void*) + pass.num_groups * sizeof(Group);
-    const auto* from = reinterpret_cast<const uint64_t*>(inlined);
-    auto* to = reinterpret_cast<uint64_t*>(keep);
-    for (size_t i = threadIdx.x; i < size / sizeof(uint64_t); i += kThreads) to[i] = from[i];
+    copy_words(reinterpret_cast<const uint64_t*>(inlined), reinterpret_cast<uint64_t*>(keep),
+               size / sizeof(uint64_t));
   }
 
   // The pass as the device sees it.

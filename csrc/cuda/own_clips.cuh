@@ -51,18 +51,24 @@ __device__ inline void measure_units(const Pass& pass, int64_t index) {
   });
 }
 
-// The norms of all tensors, by a block, once all chunks are measured: a warp for each. The sums
-// come from other blocks: past the L1 cache.
+// The norms of all tensors, by a block, once all chunks are measured. The sums come from other
+// blocks: past the L1 cache.
 __device__ inline void measure_tensors(const Pass& pass) {
-  constexpr int kWarps = kThreads / kWarpSize;
-  for (int64_t t = threadIdx.x / kWarpSize; t < pass.num_tensors; t += kWarps) {
-    const double* const sums = pass.chunk_sums + pass.own_clips.units[t].first_chunk;
-    const int64_t count = chunks_of(pass.tensors[t].numel);
-    double sum = 0;
-    for (int64_t i = threadIdx.x % kWarpSize; i < count; i += kWarpSize) sum += __ldcg(sums + i);
-    sum = warp_total<SumOfSquares>(sum);
-    if (threadIdx.x % kWarpSize == 0) pass.own_clips.tensor_norms[t] = sqrt(sum);
-  }
+  double* const norms = pass.own_clips.tensor_norms;
+  const auto sums_of = [&](int64_t t) {
+    return pass.chunk_sums + pass.own_clips.units[t].first_chunk;
+  };
+  visit_tensors(
+      pass, [&](int64_t t) { norms[t] = sqrt(__ldcg(sums_of(t))); },
+      [&](int64_t t) {
+        const int64_t count = chunks_of(pass.tensors[t].numel);
+        double sum = 0;
+        for (int64_t i = threadIdx.x % kWarpSize; i < count; i += kWarpSize) {
+          sum += __ldcg(sums_of(t) + i);
+        }
+        sum = warp_total<SumOfSquares>(sum);
+        if (threadIdx.x % kWarpSize == 0) norms[t] = sqrt(sum);
+      });
 }
 
 struct Smallest {

@@ -155,22 +155,28 @@ __device__ inline void leave_update_measures(const Pass& pass, int64_t index, Up
   }
 }
 
-// A tensor's row, from its chunks, in all threads of a warp. Other blocks have written them: past
-// the L1 cache.
+// What a chunk adds to its tensor's row. Other blocks have written it: past the L1 cache.
+__device__ inline ChunkMeasures load_measures(const ChunkMeasures& measures, bool skipped) {
+  // A step that is skipped leaves none of its updates.
+  return {__ldcg(&measures.grad_max), __ldcg(&measures.infs), __ldcg(&measures.nans),
+          skipped ? 0 : __ldcg(&measures.update_squares),
+          skipped ? 0 : __ldcg(&measures.param_squares)};
+}
+
+// A tensor's row, from its chunks, in all threads of a warp.
 __device__ inline ParamRow param_row(const Pass& pass, int64_t tensor, const Decision& decision) {
   if (pass.grads[tensor] == nullptr) return absent_row();
   double grad_squares = 0;
   ChunkMeasures sums{};
   const int64_t first = pass.first_chunks[tensor] + threadIdx.x % kWarpSize;
   for (int64_t i = first; i < pass.first_chunks[tensor + 1]; i += kWarpSize) {
-    const ChunkMeasures& measures = pass.telemetry.chunks[i];
+    const ChunkMeasures measures = load_measures(pass.telemetry.chunks[i], decision.skip);
     grad_squares += __ldcg(pass.chunk_sums + i);
-    sums.grad_max = Largest::combine(sums.grad_max, __ldcg(&measures.grad_max));
-    sums.infs += __ldcg(&measures.infs);
-    sums.nans += __ldcg(&measures.nans);
-    if (decision.skip) continue;  // without these
-    sums.update_squares += __ldcg(&measures.update_squares);
-    sums.param_squares += __ldcg(&measures.param_squares);
+    sums.grad_max = Largest::combine(sums.grad_max, measures.grad_max);
+    sums.infs += measures.infs;
+    sums.nans += measures.nans;
+    sums.update_squares += measures.update_squares;
+    sums.param_squares += measures.param_squares;
   }
   const ChunkMeasures totals{
       warp_total<Largest>(sums.grad_max), warp_total<SumOfSquares>(sums.infs),
@@ -182,10 +188,18 @@ __device__ inline ParamRow param_row(const Pass& pass, int64_t tensor, const Dec
 // All tensors' rows, by a block.
 __device__ inline void record_params(const Pass& pass, const Decision& decision) {
   ParamRow* const rows = param_rows(pass);
-  for (int64_t t = threadIdx.x / kWarpSize; t < pass.num_tensors; t += kThreads / kWarpSize) {
+  const auto alone = [&](int64_t t) {
+    const int64_t chunk = pass.first_chunks[t];
+    rows[t] = pass.grads[t] == nullptr
+                  ? absent_row()
+                  : fusedopt::param_row(__ldcg(pass.chunk_sums + chunk),
+                                        load_measures(pass.telemetry.chunks[chunk], decision.skip),
+                                        decision);
+  };
+  visit_tensors(pass, alone, [&](int64_t t) {
     const ParamRow row = param_row(pass, t, decision);
     if (threadIdx.x % kWarpSize == 0) rows[t] = row;
-  }
+  });
 }
 
 }  // namespace fusedopt::cuda

@@ -222,7 +222,7 @@ class ChunkUpdate {
 template <class Rule>
 struct Memo {
   uint32_t group;
-  float scalars[kMaxScalars];
+  float scalars[kMaxScalars], advanced[kMaxScalars];  // before the step, and after
   double grad_factor;
   Prepared<Rule> prepared;
 
@@ -232,11 +232,21 @@ struct Memo {
     load_scalars<Rule>(tensor, now);
     bool same = tensor.group == group && factor == grad_factor;
     for (int k = 0; k < num_scalars<Rule>; ++k) same = same && now[k] == scalars[k];
-    if (same) return;
-    group = tensor.group;
-    grad_factor = factor;
-    for (int k = 0; k < num_scalars<Rule>; ++k) scalars[k] = now[k];
-    prepared = prepare<Rule>(its_group, now, factor);
+    if (!same) {
+      group = tensor.group;
+      grad_factor = factor;
+      for (int k = 0; k < num_scalars<Rule>; ++k) scalars[k] = now[k];
+      prepared = prepare<Rule>(its_group, now, factor);
+      for (int k = 0; k < num_scalars<Rule>; ++k) advanced[k] = now[k];
+    }
+    if (!is_advanced_alone(tensor)) return;
+    for (int k = 0; k < num_scalars<Rule>; ++k) *tensor.scalars[k] = advanced[k];
+  }
+
+  // No other block reads the counters of a tensor of one chunk. Those of others advance when all
+  // blocks are done.
+  static __device__ bool is_advanced_alone(const TensorEntry& tensor) {
+    return chunks_of(tensor.numel) == 1;
   }
 };
 
@@ -286,7 +296,8 @@ template <class Rule>
 __device__ void finish(const Pass& pass, Decision& decision) {
   for (int64_t t = threadIdx.x; t < pass.num_tensors && !decision.skip; t += kThreads) {
     const TensorEntry& tensor = pass.tensors[t];
-    if (pass.grads[t] != nullptr) advance<Rule>(tensor, pass.groups[tensor.group]);
+    if (Memo<Rule>::is_advanced_alone(tensor) || pass.grads[t] == nullptr) continue;
+    advance<Rule>(tensor, pass.groups[tensor.group]);
   }
   if (!pass.options.measure) {
     const double sum = total<SumOfSquares>(pass.chunk_sums, pass.num_chunks);

@@ -19,7 +19,7 @@ struct Piece {
 
 // Through arguments, as a copy from pageable memory would wait for the stream.
 __global__ void __launch_bounds__(kThreads) upload_kernel(const __grid_constant__ Piece piece) {
-  for (size_t i = threadIdx.x; i < piece.words; i += kThreads) piece.to[i] = piece.from[i];
+  copy_words(piece.from, piece.to, piece.words);
 }
 
 // `fill(offset, size, to)` copies that part of the table.
@@ -31,7 +31,8 @@ cudaError_t upload_pieces(void* to, size_t size, cudaStream_t stream, Fill fill)
     piece.to = reinterpret_cast<uint64_t*>(static_cast<unsigned char*>(to) + offset);
     piece.words = part / sizeof(uint64_t);
     fill(offset, part, reinterpret_cast<unsigned char*>(piece.from));
-    FUSEDOPT_RETURN_IF_ERROR(launch_kernel(upload_kernel, 1, stream, piece));
+    const unsigned blocks = static_cast<unsigned>((piece.words + kThreads - 1) / kThreads);
+    FUSEDOPT_RETURN_IF_ERROR(launch_kernel(upload_kernel, blocks, stream, piece));
   }
   return cudaSuccess;
 }

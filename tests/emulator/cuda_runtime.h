@@ -159,6 +159,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 inline int __any_sync(unsigned mask, int predicate) {
   return emulator::grid.meet("__any_sync", mask, predicate != 0).votes != 0;
 }
+inline int __ffs(int value) { return __builtin_ffs(value); }
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane, int width = warpSize) {

@@ -154,6 +154,7 @@ __global__ void warp_kernel(WarpArguments a) {
   const float value = float(lane);
   expect(a, 9, __uint_as_float(__float_as_uint(value)) == value);
   expect(a, 10, __longlong_as_double(__double_as_longlong(lane)) == value);
+  expect(a, 11, __ffs(0) == 0 && __ffs(int(odd)) == 2 && __ffs(int(0x80000000)) == 32);
 }
 
 void test_warps() {
