@@ -22,6 +22,7 @@ from clipped import (
     with_grads,
 )
 from torch.nn import Parameter
+from waiting import waiting_is_an_error
 
 import fusedopt
 from fusedopt import backends
@@ -315,7 +316,7 @@ def test_lazily_copied_memory_is_not_written_through(backend):
     torch.testing.assert_close(param.grad.tolist(), [0.6, 0.8])
 
 
-def test_devices_are_added_up():
+def test_cpu_and_cuda_are_added_up():
     if backends.why_missing("cuda") is not None:
         pytest.skip(f"no CUDA here: {backends.why_missing('cuda')}")
     for norm_type in FUSED_NORM_TYPES:
@@ -332,17 +333,14 @@ def test_devices_are_added_up():
                 )
 
 
-def test_nothing_waits_for_the_device():
+def test_nothing_waits_for_cuda():
     if backends.why_missing("cuda") is not None:
         pytest.skip(f"no CUDA here: {backends.why_missing('cuda')}")
     params = with_grads([(7,)] * 500, device="cuda")
     fusedopt.clip_grad_norm_(params, 1.0)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         norm = fusedopt.clip_grad_norm_(params, 1.0)
         fusedopt.get_total_norm(grads_of(params), math.inf)
         fusedopt.clip_grads_with_norm_(params, 1.0, norm)
         fusedopt.clip_grads_with_norm_(params, 1.0, 3.0)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

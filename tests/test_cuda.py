@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
 from cases import CLASSES, assert_same_bits, make_params, same_bits, set_grads, tensors_of
 from torch.nn import Parameter
+from waiting import waiting_is_an_error
 
 import fusedopt
 from fusedopt import backends
@@ -26,17 +24,6 @@ def needs_memory(gibibytes: float) -> None:
     free, _ = torch.cuda.mem_get_info()
     if free < gibibytes * 2**30:
         pytest.skip(f"needs {gibibytes} GiB of GPU memory, and {free / 2**30:.0f} are free")
-
-
-@contextlib.contextmanager
-def waiting_is_an_error() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that the mode doesn't see everything
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def on_gpu(case, shapes=SHAPES, device="cuda", **kwargs):
