@@ -27,6 +27,8 @@ def tensors_kept_by_torch(optimizer):
     return {k: v for k, v in tensors_of(optimizer).items() if not k.startswith("mu_product")}
 
 
+# On a GPU torch's own says so of every step outside a graph.
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True:UserWarning")
 @pytest.mark.parametrize(
     "flags", [{}, {"foreach": True}, {"fused": True}, {"capturable": True}], ids=str
 )

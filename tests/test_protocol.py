@@ -91,7 +91,9 @@ def test_profiler_sees_one_step_under_its_name(backend, case):
     optimizer = backend.make(case.cls, make_params([(3,)], device=backend.device))
     with torch.profiler.profile(acc_events=True) as profile:  # else some versions warn
         train(optimizer, [0])
-    names = [e.name for e in profile.events() if e.name.startswith("Optimizer.step")]
+    # What a GPU does in that time is an event of the same name.
+    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CPU]
+    names = [e.name for e in events if e.name.startswith("Optimizer.step")]
     assert names == [f"Optimizer.step#{case.cls.__name__}.step"]
 
 

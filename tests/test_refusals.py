@@ -156,14 +156,15 @@ def test_parameter_that_became_unfit(trained, swap, error, words):
 def test_parameter_that_is_refused_at_construction_and_when_added(trained, make, error, words):
     before = snapshot(trained)
     groups = list(trained.param_groups)
-    good = torch.zeros(2, device=params_of(trained)[0].device, requires_grad=True)
-    for added in ([("bad", make())], [("good", good), ("bad", make())]):
+    with params_of(trained)[0].device:  # else it is refused for being elsewhere
+        good, bad = torch.zeros(2, requires_grad=True), make()
+    for added in ([("bad", bad)], [("good", good), ("bad", bad)]):
         with pytest.raises(error) as caught:
             trained.add_param_group({"params": added, "lr": 3.0})
         assert all(word in str(caught.value) for word in words), str(caught.value)
         assert trained.param_groups == groups
     with pytest.raises(error) as caught:
-        fusedopt.FusedAdam([make()])
+        fusedopt.FusedAdam([bad])
     assert all(word in str(caught.value) for word in words)
     trained.step()
     assert tensors_of(trained).keys() - before.keys() == {"step 2", "exp_avg 2", "exp_avg_sq 2"}
