@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import pytest
 import torch
 from cases import CLASSES, assert_same_bits, make_params, same_bits, set_grads, tensors_of
+from test_build import ROOT, python
 from torch.nn import Parameter
 from waiting import waiting_is_an_error
 
@@ -147,6 +149,35 @@ def test_a_graph_outlives_the_plan_that_it_was_captured_with(shapes):
     for param, expected in zip(params, twins, strict=True):
         assert same_bits(param, expected)
     del junk
+
+
+def first_clipped_step_is_captured() -> None:
+    optimizer, params = on_gpu(CLASSES[0])
+    twin, twins = on_gpu(CLASSES[0])
+    for tensors, its in ((params, optimizer), (twins, twin)):
+        set_grads(tensors, seed=0)
+        its.step()
+        its.max_grad_norm = 1.0
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for seed in range(1, 4):
+        set_grads(twins, seed)
+        for param, other in zip(params, twins, strict=True):
+            param.grad.copy_(other.grad)  # where the graph reads it
+        graph.replay()
+        twin.step()
+        assert_same_bits(tensors_of(optimizer), tensors_of(twin))
+        assert same_bits(optimizer.grad_norm, twin.grad_norm)
+        assert optimizer.grad_norm > 1 and optimizer.skipped_steps == 0
+
+
+def test_the_first_clipped_step_may_be_a_captured_one():
+    """A limit that is a float has no state. In a process that has run no kernel for it yet."""
+    code = "import test_cuda; test_cuda.first_clipped_step_is_captured()"
+    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = python("-c", code, PYTHONPATH=paths)
+    assert done.returncode == 0, done.stderr
 
 
 # ----------------------------------------------------------------------------------------- Streams
