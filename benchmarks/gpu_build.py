@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -78,18 +79,27 @@ def resources(reports: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def call(command: list[Any], limit: float, **environment: str) -> dict[str, Any]:
-    """Runs a program for at most that long. Returns its status (None: too long) and output."""
+    """Runs a program, and what it starts, for at most that long.
+
+    Returns its status (None: too long) and the end of its output.
+    """
     limit = max(1.0, limit)
     start = time.perf_counter()
-    status, output = None, ""
+    # In a session of its own: what it has started is ended with it, and disturbs no measurement.
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace", start_new_session=True,
+    )  # fmt: skip
     try:
-        done = subprocess.run(
-            list(map(str, command)), cwd=ROOT, env={**os.environ, **environment},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit,
-        )  # fmt: skip
-        status, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as late:
-        raw = late.stdout or b""
-        output = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
+        output, _ = process.communicate(timeout=limit)
+        status = process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        status = None
+    except BaseException:  # a terminal's Ctrl-C doesn't reach that session
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     seconds = round(time.perf_counter() - start, 1)
-    return {"status": status, "seconds": seconds, "output": output[-8000:]}
+    return {"status": status, "seconds": seconds, "output": output[-30_000:]}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -75,6 +76,8 @@ def tests(run: Run) -> dict[str, Any]:
     """The whole suite's GPU tests."""
     wanted = ["tests/test_arithmetic.py"] if run.options.dry_run else ["-k", "cuda"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *wanted]
+    # Of many failures, each is to be told apart: there may be no second run.
+    command += ["--tb=short", "-rfE", "--continue-on-collection-errors"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", "8"]
     result = call(command, run.test_seconds(), OMP_WAIT_POLICY="passive")
@@ -91,6 +94,8 @@ def sanitize(run: Run) -> dict[str, Any]:
 
     def check(tool: str) -> dict[str, Any]:
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+        if tool == "memcheck":  # torch asks CUDA for things that may not be there
+            command += ["--report-api-errors", "no"]
         command += [sys.executable, "-m", "fusedopt", "--backend", "cuda"]
         result = call(command, run.test_seconds(), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         result["summary"] = last_line(result["output"], "SUMMARY")
@@ -148,12 +153,30 @@ def graphs(run: Run) -> dict[str, Any]:
     """Steps replayed from CUDA graphs, ours and torch's in turn."""
     if run.device == "cpu":
         raise RuntimeError("a CPU has no CUDA graphs")
+    failed = {}
     for case in run.cases():
         if case.workload in ("1,000 tensors of 64", "ResNet-50"):
-            replays = {side: captured(step) for side, step in steps_of(case, run).items()}
+            title = f"graph: {case.title}"
+            replays, reasons = replays_of(case, run.device)
+            failed |= {f"{title}, {side}": reason for side, reason in reasons.items()}
             samples = interleaved(replays, run.device, run.effort)
-            run.keep("graph", f"graph: {case.title}", case, Outcome(samples, {}))
-    return {}
+            run.keep("graph", title, case, Outcome(samples, {}))
+    return {"failed": failed}
+
+
+def replays_of(case: Case, device: str) -> tuple[dict[str, Step], dict[str, str]]:
+    """A replay of each side's step, or why there is none."""
+    params = make_params(case, device)
+    replays, failed = {}, {}
+    for side in peers.IN_GRAPHS:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's warn of steps that come before a capture
+                step, _ = peers.make_step(side, case, params, peers.IN_GRAPHS)
+                replays[side] = captured(step)
+        except Exception as error:
+            failed[side] = f"{type(error).__name__}: {error}"
+    return replays, failed
 
 
 def steps_of(case: Case, run: Run) -> dict[str, Step]:
@@ -165,15 +188,18 @@ def steps_of(case: Case, run: Run) -> dict[str, Step]:
 
 
 def captured(step: Step) -> Step:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    finally:
+        torch.cuda.set_stream(current)  # where a capture fails at its end, torch leaves its own
     return lambda: (graph.replay(), step)  # which keeps the step's memory alive
 
 
@@ -299,7 +325,8 @@ def lines_of(report: dict[str, Any]) -> list[str]:
     lines += [f"not measured: {side}: {why}" for side, why in sorted(report["missing"].items())]
     speed = stages.get("speed", {})
     lines += [f"no time for: {it}" for it in speed.get("left_out", [])]
-    lines += [f"FAILED {it}: {why[:200]}" for it, why in speed.get("failed", {}).items()]
+    failed = {**speed.get("failed", {}), **stages.get("graphs", {}).get("failed", {})}
+    lines += [f"FAILED {it}: {why[:200]}" for it, why in failed.items()]
     lines += [f"FAILED {n}: {s['error'][:200]}" for n, s in stages.items() if "error" in s]
     return lines
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -151,6 +151,11 @@ SIDES = {
     "torchao 8-bit": Side(torchao),
     "flashoptim 8-bit": Side(flashoptim),
 }
+# torch's refuse to be captured in a CUDA graph unless they are made for it.
+IN_GRAPHS = {
+    OURS: SIDES[OURS],
+    "torch fused": Side(torchs(fused=True, capturable=True)),
+}
 
 
 def load(module: str) -> ModuleType:
@@ -169,19 +174,23 @@ def attribute(module: ModuleType, name: str) -> Any:
     return getattr(module, name)
 
 
-def make_optimizer(name: str, case: Case, params: list[Parameter]) -> Optimizer:
+def make_optimizer(
+    name: str, case: Case, params: list[Parameter], sides: Mapping[str, Side] = SIDES
+) -> Optimizer:
     if name == OUR_SCALER and (case.mode != "amp" or not hasattr(fusedopt, "GradScaler")):
         raise Unavailable("only with a scaler, and where fusedopt.GradScaler is")
-    return SIDES[name].make(case, params)
+    return sides[name].make(case, params)
 
 
-def make_step(name: str, case: Case, params: list[Parameter]) -> tuple[Step, Optimizer]:
+def make_step(
+    name: str, case: Case, params: list[Parameter], sides: Mapping[str, Side] = SIDES
+) -> tuple[Step, Optimizer]:
     """What users of this side call once the gradients are there, and the optimizer."""
-    optimizer = make_optimizer(name, case, params)
-    clips = SIDES[name].clips
+    optimizer = make_optimizer(name, case, params, sides)
+    clips = sides[name].clips
     if case.mode == "plain" or (case.mode == "clip" and clips):
         return optimizer.step, optimizer
-    clip = SIDES[name].find_clip()
+    clip = sides[name].find_clip()
 
     def clip_and_step() -> None:
         clip(params, 1.0)

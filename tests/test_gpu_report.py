@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from test_build import ROOT, python
 
+import fusedopt
 from benchmarks import gpu_build, gpu_stages
 from benchmarks.contests import StepContest
 from fusedopt import backends
@@ -99,6 +103,55 @@ def test_a_program_that_takes_too_long_is_ended():
     code = "import time; print('begun', flush=True); time.sleep(60)"
     result = gpu_build.call([sys.executable, "-c", code], 2)
     assert result["status"] is None and "begun" in result["output"]
+
+
+def test_what_a_program_has_started_ends_with_it(tmp_path):
+    """As pytest's workers, and what a sanitizer looks at: they would disturb the measurements."""
+    late = tmp_path / "late"
+    grandchild = f"import time; time.sleep(4); open({str(late)!r}, 'w')"
+    code = "import subprocess, sys; print('begun', flush=True); "
+    code += f"subprocess.run([sys.executable, '-c', {grandchild!r}])"
+    result = gpu_build.call([sys.executable, "-c", code], 2)
+    assert result["status"] is None and "begun" in result["output"]
+    time.sleep(4)
+    assert not late.exists()
+
+
+def test_of_the_output_the_end_is_kept():
+    code = "print('begun' + 'x' * 40_000 + 'end')"
+    result = gpu_build.call([sys.executable, "-c", code], 60)
+    assert result["status"] == 0 and result["output"] == "x" * (30_000 - 4) + "end\n"
+
+
+def test_tests_that_need_a_gpu_are_selected_by_name():
+    """As pytest's -k does: by names of tests and of their files, and by the fixture's parameter."""
+    needs = "no CUDA here"
+    found = []
+    for path in (ROOT / "tests").glob("test_*.py"):
+        text = path.read_text()
+        for node in ast.parse(text).body:
+            if needs in (ast.get_source_segment(text, node) or "") and path != Path(__file__):
+                name = node.name if isinstance(node, ast.FunctionDef) else ""
+                found.append(f"{path.name}::{name}")
+    assert len(found) >= 3 and all("cuda" in name for name in found), found
+
+
+def test_a_side_that_no_graph_captures_does_not_end_the_other(tmp_path, monkeypatch):
+    def captured(step):
+        step()
+        if getattr(step, "__self__", None).__class__ is fusedopt.FusedAdamW:
+            raise RuntimeError("operation not permitted")
+        return step
+
+    monkeypatch.setattr(gpu_stages, "captured", captured)
+    run = dry_run_of(tmp_path, case="tensors of 64")
+    (case,) = [it for it in run.cases() if it.mode == "plain"]  # whose steps are the optimizers'
+    replays, failed = gpu_stages.replays_of(case, "cpu")
+    assert failed == {"fusedopt": "RuntimeError: operation not permitted"}
+    (step,) = replays.values()
+    assert step.__self__.defaults["fused"] and step.__self__.defaults["capturable"]
+    run.report["stages"]["graphs"] = {"failed": failed}
+    assert f"FAILED fusedopt: {failed['fusedopt']}" in gpu_stages.lines_of(run.report)
 
 
 def test_what_is_built_is_imported_only_afterwards():
