@@ -7,6 +7,9 @@ writes one JSON with the raw samples, hardware, versions and commit. A stage tha
 time left, is reported and the others go on. Torch, nvcc, ninja, pybind11, pytest and a C++ compiler
 are all it needs; libraries to compare with that are missing are named.
 
+Where there is a second time, the first is best spent on what has to be right before anything is
+measured: --stage tests --stage sanitize --test-seconds 400; then the other stages.
+
 --dry-run goes through the same motions on a CPU with small tensors: what it prints and writes is
 marked as such, and measures nothing.
 """
