@@ -77,13 +77,11 @@ inline constexpr int kStepColumns = 3;  // grad_norm, clip_coef, skipped
 // of the first dimension selects.
 struct Units {
   int64_t size;         // elements of each
-  int64_t first;        // where they begin among the units of all tensors
-  int64_t first_chunk;  // of the tensor
+  int64_t first;        // place of the first one's part in the first chunk: see OwnClips
+  int64_t first_chunk;  // of the tensor, counted over all tensors
   int64_t number;       // of the tensor, counted over all devices
 
-  FUSEDOPT_INLINE int64_t first_chunk_of(int64_t unit) const {
-    return first_chunk + unit * size / kChunkSize;
-  }
+  FUSEDOPT_INLINE int64_t first_chunk_of(int64_t unit) const { return unit * size / kChunkSize; }
   FUSEDOPT_INLINE int64_t chunks_of(int64_t unit) const {
     return ((unit + 1) * size - 1) / kChunkSize - unit * size / kChunkSize + 1;
   }
@@ -118,11 +116,11 @@ struct UnitSums {
 struct OwnClips {
   const Units* units;    // one per tensor
   double* tensor_norms;  // one per tensor: kPerTensor
-  // Of a unit's part in a chunk, at the sum of their numbers, each counted over all tensors: two
-  // chunks share one unit at most. With `coefs`, one per unit: kUnit.
+  // Of a unit's part in a chunk, from Units::first on at the sum of their numbers in the tensor:
+  // two chunks share one unit at most. kUnit.
   UnitSums* unit_sums;
-  double* coefs;
-  double* chunk_coefs;  // the smallest of each chunk: kUnit
+  double* coefs;        // at the same places
+  double* chunk_coefs;  // the smallest of each chunk
 };
 
 // Everything that a pass over the tensors of one device reads and writes.

@@ -120,8 +120,8 @@ OwnClips Partition::clips_for(ClipKind kind) {
     int64_t num_units = 0;
     for (int64_t t = 0; t < num_tensors; ++t) num_units += tensors[t].numel / unit_sizes[t];
     const int64_t num_chunks = static_cast<int64_t>(chunks.size());
-    own_clips.coefs = at::empty(num_units, doubles);
     own_clips.unit_sums = at::empty({num_units + num_chunks, 2}, doubles);
+    own_clips.coefs = at::empty(num_units + num_chunks, doubles);
     own_clips.chunk_coefs = at::empty(num_chunks, doubles);
   }
   clips.coefs = own_clips.coefs.data_ptr<double>();
@@ -134,7 +134,7 @@ void Partition::make_units() {
   std::vector<Units> units;
   int64_t num_units = 0;
   for (size_t t = 0; t < tensors.size(); ++t) {
-    units.push_back({unit_sizes[t], num_units, first_chunk[t], numbers[t]});
+    units.push_back({unit_sizes[t], num_units + first_chunk[t], first_chunk[t], numbers[t]});
     num_units += tensors[t].numel / unit_sizes[t];
   }
   own_clips.units = upload(units.data(), units.size() * sizeof(Units), device, on_cuda);

@@ -39,7 +39,7 @@ void measure_units(const Pass& pass, Isa isa, int64_t index) {
     for (Piece piece(units, chunk.begin(), count); piece.is_there(); piece.next()) {
       run_best<PieceMeasure<param_t, grad_t>>(
           isa, params + piece.first, grads + piece.first, piece.last - piece.first,
-          &pass.own_clips.unit_sums[units.first + piece.unit + index]);
+          &pass.own_clips.unit_sums[units.first + piece.unit + chunk.index]);
     }
   });
 }

@@ -85,8 +85,7 @@ __device__ inline bool is_last_block(unsigned* ticket) {
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    is_last = atomicAdd(ticket, 1u) == gridDim.x - 1;
-    if (is_last) *ticket = 0;
+    is_last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;  // which leaves it at zero
   }
   __syncthreads();
   if (is_last) __threadfence();

@@ -46,7 +46,7 @@ __device__ inline void measure_units(const Pass& pass, int64_t index) {
             SumOfSquares::add(sums.params, format.widen(params.template load<1>(i).at[0]));
       }
       sums = {warp_total<SumOfSquares>(sums.grads), warp_total<SumOfSquares>(sums.params)};
-      if (lane == 0) pass.own_clips.unit_sums[units.first + piece.unit + index] = sums;
+      if (lane == 0) pass.own_clips.unit_sums[units.first + piece.unit + chunk.index] = sums;
     }
   });
 }
@@ -92,31 +92,60 @@ __device__ inline double smallest_coef(const Pass& pass, const Decision& decisio
   return block_total<Smallest>(smallest);
 }
 
-// The coefficients of a chunk's units, by a block. Two blocks that share a unit leave the same.
+// What a block knows of a chunk's units, in shared memory.
+struct ChunkUnits {
+  int64_t size;         // elements of each
+  int64_t begun;        // elements of the first that lie before the chunk
+  const double* coefs;  // from the first on
+  int64_t known;        // the unit that the block has met last, from Units::first on; -1: none
+  double known_coef;    // a long one has many chunks
+
+  // The coefficient of the unit that an element of the chunk lies in.
+  __device__ __forceinline__ double coef_of(int i) const {
+    constexpr int64_t kLongest = INT32_MAX;  // a chunk meets at most two units of that length
+    const int64_t place = begun + i;
+    return coefs[size > kLongest ? (place < size ? 0 : 1)
+                                 : static_cast<uint32_t>(place) / static_cast<uint32_t>(size)];
+  }
+};
+
+// The coefficients of a chunk's units, by a block. Two chunks that share a unit have a copy each,
+// so that no block reads what another one writes.
 class UnitCoefs {
  public:
   __device__ UnitCoefs(const Pass& pass, const Decision& decision, Chunk chunk)
-      : pass_(pass), decision_(decision), units_(pass.own_clips.units[chunk.tensor]) {
-    const int64_t begin = chunk.begin(), numel = pass.tensors[chunk.tensor].numel;
-    first_ = begin / units_.size;
-    last_ = (begin + chunk.size(numel) - 1) / units_.size;
+      : pass_(pass),
+        decision_(decision),
+        units_(pass.own_clips.units[chunk.tensor]),
+        begin_(chunk.begin()),
+        coefs_(pass.own_clips.coefs + units_.first + chunk.index) {
+    const int64_t numel = pass.tensors[chunk.tensor].numel;
+    first_ = begin_ / units_.size;
+    last_ = (begin_ + chunk.size(numel) - 1) / units_.size;
   }
 
-  // Of a chunk, the smallest is left as well. `known`, in shared memory, is a unit over all tensors
-  // whose coefficient this block has left: a long one has many chunks.
-  __device__ void leave(int64_t& known, int64_t index) const {
+  // Of a chunk, the smallest is left as well.
+  __device__ void leave(ChunkUnits& shared, int64_t index) const {
     if (units_.size <= kChunkSize) {
-      for (int64_t unit = first_ + threadIdx.x; unit <= last_; unit += kThreads) leave_short(unit);
-    } else if (first_ != last_ || known != units_.first + first_) {
-      const int warp = threadIdx.x / kWarpSize;
-      if (first_ + warp <= last_) leave_long(first_ + warp);
-      __syncthreads();
-      if (threadIdx.x == 0) known = units_.first + last_;
+      for (int64_t unit = first_ + threadIdx.x; unit <= last_; unit += kThreads) {
+        coefs_[unit] = coef_of_short(unit);
+      }
+    } else {  // one or two, by a warp each
+      const int64_t unit = first_ + threadIdx.x / kWarpSize;
+      if (unit <= last_) {
+        const bool known = shared.known == units_.first + unit;
+        const double coef = known ? shared.known_coef : coef_of_long(unit);
+        if (threadIdx.x % kWarpSize == 0) coefs_[unit] = coef;
+      }
     }
     __syncthreads();
+    if (threadIdx.x == 0) {
+      shared = {units_.size, begin_ - first_ * units_.size, coefs_ + first_, units_.first + last_,
+                coefs_[last_]};
+    }
     double smallest = decision_.clip_coef;
     for (int64_t unit = first_ + threadIdx.x; unit <= last_; unit += kThreads) {
-      smallest = smaller(pass_.own_clips.coefs[units_.first + unit], smallest);
+      smallest = smaller(coefs_[unit], smallest);
     }
     smallest = block_total<Smallest>(smallest);
     if (threadIdx.x == 0) pass_.own_clips.chunk_coefs[index] = smallest;
@@ -124,18 +153,18 @@ class UnitCoefs {
 
  private:
   // Parts of it are in one chunk or in two.
-  __device__ void leave_short(int64_t unit) const {
+  __device__ double coef_of_short(int64_t unit) const {
     const UnitSums* const parts = parts_of(unit);
     UnitSums sums{__ldcg(&parts->grads), __ldcg(&parts->params)};
     if (units_.chunks_of(unit) > 1) {
       sums.grads += __ldcg(&parts[1].grads);
       sums.params += __ldcg(&parts[1].params);
     }
-    leave(unit, sums);
+    return coef_of(sums);
   }
 
   // By a warp.
-  __device__ void leave_long(int64_t unit) const {
+  __device__ double coef_of_long(int64_t unit) const {
     const UnitSums* const parts = parts_of(unit);
     const int64_t count = units_.chunks_of(unit);
     UnitSums sums{};
@@ -143,34 +172,22 @@ class UnitCoefs {
       sums.grads += __ldcg(&parts[i].grads);
       sums.params += __ldcg(&parts[i].params);
     }
-    sums = {warp_total<SumOfSquares>(sums.grads), warp_total<SumOfSquares>(sums.params)};
-    if (threadIdx.x % kWarpSize == 0) leave(unit, sums);
+    return coef_of({warp_total<SumOfSquares>(sums.grads), warp_total<SumOfSquares>(sums.params)});
   }
 
   __device__ const UnitSums* parts_of(int64_t unit) const {
     return pass_.own_clips.unit_sums + units_.first + unit + units_.first_chunk_of(unit);
   }
-  __device__ void leave(int64_t unit, const UnitSums& sums) const {
-    pass_.own_clips.coefs[units_.first + unit] =
-        coef_of_unit(pass_.options, decision_, sums.grads, sums.params);
+  __device__ double coef_of(const UnitSums& sums) const {
+    return coef_of_unit(pass_.options, decision_, sums.grads, sums.params);
   }
 
   const Pass& pass_;
   const Decision& decision_;
   const Units units_;
+  const int64_t begin_;
+  double* const coefs_;  // by the units' numbers in the tensor
   int64_t first_, last_;
 };
-
-// The coefficient of the unit that an element of a chunk lies in.
-__device__ __forceinline__ double coef_of_element(const Pass& pass, Chunk chunk, int i) {
-  constexpr int64_t kLongest = INT32_MAX;  // a chunk meets at most two units of that length
-  const Units& units = pass.own_clips.units[chunk.tensor];
-  const int64_t first = chunk.begin() / units.size;
-  const int64_t place = chunk.begin() - first * units.size + i;
-  const int64_t unit = units.size > kLongest
-                           ? (place < units.size ? 0 : 1)
-                           : static_cast<uint32_t>(place) / static_cast<uint32_t>(units.size);
-  return pass.own_clips.coefs[units.first + first + unit];
-}
 
 }  // namespace fusedopt::cuda

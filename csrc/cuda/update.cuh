@@ -27,10 +27,9 @@ class ChunkUpdate {
 
  public:
   __device__ ChunkUpdate(const Pass& pass, Chunk chunk, const Prepared<Rule>& prepared,
-                         const Decision& decision, UpdateLanes& lanes)
-      : pass_(pass),
-        chunk_(chunk),
-        decision_(decision),
+                         const Decision& decision, const ChunkUnits& units, UpdateLanes& lanes)
+      : decision_(decision),
+        units_(units),
         tensor_(pass.tensors[chunk.tensor]),
         used_(pass.groups[tensor_.group].states_used |
               always_used<Rule>()),  // which spares most of the questions
@@ -174,8 +173,7 @@ class ChunkUpdate {
   __device__ __forceinline__ T factor_of(int i) const {
     if (!by_units_) return grad_factor_;
     if (i >= size_) return 0;
-    const double coef = coef_of_element(pass_, chunk_, i);
-    return static_cast<T>(decision_.inv_scale * coef) * grad_factor_;
+    return static_cast<T>(decision_.inv_scale * units_.coef_of(i)) * grad_factor_;
   }
 
   // `factor(i)`: factor_of the i-th of the elements.
@@ -204,9 +202,8 @@ class ChunkUpdate {
 
   static constexpr auto kAllStates = std::make_index_sequence<kStates>{};
 
-  const Pass& pass_;
-  const Chunk chunk_;
   const Decision& decision_;
+  const ChunkUnits& units_;
   const TensorEntry& tensor_;
   const unsigned used_;  // bit k: the rule's kStates[k] is there
   const int size_;
@@ -254,7 +251,7 @@ struct Memo {
 template <class Rule>
 struct Shared {
   Decision decision;
-  int64_t known_unit;
+  ChunkUnits units;
   UpdateLanes lanes;
   alignas(8) unsigned char memo[sizeof(Memo<Rule>)];
 };
@@ -281,10 +278,10 @@ __device__ __forceinline__ void update_chunk(const Pass& pass, int64_t index, Me
     memo.prepare_for(tensor, group, factor);
   }
   __syncthreads();
-  if (by_units) UnitCoefs(pass, shared.decision, chunk).leave(shared.known_unit, index);
+  if (by_units) UnitCoefs(pass, shared.decision, chunk).leave(shared.units, index);
   visit_sizes(tensor, [&](auto types) {
     ChunkUpdate<Rule, decltype(types)> update(pass, chunk, memo.prepared, shared.decision,
-                                              shared.lanes);
+                                              shared.units, shared.lanes);
     mine = update.run();
   });
   if (measures) leave_grad_measures<SumOfSquares>(pass, index, mine, telemetry);
@@ -334,7 +331,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (threadIdx.x == 0) {
     shared.decision = decide(pass.options, pass.options.measure ? pass.control->sum_of_squares : 0);
     memo.group = UINT32_MAX;
-    shared.known_unit = -1;
+    shared.units.known = -1;
   }
   __syncthreads();
   // In reverse: what the norm pass read last is still in the cache.
