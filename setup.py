@@ -92,7 +92,7 @@ def cuda_root(nvcc: Path) -> Path:
 def nvcc_command(nvcc: Path) -> list[str]:
     threads = max(1, jobs_at_once() // 4)  # at once per object, of which there are some more
     return [str(nvcc), *NVCC_FLAGS, *architecture_flags(nvcc), f"--threads={threads}",
-            "-Xcompiler=-fPIC", "-Xptxas=-v"]  # fmt: skip
+            "-Xcompiler=-fPIC,-ffp-contract=off", "-Xptxas=-v"]  # fmt: skip
 
 
 def static_runtime(root: Path) -> str:
