@@ -4,6 +4,7 @@
 ## make lint       check style and types
 ## make format     bring the style in order
 ## make sanitize   run the CUDA kernels, emulated on the CPU, under ASan and UBSan
+## make racecheck  the same under ThreadSanitizer: no data races
 ## make bench      compare the step's speed with torch's and others'; BENCH=... for pytest
 ## make peers      install the others: DeepSpeed, bitsandbytes, optimi, torchao
 ## make bench-report   draw the charts, write the tables, from benchmarks/results
@@ -36,11 +37,16 @@ emulator := build/emulator-$(key)
 # Passive: the tests' processes share the cores, and a thread that waits is not to spin.
 pytest := OMP_WAIT_POLICY=passive $(python) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
+# Where addresses are drawn from all of the memory, ThreadSanitizer finds no room of its own.
+unrandomized := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+# Without the history of each of its many threads; torch isn't compiled for it.
+tsan-options := halt_on_error=1 history_size=0 ignore_noninstrumented_modules=1
+
 cpp := $(wildcard csrc/*.* csrc/*/*.*)
 emulation := $(wildcard tests/emulator/*.*)
 measuring := benchmarks/ceiling.cpp benchmarks/ceiling.cu $(wildcard tests/guard/*.c)
 
-.PHONY: help demo test lint format sanitize bench bench-report peers clean tools
+.PHONY: help demo test lint format sanitize racecheck bench bench-report peers clean tools
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -62,12 +68,23 @@ format: $(lint-tools)
 	$(bin)/ruff format
 	$(bin)/clang-format -i $(cpp) $(filter-out %.py,$(emulation)) $(measuring)
 
+# What a sanitizer says as it ends a test's process, pytest would keep to itself.
 sanitize: $(tools)
-	rm -f build/emulator/_C_sanitized.*
-	$(python) tests/emulator/build.py --sanitize
+	rm -f build/emulator/_C_sanitized.* build/sanitize.*
+	$(python) tests/emulator/build.py sanitized
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 FUSEDOPT_TEST_SANITIZED=1 \
-	$(pytest) -k emulated
+	ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/build/sanitize \
+	UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/build/sanitize \
+	FUSEDOPT_TEST_SANITIZED=sanitized \
+	$(pytest) -k emulated || { cat build/sanitize.*; exit 1; }
+
+racecheck: $(tools)
+	rm -f build/emulator/_C_racecheck.* build/racecheck.*
+	$(python) tests/emulator/build.py racecheck
+	$(unrandomized) env LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" OMP_NUM_THREADS=1 \
+	TSAN_OPTIONS="$(tsan-options) log_path=$(CURDIR)/build/racecheck" \
+	FUSEDOPT_TEST_SANITIZED=racecheck \
+	$(pytest) -m racecheck -k emulated || { cat build/racecheck.*; exit 1; }
 
 # Quiet: pytest-benchmark's own tables repeat what is shown. BENCH=--save keeps the samples.
 bench: $(extension)

@@ -16,6 +16,7 @@ import fusedopt
 from fusedopt.clip import AdaptiveClip, Percentile, PerTensor, Unit, ZScore
 
 
+@pytest.mark.racecheck
 @pytest.mark.parametrize("limit", LIMITS, ids=str)
 @pytest.mark.parametrize("case", CLASSES, ids=str)
 def test_bits_of_the_reference(backend, case, limit):
@@ -44,6 +45,7 @@ def test_percentile_by_hand(backend):
     assert min(coefs[:4]) == 1.0 and coefs[4] < 0.05
 
 
+@pytest.mark.racecheck
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("limit", OWN, ids=str)
 def test_bits_of_every_dtype(backend, limit, dtype):

@@ -121,6 +121,7 @@ def test_bits_are_those_of_clipping_inside_the_step(backend, dtype):
 # Against the reference, to the bit.
 
 
+@pytest.mark.racecheck
 @pytest.mark.parametrize("norm_type", FUSED_NORM_TYPES)
 @pytest.mark.parametrize("max_norm", [0.01, 1.0, 1e9, math.inf])
 @pytest.mark.parametrize("dtype", [*DTYPES, None], ids=str)

@@ -20,19 +20,41 @@ from fusedopt import backends
 
 EMULATOR = Path(__file__).parent / "emulator"
 SANITIZERS = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+CLEAN = {
+    name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "TSAN_OPTIONS")
+}
+
+
+def compiled(source: Path, folder: Path, *flags: str) -> Path:
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    program = folder / source.stem
+    command = [*compiler, "-std=c++20", "-pthread", *flags, f"-I{EMULATOR}", source, "-o", program]
+    subprocess.run(command, check=True)
+    return program
 
 
 @pytest.mark.parametrize("flags", [["-O2"], ["-O1", *SANITIZERS]], ids=["plain", "sanitized"])
 def test_selftest(tmp_path, flags):
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    program = tmp_path / "selftest"
-    source = EMULATOR / "selftest.cpp"
-    command = [*compiler, "-std=c++20", "-pthread", *flags, f"-I{EMULATOR}", source, "-o", program]
-    subprocess.run(command, check=True)
-    clean = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    done = subprocess.run([program], env=clean, capture_output=True, text=True)
+    program = compiled(EMULATOR / "selftest.cpp", tmp_path, *flags)
+    done = subprocess.run([program], env=CLEAN, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "ok"
+
+
+def test_races_are_found(tmp_path):
+    """What a program under ThreadSanitizer exits with, 66, tells whether it has seen one."""
+    program = compiled(EMULATOR / "racetest.cpp", tmp_path, "-O1", "-g1", "-fsanitize=thread")
+    names = subprocess.run([program], env=CLEAN, capture_output=True, text=True)
+    if "unexpected memory mapping" in names.stderr:
+        pytest.skip("ThreadSanitizer finds no room among randomized addresses: setarch -R pytest")
+    assert names.returncode == 0, names.stderr
+    kinds = set()
+    for name in names.stdout.splitlines():
+        done = subprocess.run([program, name], env=CLEAN, capture_output=True, text=True)
+        races = name.startswith("race: ")
+        kinds.add(races)
+        assert (done.returncode, "data race" in done.stderr) == (66 if races else 0, races), name
+    assert kinds == {True, False}
 
 
 @pytest.fixture

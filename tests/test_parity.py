@@ -34,6 +34,7 @@ def readings(optimizer):
     return {name: getattr(optimizer, name) for name in names}
 
 
+@pytest.mark.racecheck
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bits_with_clipping(backend, case, dtype):
@@ -41,6 +42,7 @@ def test_bits_with_clipping(backend, case, dtype):
     assert optimizer.grad_norm > 1
 
 
+@pytest.mark.racecheck
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CLASSES, ids=str)
 def test_bits_in_one_pass(backend, case, dtype):
@@ -121,6 +123,7 @@ def test_bits_after_many_steps(backend):
     assert fused.state[params[0]]["step"] == 1_234_570
 
 
+@pytest.mark.racecheck
 @pytest.mark.parametrize("case", CLASSES, ids=str)
 def test_bits_of_mixed_dtypes_and_groups(backend, case):
     """Several groups with options of their own, several dtypes in each."""

@@ -31,6 +31,7 @@ def plant(params, step):
         params[7].grad[7] = -torch.inf
 
 
+@pytest.mark.racecheck
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CLASSES, ids=str)

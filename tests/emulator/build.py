@@ -1,17 +1,18 @@
 """Builds the extension with its CUDA kernels running on the CPU: see cuda_runtime.h in this folder.
 
-    python tests/emulator/build.py [--sanitize]
+    python tests/emulator/build.py [emulated | sanitized | racecheck]
 
-The module is called _C_emulated, or _C_sanitized with AddressSanitizer and UBSan in it; the latter
-is imported only by a Python with their runtimes preloaded (`make sanitize`).
+The module is called _C_emulated; _C_sanitized with AddressSanitizer and UBSan in it, _C_racecheck
+with ThreadSanitizer. These two are imported only by a Python with their runtimes preloaded
+(`make sanitize`, `make racecheck`).
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import runpy
-import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
@@ -30,22 +31,22 @@ FLAGS = [
     "-DFUSEDOPT_WITH_CUDA=1",
     "-DFUSEDOPT_CUDA_DEVICE=c10::kCPU",
 ]
-SANITIZERS = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+VARIANTS = {
+    "emulated": [],
+    "sanitized": ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "racecheck": ["-g1", "-fsanitize=thread"],
+}
 
 
-def module_name(sanitize: bool) -> str:
-    return "_C_sanitized" if sanitize else "_C_emulated"
-
-
-def build(sanitize: bool = False) -> None:
+def build(variant: str) -> None:
     """Compiles what has changed."""
     import setuptools
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     os.chdir(ROOT)
     setup = runpy.run_path("setup.py")
-    name = module_name(sanitize)
-    extra = SANITIZERS if sanitize else []
+    name = f"_C_{variant}"
+    extra = VARIANTS[variant]
     include = ROOT / "tests/emulator"
     compiler = [*setup["cxx"](), "-std=c++20", "-fPIC", *FLAGS, *extra, f"-I{include}", "-xc++"]
     kernels = [*Path("csrc/cpu").glob("*.cpp"), *Path("csrc/cuda").glob("*.cu")]
@@ -77,12 +78,12 @@ def build(sanitize: bool = False) -> None:
     )
 
 
-def load(sanitize: bool = False) -> ModuleType:
+def load(variant: str) -> ModuleType:
     """Imports what has been built."""
-    name = module_name(sanitize)
+    name = f"_C_{variant}"
     path = ROOT / BUILD / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not path.exists():
-        raise ImportError(f"{path} is missing: python tests/emulator/build.py")
+        raise ImportError(f"{path} is missing: python tests/emulator/build.py {variant}")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -91,4 +92,6 @@ def load(sanitize: bool = False) -> ModuleType:
 
 
 if __name__ == "__main__":
-    build(sanitize="--sanitize" in sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("variant", nargs="?", default="emulated", choices=VARIANTS)
+    build(parser.parse_args().variant)

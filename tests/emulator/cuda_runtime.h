@@ -47,7 +47,7 @@ enum cudaError_t {
 
 namespace emulator {
 
-inline std::atomic<int> multiprocessors = 3;
+inline std::atomic<int> multiprocessors = races::kWatched ? 1 : 3;  // Two blocks can race.
 inline thread_local cudaError_t last_error = cudaSuccess;
 
 // Another seed has blocks and threads run in another order, from the next launch on.
@@ -108,6 +108,14 @@ void store_global(T* to, const T& value) {
   check_alignment(to);
   grid.count_store(sizeof(T));
   *to = value;
+}
+
+// next(what was there) comes there; returns what was.
+template <class T, class Next>
+T atomically(T* address, Next next) {
+  const races::Unseen unseen;
+  grid.meet_an_atomic();
+  return std::exchange(*address, next(*address));
 }
 
 template <class T, class... Types>
@@ -178,7 +186,7 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize)
   return emulator::shuffle("__shfl_down_sync", mask, value, asked);
 }
 
-inline void __threadfence() {}
+inline void __threadfence() { emulator::grid.fence(); }
 inline void __threadfence_block() {}
 
 // ------------------------------------------------- Atomics, for the types that CUDA has them for
@@ -186,25 +194,25 @@ inline void __threadfence_block() {}
 template <class T>
 emulator::OneOf<T, int, unsigned, unsigned long long, float, double> atomicAdd(
     T* address, emulator::Same<T> value) {
-  return std::exchange(*address, *address + value);
+  return emulator::atomically(address, [=](T old) { return old + value; });
 }
 template <class T>
 emulator::OneOf<T, int, unsigned, long long, unsigned long long> atomicMax(
     T* address, emulator::Same<T> value) {
-  return std::exchange(*address, *address < value ? value : *address);
+  return emulator::atomically(address, [=](T old) { return std::max(old, value); });
 }
 template <class T>
 emulator::OneOf<T, int, unsigned, unsigned long long, float> atomicExch(T* address,
                                                                         emulator::Same<T> value) {
-  return std::exchange(*address, value);
+  return emulator::atomically(address, [=](T) { return value; });
 }
 template <class T>
 emulator::OneOf<T, int, unsigned, unsigned long long, unsigned short> atomicCAS(
     T* address, emulator::Same<T> expected, emulator::Same<T> value) {
-  return std::exchange(*address, *address == expected ? value : *address);
+  return emulator::atomically(address, [=](T old) { return old == expected ? value : old; });
 }
 inline unsigned atomicInc(unsigned* address, unsigned limit) {
-  return std::exchange(*address, *address < limit ? *address + 1 : 0);
+  return emulator::atomically(address, [=](unsigned old) { return old < limit ? old + 1 : 0; });
 }
 
 // ------------------------------------------------------------- Cache hints and reinterpretation
@@ -308,6 +316,17 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+namespace emulator {
+
+// Each thread has a copy of the arguments, to write to.
+template <class... Parameters, std::size_t... i>
+EMULATOR_UNSEEN void call(void (*kernel)(Parameters...), const std::tuple<Parameters...>& arguments,
+                          std::index_sequence<i...>) {
+  kernel(std::get<i>(arguments)...);
+}
+
+}  // namespace emulator
+
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
@@ -317,8 +336,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     return emulator::result(cudaErrorInvalidConfiguration);
   }
   if (config->dynamicSmemBytes > 0) return emulator::result(cudaErrorNotSupported);
-  // The launch copies the arguments, and then each thread has a copy of its own to write to.
   const std::tuple<Parameters...> copies(std::forward<Arguments>(arguments)...);
-  emulator::grid.run(blocks, threads, [&] { std::apply(kernel, copies); });
+  emulator::grid.run(blocks, threads, [&] {
+    emulator::call(kernel, copies, std::index_sequence_for<Parameters...>());
+  });
   return cudaSuccess;
 }

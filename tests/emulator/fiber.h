@@ -11,6 +11,8 @@
 #include <cstddef>
 #include <new>
 
+#include "races.h"
+
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -52,7 +54,7 @@ class Fiber {
   }
 
   // From inside: goes back to the caller of resume(), until the next resume().
-  void suspend() {
+  EMULATOR_UNSEEN void suspend() {
     void* shadow = nullptr;
     __sanitizer_start_switch_fiber(&shadow, outer_stack_, outer_bytes_);
     jump(inside_, outside_, nullptr);
@@ -68,7 +70,7 @@ class Fiber {
 
   virtual void run() noexcept = 0;
 
-  static void main() {
+  EMULATOR_UNSEEN static void main() {
     Fiber& self = *born_;
     __sanitizer_finish_switch_fiber(nullptr, &self.outer_stack_, &self.outer_bytes_);
     for (;;) {
@@ -78,17 +80,19 @@ class Fiber {
     }
   }
 
-  void enter(const ucontext_t* first) {
+  EMULATOR_UNSEEN void enter(const ucontext_t* first) {
     void* shadow = nullptr;
     __sanitizer_start_switch_fiber(&shadow, stack(), kStackBytes);
+    identity_.enter();
     jump(outside_, inside_, first);
+    identity_.leave();
     __sanitizer_finish_switch_fiber(shadow, nullptr, nullptr);
   }
 
   // Opaque to the compiler, which must take any variable for changed once this returns, and to
   // ASan, which would clear the red zones of the stack being left.
-  __attribute__((noipa, no_sanitize("address"))) static void jump(void** from, void** to,
-                                                                  const ucontext_t* first) {
+  __attribute__((noipa, no_sanitize("address", "thread"))) static void jump(
+      void** from, void** to, const ucontext_t* first) {
     if (__builtin_setjmp(from) != 0) return;
     if (first != nullptr) setcontext(first);
     __builtin_longjmp(to, 1);
@@ -98,6 +102,7 @@ class Fiber {
 
   inline static Fiber* born_ = nullptr;
 
+  races::Identity identity_;
   char* memory_;
   bool idle_ = true;
   void* inside_[5];  // Where to go on; five words are what the builtins fill.
