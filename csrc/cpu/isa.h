@@ -38,7 +38,7 @@ run_avx512(Arguments... arguments) {
 #endif
 
 template <class Kernel, class... Arguments>
-void run_best(Isa isa, Arguments... arguments) {
+void run_best([[maybe_unused]] Isa isa, Arguments... arguments) {
 #if FUSEDOPT_X86_ISAS
   if (isa == Isa::kAvx512) return run_avx512<Kernel>(arguments...);
   if (isa == Isa::kAvx2) return run_avx2<Kernel>(arguments...);
