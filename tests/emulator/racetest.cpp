@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr unsigned kThreads = 64, kBlocks = 3;
+constexpr unsigned kThreads = 256, kBlocks = 3;  // As many threads as the kernels that ship.
 
 struct Memory {
   int of_thread[kBlocks * kThreads];
@@ -92,9 +92,9 @@ const struct {
     {"race: lanes with a shuffle only", kernel<lanes<false>>},
     {"race: warps", kernel<warps>},
     {"ok: last block", kernel<last_block<true, true>>},
-    {"race: last block without a fence before the ticket", kernel<last_block<false, true>>},
-    {"race: last block without a fence after the ticket", kernel<last_block<true, false>>},
-    {"race: blocks that write the same value", kernel<same_value>},
+    {"race between blocks: no fence before the ticket", kernel<last_block<false, true>>},
+    {"race between blocks: no fence after the ticket", kernel<last_block<true, false>>},
+    {"race between blocks: the same value", kernel<same_value>},
     {"ok: atomics", kernel<atomics>},
 };
 
