@@ -76,7 +76,7 @@ sanitize: $(tools)
 	ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/build/sanitize \
 	UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/build/sanitize \
 	FUSEDOPT_TEST_SANITIZED=sanitized \
-	$(pytest) -k emulated || { cat build/sanitize.*; exit 1; }
+	$(pytest) -k emulated || { cat build/sanitize.* 2>/dev/null; exit 1; }
 
 racecheck: $(tools)
 	rm -f build/emulator/_C_racecheck.* build/racecheck.*
@@ -84,7 +84,7 @@ racecheck: $(tools)
 	$(unrandomized) env LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" OMP_NUM_THREADS=1 \
 	TSAN_OPTIONS="$(tsan-options) log_path=$(CURDIR)/build/racecheck" \
 	FUSEDOPT_TEST_SANITIZED=racecheck \
-	$(pytest) -m racecheck -k emulated || { cat build/racecheck.*; exit 1; }
+	$(pytest) -m racecheck -k emulated || { cat build/racecheck.* 2>/dev/null; exit 1; }
 
 # Quiet: pytest-benchmark's own tables repeat what is shown. BENCH=--save keeps the samples.
 bench: $(extension)
