@@ -8,7 +8,6 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -117,7 +116,7 @@ class Grid {
                int asked_lane = -1) {
     const races::Unseen unseen;
     Thread& self = *current_;
-    const bool orders = name.starts_with("__sync");  // As CUDA calls what orders accesses.
+    const bool orders = name.substr(0, 6) == "__sync";  // As CUDA calls what orders accesses.
     const bool whole = mask == kWholeBlock;
     const unsigned warp = self.rank - lane();
     const unsigned first = whole ? 0 : warp;
@@ -135,7 +134,7 @@ class Grid {
 
     races::Place* before = nullptr;  // Of the first who is invited: no other meeting has it now.
     if (orders) {
-      const unsigned lowest = whole ? 0 : unsigned(std::countr_zero(mask));
+      const unsigned lowest = whole ? 0 : unsigned(__builtin_ctzll(mask));
       before = &of_rank(first + lowest).before[whole];
       races::release(*before);
     }
