@@ -38,7 +38,7 @@ emulator := build/emulator-$(key)
 pytest := OMP_WAIT_POLICY=passive $(python) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 # Where addresses are drawn from all of the memory, ThreadSanitizer finds no room of its own.
-unrandomized := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+unrandomized = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 # Without the history of each of its many threads; torch isn't compiled for it.
 tsan-options := halt_on_error=1 history_size=0 ignore_noninstrumented_modules=1
 

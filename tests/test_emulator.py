@@ -20,15 +20,15 @@ from fusedopt import backends
 
 EMULATOR = Path(__file__).parent / "emulator"
 SANITIZERS = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 CLEAN = {
     name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "TSAN_OPTIONS")
 }
 
 
 def compiled(source: Path, folder: Path, *flags: str) -> Path:
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
     program = folder / source.stem
-    command = [*compiler, "-std=c++20", "-pthread", *flags, f"-I{EMULATOR}", source, "-o", program]
+    command = [*COMPILER, "-std=c++20", "-pthread", *flags, f"-I{EMULATOR}", source, "-o", program]
     subprocess.run(command, check=True)
     return program
 
@@ -46,8 +46,7 @@ def test_races_are_found(tmp_path):
 
     From GCC 13 on its runtime tells 255 threads apart, fewer than two blocks have.
     """
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    version = subprocess.run([*compiler, "-dumpversion"], capture_output=True, text=True).stdout
+    version = subprocess.run([*COMPILER, "-dumpversion"], capture_output=True, text=True).stdout
     expected = {"ok": 0, "race": 66, "race between blocks": 66}
     if int(version.split(".")[0]) >= 13:
         del expected["race between blocks"]

@@ -40,8 +40,7 @@ struct Index {
 };
 
 // So many blocks have fibers of their own where races are looked for; the sanitizer would take what
-// two blocks do on the same ones for one thread's. It knows up to 8,000 threads, each by a number
-// for every other.
+// two blocks do on the same ones for one thread's. More take longer.
 constexpr std::size_t kBlocksWatched = 4;
 
 class Grid {
