@@ -30,7 +30,10 @@ DEFAULT_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 CXX_FLAGS = (
     "-O3 -g0 -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden"
 ).split()
-KERNEL_FLAGS = ["-std=c++17", "-fPIC", *CXX_FLAGS]
+INCLUDES = ["-Icsrc"]  # the kernels' own headers; they include nothing of torch
+# Quoted includes alone: csrc/torch is not to stand in for <torch/...>.
+BINDING_INCLUDES = ["-iquote", str(ROOT.resolve() / CSRC)]
+KERNEL_FLAGS = ["-std=c++17", "-fPIC", *CXX_FLAGS, *INCLUDES]
 NVCC_FLAGS = (
     "-std=c++17 -O3 --expt-relaxed-constexpr -fmad=false -prec-div=true -prec-sqrt=true -ftz=false"
 ).split()
@@ -91,7 +94,7 @@ def cuda_root(nvcc: Path) -> Path:
 
 def nvcc_command(nvcc: Path) -> list[str]:
     threads = max(1, jobs_at_once() // 4)  # at once per object, of which there are some more
-    return [str(nvcc), *NVCC_FLAGS, *architecture_flags(nvcc), f"--threads={threads}",
+    return [str(nvcc), *NVCC_FLAGS, *INCLUDES, *architecture_flags(nvcc), f"--threads={threads}",
             "-Xcompiler=-fPIC,-ffp-contract=off", "-Xptxas=-v"]  # fmt: skip
 
 
@@ -107,10 +110,10 @@ def static_runtime(root: Path) -> str:
 def objects(folder: Path, sources: list[Path], compiler: list[str]) -> dict[Path, list[str]]:
     """The objects of these sources of the kernels, and the command for each.
 
-    A source that names FUSEDOPT_RULE makes one for every rule of csrc/rules.h. None includes
+    A source that names FUSEDOPT_RULE makes one for every rule of csrc/rules/all.h. None includes
     anything of torch, so that the CUDA kernels are the same for any build of it.
     """
-    rules = re.findall(r"DO\((\w+)\)", (CSRC / "rules.h").read_text())
+    rules = re.findall(r"DO\((\w+)\)", (CSRC / "rules/all.h").read_text())
     commands = {}
     for source in sorted(sources):
         for rule in rules if "FUSEDOPT_RULE" in source.read_text() else [""]:
@@ -168,13 +171,17 @@ def jobs_at_once() -> int:
     return int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
 
 
+def binding_sources() -> list[Path]:
+    return [*CSRC.glob("*.cpp"), *CSRC.glob("torch/*.cpp")]
+
+
 def make_extension():
     from torch.utils.cpp_extension import CppExtension
 
     extension = CppExtension(
         "fusedopt._C",
-        sorted(map(str, CSRC.glob("*.cpp"))),
-        extra_compile_args=CXX_FLAGS,
+        sorted(map(str, binding_sources())),
+        extra_compile_args=[*CXX_FLAGS, *BINDING_INCLUDES],
         extra_link_args=["-fopenmp"],
     )
     extension.depends = sorted(str(path) for path in CSRC.rglob("*.*"))

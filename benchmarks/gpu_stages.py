@@ -26,7 +26,7 @@ from benchmarks.contests import CEILING, Outcome, StepContest, make_params
 from benchmarks.gpu_build import VARIANTS, call, variant_library
 from benchmarks.peers import OUR_SCALER, OUR_TELEMETRY, OURS
 from benchmarks.timing import Effort, Step, interleaved
-from fusedopt import backends
+from fusedopt.core import backends
 
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 PEERS = ["torch foreach", "torch fused", "Apex", "DeepSpeed", "bitsandbytes", "flashoptim 8-bit"]

@@ -1,16 +1,16 @@
 """The optimizer step of PyTorch training as one fast, safe operation."""
 
 from fusedopt import clip, reference
-from fusedopt.adam import FusedAdam, FusedAdamW
-from fusedopt.checks import NonFiniteGradientError
 from fusedopt.clip_grad import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
+from fusedopt.core.checks import NonFiniteGradientError
+from fusedopt.core.optimizer import FusedOptimizer
+from fusedopt.core.skip_limit import TooManySkipsError
 from fusedopt.grad_scaler import GradScaler
 from fusedopt.monitoring import Monitor, NotALogError, RunLog, read_log
-from fusedopt.nadam import FusedNAdam
-from fusedopt.optimizer import FusedOptimizer
-from fusedopt.rmsprop import FusedRMSprop
-from fusedopt.sgd import FusedSGD
-from fusedopt.skip_limit import TooManySkipsError
+from fusedopt.optimizers.adam import FusedAdam, FusedAdamW
+from fusedopt.optimizers.nadam import FusedNAdam
+from fusedopt.optimizers.rmsprop import FusedRMSprop
+from fusedopt.optimizers.sgd import FusedSGD
 from fusedopt.telemetry import ParamTelemetry, PendingTelemetry, Telemetry
 
 __version__ = "0.1.0"

@@ -10,9 +10,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fusedopt import backends, checks, reference
+from fusedopt import reference
 from fusedopt.clip import AdaptiveClip
-from fusedopt.optimizer import Backend
+from fusedopt.core import backends, checks
+from fusedopt.core.optimizer import Backend
 
 _FUSED_NORM_TYPES = (2.0, math.inf)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
-from fusedopt.optimizer import FusedOptimizer
+from fusedopt.core.optimizer import FusedOptimizer
 
 
 class GradScaler(torch.amp.GradScaler):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import fusedopt
-from fusedopt import backends
-from fusedopt.checks import DTYPES
+from fusedopt.core import backends
+from fusedopt.core.checks import DTYPES
 
 CLASSES = (
     fusedopt.FusedAdam,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fusedopt
-from fusedopt import backends
+from fusedopt.core import backends
 
 EMULATOR = Path(__file__).parent / "emulator"
 sys.path.insert(0, str(EMULATOR))

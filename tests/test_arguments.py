@@ -11,7 +11,7 @@ import torch
 from cases import CLASSES
 
 import fusedopt
-from fusedopt import backends
+from fusedopt.core import backends
 
 OURS = ("max_grad_norm", "nonfinite", "backend")
 

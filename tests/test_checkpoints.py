@@ -11,7 +11,7 @@ import torch
 from cases import CASES, CLASSES, assert_same_bits, make_params, set_grads, tensors_of
 
 import fusedopt
-from fusedopt.checks import IMPLEMENTATION
+from fusedopt.core.checks import IMPLEMENTATION
 
 SHAPES = [(33,), (4, 5), (16385,)]
 

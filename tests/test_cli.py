@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import fusedopt
-from fusedopt import backends, reference
+from fusedopt import reference
 from fusedopt import selfcheck as cli
+from fusedopt.core import backends
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -25,7 +25,7 @@ from torch.nn import Parameter
 from waiting import waiting_is_an_error
 
 import fusedopt
-from fusedopt import backends
+from fusedopt.core import backends
 
 
 @pytest.mark.parametrize("norm_type", [2.0, math.inf, 1.0])

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from waiting import waiting_is_an_error
 
 import fusedopt
-from fusedopt import backends
+from fusedopt.core import backends
 
 reason = backends.why_missing("cuda")
 pytestmark = pytest.mark.skipif(reason is not None, reason=f"no CUDA here: {reason}")

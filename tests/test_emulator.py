@@ -16,7 +16,7 @@ from cases import CLASSES, DTYPES, make_params, set_grads
 from conftest import emulated
 
 import fusedopt
-from fusedopt import backends
+from fusedopt.core import backends
 
 EMULATOR = Path(__file__).parent / "emulator"
 SANITIZERS = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]

@@ -19,7 +19,7 @@ from test_build import ROOT, python
 import fusedopt
 from benchmarks import gpu_build, gpu_stages
 from benchmarks.contests import StepContest
-from fusedopt import backends
+from fusedopt.core import backends
 
 REPORT = ROOT / "benchmarks/gpu_report.py"
 

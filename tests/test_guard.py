@@ -21,7 +21,7 @@ from conftest import SANITIZED
 from torch.torch_version import TorchVersion
 
 import fusedopt
-from fusedopt import backends
+from fusedopt.core import backends
 
 GUARD = Path(__file__).with_name("guard")
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fusedopt import backends
+from fusedopt.core import backends
 
 ISAS = ("baseline", "avx2", "avx512")
 

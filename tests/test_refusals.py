@@ -9,7 +9,7 @@ import torch
 from cases import CLASSES, assert_same_bits, make_params, set_grads, snapshot, tensors_of
 
 import fusedopt
-from fusedopt import checks
+from fusedopt.core import checks
 
 
 class Wrapper(torch.Tensor):

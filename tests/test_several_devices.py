@@ -11,8 +11,8 @@ from cases import CLASSES, assert_same_bits, make_params, set_grads, tensors_of
 from conftest import emulated
 
 import fusedopt
-from fusedopt import backends
 from fusedopt.clip import Percentile, PerTensor, Unit, ZScore
+from fusedopt.core import backends
 from fusedopt.telemetry import Rings
 
 DEVICES = 3

@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../dispatch.h"
-#include "../math/convert.h"
-#include "../math/norm.h"
-#include "../params.h"
+#include "core/dispatch.h"
+#include "core/params.h"
+#include "math/convert.h"
+#include "math/norm.h"
 
 namespace fusedopt::cpu {
 

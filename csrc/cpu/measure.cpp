@@ -1,12 +1,12 @@
-#include "measure.h"
+#include "cpu/measure.h"
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "../dispatch.h"
-#include "grad_norm.h"
-#include "units.h"
+#include "core/dispatch.h"
+#include "cpu/grad_norm.h"
+#include "cpu/segments.h"
 
 namespace fusedopt::cpu {
 

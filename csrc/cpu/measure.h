@@ -2,8 +2,8 @@
 // it.
 #pragma once
 
-#include "../params.h"
-#include "isa.h"
+#include "core/params.h"
+#include "cpu/isa.h"
 
 namespace fusedopt::cpu {
 

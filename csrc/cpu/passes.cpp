@@ -1,15 +1,15 @@
 // Compiled once per rule of ../rules.h: each is an object of its own.
-#include "passes.h"
+#include "cpu/passes.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cfenv>
 
-#include "../rules.h"
-#include "isa.h"
-#include "measure.h"
-#include "units.h"
-#include "update.h"
+#include "cpu/isa.h"
+#include "cpu/measure.h"
+#include "cpu/segments.h"
+#include "cpu/update.h"
+#include "rules/all.h"
 
 namespace fusedopt::cpu {
 

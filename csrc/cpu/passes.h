@@ -1,8 +1,8 @@
 // The two passes on the CPU: the norm of the gradients, and the update.
 #pragma once
 
-#include "../params.h"
-#include "schedule.h"
+#include "core/params.h"
+#include "cpu/schedule.h"
 
 namespace fusedopt::cpu {
 

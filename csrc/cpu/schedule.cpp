@@ -1,4 +1,4 @@
-#include "schedule.h"
+#include "cpu/schedule.h"
 
 #include <algorithm>
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../params.h"
+#include "core/params.h"
 
 namespace fusedopt::cpu {
 

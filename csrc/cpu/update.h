@@ -5,9 +5,9 @@
 #include <cstdint>
 #include <utility>
 
-#include "../dispatch.h"
-#include "grad_norm.h"
-#include "measure.h"
+#include "core/dispatch.h"
+#include "cpu/grad_norm.h"
+#include "cpu/measure.h"
 
 namespace fusedopt::cpu {
 

@@ -5,9 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
-#include "block.cuh"
-#include "memory.cuh"
-#include "passes.h"
+#include "cuda/block.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/passes.h"
 
 namespace fusedopt::cuda {
 

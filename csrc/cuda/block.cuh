@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "../math/norm.h"
-#include "../params.h"
+#include "core/params.h"
+#include "math/norm.h"
 
 namespace fusedopt::cuda {
 

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <atomic>
 
-#include "arguments.cuh"
-#include "passes.h"
+#include "cuda/arguments.cuh"
+#include "cuda/passes.h"
 
 namespace fusedopt::cuda {
 

@@ -1,8 +1,8 @@
-#include "measure.h"
+#include "cuda/measure.h"
 
-#include "grad_norm.cuh"
-#include "launch.cuh"
-#include "upload.h"
+#include "cuda/grad_norm.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/upload.h"
 
 namespace fusedopt::cuda {
 

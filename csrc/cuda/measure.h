@@ -1,7 +1,7 @@
 // The norm pass, which no rule has a part in.
 #pragma once
 
-#include "passes.h"
+#include "cuda/passes.h"
 
 namespace fusedopt::cuda {
 

@@ -1,11 +1,11 @@
 // Compiled once per rule of ../rules.h: each is an object of its own.
-#include "passes.h"
+#include "cuda/passes.h"
 
-#include "../rules.h"
-#include "launch.cuh"
-#include "measure.h"
-#include "update.cuh"
-#include "upload.h"
+#include "cuda/launch.cuh"
+#include "cuda/measure.h"
+#include "cuda/update.cuh"
+#include "cuda/upload.h"
+#include "rules/all.h"
 
 namespace fusedopt::cuda {
 

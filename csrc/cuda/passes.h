@@ -5,7 +5,7 @@
 
 #include <cstddef>
 
-#include "../params.h"
+#include "core/params.h"
 
 namespace fusedopt::cuda {
 

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "block.cuh"
-#include "vector.cuh"
+#include "cuda/block.cuh"
+#include "cuda/vector.cuh"
 
 namespace fusedopt::cuda {
 

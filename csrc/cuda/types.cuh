@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../dispatch.h"
+#include "core/dispatch.h"
 
 namespace fusedopt {
 

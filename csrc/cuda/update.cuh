@@ -3,13 +3,13 @@
 
 #include <utility>
 
-#include "../dispatch.h"
-#include "arguments.cuh"
-#include "block.cuh"
-#include "observe.cuh"
-#include "own_clips.cuh"
-#include "telemetry.cuh"
-#include "vector.cuh"
+#include "core/dispatch.h"
+#include "cuda/arguments.cuh"
+#include "cuda/block.cuh"
+#include "cuda/limits.cuh"
+#include "cuda/segments.cuh"
+#include "cuda/telemetry.cuh"
+#include "cuda/vector.cuh"
 
 namespace fusedopt::cuda {
 

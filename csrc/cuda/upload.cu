@@ -1,10 +1,10 @@
-#include "upload.h"
+#include "cuda/upload.h"
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
-#include "launch.cuh"
+#include "cuda/launch.cuh"
 
 namespace fusedopt::cuda {
 

@@ -1,7 +1,7 @@
 // What kernels' arguments carry to the device's memory ahead of a pass. See also passes.h.
 #pragma once
 
-#include "passes.h"
+#include "cuda/passes.h"
 
 namespace fusedopt::cuda {
 

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-#include "block.cuh"
-#include "memory.cuh"
-#include "types.cuh"
+#include "cuda/block.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/types.cuh"
 
 namespace fusedopt::cuda {
 

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "inline.h"
+#include "math/inline.h"
 
 namespace fusedopt {
 

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "inline.h"
+#include "math/inline.h"
 
 namespace fusedopt {
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "inline.h"
+#include "math/inline.h"
 
 namespace fusedopt {
 

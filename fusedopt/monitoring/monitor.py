@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from fusedopt import checks
+from fusedopt.core import checks
+from fusedopt.core.optimizer import FusedOptimizer
 from fusedopt.monitoring.log_format import BY_SUFFIX, Header
 from fusedopt.monitoring.log_writer import LogWriteError, LogWriter
 from fusedopt.monitoring.telemetry_rows import select
-from fusedopt.optimizer import FusedOptimizer
 from fusedopt.telemetry import PendingTelemetry, Telemetry
 
 LOGGERS_PARAMS_EVERY = 100

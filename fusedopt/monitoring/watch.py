@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusedopt.explain import NAMED, and_more, nonfinite_params
 from fusedopt.monitoring.history import History
 from fusedopt.monitoring.log_reader import LogReader, NotALogError
 from fusedopt.monitoring.plot import fail
 from fusedopt.monitoring.telemetry_rows import concatenate, select
 from fusedopt.telemetry import Telemetry
+from fusedopt.telemetry.explain import NAMED, and_more, nonfinite_params
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -48,15 +48,22 @@ def build(variant: str) -> None:
     name = f"_C_{variant}"
     extra = VARIANTS[variant]
     include = ROOT / "tests/emulator"
-    compiler = [*setup["cxx"](), "-std=c++20", "-fPIC", *FLAGS, *extra, f"-I{include}", "-xc++"]
+    compiler = [*setup["cxx"](), "-std=c++20", "-fPIC", *FLAGS, *extra, *setup["INCLUDES"]]
+    compiler += [f"-I{include}", "-xc++"]
     kernels = [*Path("csrc/cpu").glob("*.cpp"), *Path("csrc/cuda").glob("*.cu")]
     commands = setup["objects"](BUILD / name, kernels, compiler)
-    sources = [*Path("csrc").glob("*.cpp"), Path("tests/emulator/controls.cpp")]
+    sources = [*setup["binding_sources"](), Path("tests/emulator/controls.cpp")]
     extension = CppExtension(
         name,
         sorted(map(str, sources)),
         include_dirs=[str(include)],
-        extra_compile_args=[*FLAGS, *extra, "-include", str(include / "places.h")],
+        extra_compile_args=[
+            *FLAGS,
+            *extra,
+            *setup["BINDING_INCLUDES"],
+            "-include",
+            str(include / "places.h"),
+        ],
         extra_objects=setup["compile_objects"](commands),
         extra_link_args=["-fopenmp", *extra],
     )

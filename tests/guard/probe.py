@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import fusedopt
-from fusedopt import backends
+from fusedopt.core import backends
 
 # (tensors, elements of each, clipped, steps)
 COUNTS = [

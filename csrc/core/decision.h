@@ -1,0 +1,103 @@
+// What a step does with its gradients: the global norm, the clip coefficient, update or skip.
+#pragma once
+
+#include <cmath>
+
+#include "core/limits.h"
+#include "math/inline.h"
+
+namespace fusedopt {
+
+// What the norm pass measures: the sum of squares, or the norm itself (the largest magnitude).
+enum class NormType { kL2, kInf };
+
+// What the caller asks of a step, the same for every tensor.
+struct StepOptions {
+  double max_grad_norm;     // infinity: never clip
+  AdaptiveClip clip;        // a limit below it, unless its kind is kFixed
+  bool skip_nonfinite;      // leave everything as it was when a gradient holds inf or nan
+  bool measure;             // the norm is known before the update (else the update pass sums it up)
+  const float* grad_scale;  // null, or what the loss was multiplied by
+  const float* found_inf;   // null, or non-zero when the caller asks for a skip
+  NormType norm_type;       // of the norm that `max_grad_norm` limits
+  bool only_scales;         // nothing but the gradients changes: a factor of 1 leaves nothing to do
+};
+
+// What a step leaves behind. All are doubles, so that Python reads the struct as one float64
+// tensor.
+struct StepControl {
+  double sum_of_squares;     // of the gradients as they are, before unscaling (or their inf norm)
+  double grad_norm;          // after unscaling, before clipping
+  double clip_coef;          // the smallest, where tensors or units have their own
+  double step_skipped;       // 0 or 1
+  double skipped_steps;      // how many so far
+  double consecutive_skips;  // up to the last step
+  double steps;              // how many so far, skipped ones included
+};
+
+struct Decision {
+  double inv_scale;
+  double grad_norm;
+  double clip_coef;
+  double grad_factor;  // unscaling and clipping in one multiplication
+  bool skip;
+};
+
+// Pascanu, Mikolov and Bengio (2013), as torch.nn.utils.clip_grad_norm_ does it. A sum of squares
+// in float64 can't overflow for finite float32 gradients, so that its finiteness is the inf/nan
+// check.
+FUSEDOPT_INLINE Decision decide(const StepOptions& options, double sum_of_squares) {
+  Decision decision;
+  decision.inv_scale = options.grad_scale ? 1.0 / static_cast<double>(*options.grad_scale) : 1.0;
+  const double norm =
+      options.norm_type == NormType::kL2 ? std::sqrt(sum_of_squares) : sum_of_squares;
+  decision.grad_norm = norm * decision.inv_scale;
+  double limit = options.max_grad_norm;
+  if (options.clip.kind != ClipKind::kFixed) {
+    const double adaptive = adaptive_limit(options.clip, decision.grad_norm);
+    limit = adaptive < limit ? adaptive : limit;
+  }
+  decision.clip_coef = clip_coefficient(limit, decision.grad_norm);
+  decision.grad_factor = decision.inv_scale * decision.clip_coef;
+  const bool told_to_skip = options.found_inf != nullptr && *options.found_inf != 0.0f;
+  const bool finite = sum_of_squares - sum_of_squares == 0.0;  // false for inf and nan
+  const bool nothing_to_do = options.only_scales && decision.grad_factor == 1.0;
+  decision.skip = told_to_skip || (options.skip_nonfinite && !finite) || nothing_to_do;
+  return decision;
+}
+
+// What one tensor's gradient is clipped by. `tensor` counts over all devices; its norm is that of
+// the gradient as it is.
+FUSEDOPT_INLINE double coef_of_tensor(const StepOptions& options, const Decision& decision,
+                                      int64_t tensor, double norm) {
+  const PerTensor clip(options.clip);
+  const double own = clip.coef(tensor, norm * decision.inv_scale, decision.grad_norm);
+  return smaller(own, decision.clip_coef);
+}
+
+// What one unit's gradient is clipped by, from the sums of squares over its elements.
+FUSEDOPT_INLINE double coef_of_unit(const StepOptions& options, const Decision& decision,
+                                    double grad_squares, double param_squares) {
+  const double norm = std::sqrt(grad_squares) * decision.inv_scale;
+  return smaller(Unit(options.clip).coef(norm, std::sqrt(param_squares)), decision.clip_coef);
+}
+
+// Whether the norm of this step is one that an adaptive clip may learn from. Not 0: the limit would
+// be 0, and so would all norms that it learns from then.
+FUSEDOPT_INLINE bool is_to_be_observed(const StepOptions& options, const Decision& decision) {
+  const bool finite = decision.grad_norm - decision.grad_norm == 0.0;
+  return options.clip.kind != ClipKind::kFixed && !decision.skip && finite &&
+         decision.grad_norm > 0.0;
+}
+
+FUSEDOPT_INLINE void record(StepControl& control, const Decision& decision, double sum_of_squares) {
+  control.sum_of_squares = sum_of_squares;
+  control.grad_norm = decision.grad_norm;
+  control.clip_coef = decision.clip_coef;
+  control.step_skipped = decision.skip ? 1.0 : 0.0;
+  control.skipped_steps += control.step_skipped;
+  control.consecutive_skips = decision.skip ? control.consecutive_skips + 1 : 0;
+  control.steps += 1;
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,78 @@
+// Adam (Kingma and Ba, 2015), with AMSGrad (Reddi, Kale and Kumar, 2018) and decoupled weight decay
+// (AdamW: Loshchilov and Hutter, 2019).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "math/inline.h"
+#include "math/power.h"
+#include "rules/moments.h"
+#include "rules/rule.h"
+
+namespace fusedopt {
+
+struct Adam {
+  static constexpr const char* kName = "adam";
+
+  struct Hyperparameters {
+    double lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay;
+  };
+  static constexpr HyperparameterName kHyperparameters[] = {{"lr"},
+                                                            {"betas", 2},
+                                                            {"eps"},
+                                                            {"weight_decay"},
+                                                            {"amsgrad"},
+                                                            {"maximize"},
+                                                            {"decoupled_weight_decay"}};
+
+  static constexpr const char* kScalars[] = {"step"};
+  static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+  enum : unsigned { kMoments = 0b011, kMaxExpAvgSq = 0b100 };
+  static constexpr unsigned kVariants[] = {kMoments, kMoments | kMaxExpAvgSq};
+
+  static FUSEDOPT_INLINE unsigned states_used(const Hyperparameters& h) {
+    return h.amsgrad != 0 ? kMoments | kMaxExpAvgSq : kMoments;
+  }
+
+  static FUSEDOPT_INLINE void advance(const Hyperparameters&, float* scalars) { scalars[0] += 1; }
+
+  template <class T>
+  struct Coefficients {
+    T beta1, one_minus_beta1, beta2, one_minus_beta2;
+    T step_size, inv_sqrt_bias_correction2, eps;
+    T l2, decay;  // weight decay as a part of the gradient, or of the parameter itself
+  };
+
+  static FUSEDOPT_INLINE Coefficients<double> coefficients(const Hyperparameters& h,
+                                                           const float* scalars) {
+    const uint64_t step = static_cast<uint64_t>(scalars[0]);
+    const double bias_correction1 = 1 - power(h.beta1, step);
+    const double bias_correction2 = 1 - power(h.beta2, step);
+    const bool decoupled = h.decoupled_weight_decay != 0;
+    return {h.beta1,
+            1 - h.beta1,
+            h.beta2,
+            1 - h.beta2,
+            h.lr / bias_correction1,
+            1 / std::sqrt(bias_correction2),
+            h.eps,
+            decoupled ? 0 : h.weight_decay,
+            decoupled ? 1 - h.lr * h.weight_decay : 1};
+  }
+
+  template <class T>
+  static FUSEDOPT_INLINE void update(unsigned used, const Coefficients<T>& c, T grad, T& param,
+                                     T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq) {
+    update_moments(c, grad, param, exp_avg, exp_avg_sq);
+    T second_moment = exp_avg_sq;
+    if ((used & kMaxExpAvgSq) != 0) {
+      max_exp_avg_sq = max_exp_avg_sq > exp_avg_sq ? max_exp_avg_sq : exp_avg_sq;
+      second_moment = max_exp_avg_sq;
+    }
+    const T denom = std::sqrt(second_moment) * c.inv_sqrt_bias_correction2 + c.eps;
+    param = param - c.step_size * (exp_avg / denom);
+  }
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,83 @@
+// NAdam: Adam with Nesterov momentum (Dozat, 2016), with decoupled weight decay as in AdamW.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "math/inline.h"
+#include "math/power.h"
+#include "rules/moments.h"
+#include "rules/rule.h"
+
+namespace fusedopt {
+
+struct NAdam {
+  static constexpr const char* kName = "nadam";
+
+  struct Hyperparameters {
+    double lr, beta1, beta2, eps, weight_decay;
+    double mu_base;  // 0.96 ** momentum_decay
+    double maximize, decoupled_weight_decay;
+  };
+  static constexpr HyperparameterName kHyperparameters[] = {
+      {"lr"},
+      {"betas", 2},
+      {"eps"},
+      {"weight_decay"},
+      {"momentum_decay", 1, [](double decay) { return std::pow(0.96, decay); }},
+      {"maximize"},
+      {"decoupled_weight_decay"}};
+
+  static constexpr const char* kScalars[] = {"step", "mu_product"};
+  static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq"};
+  enum : unsigned { kMoments = 0b11 };
+  static constexpr unsigned kVariants[] = {kMoments};
+
+  static FUSEDOPT_INLINE unsigned states_used(const Hyperparameters&) { return kMoments; }
+
+  // The momentum of a step.
+  static FUSEDOPT_INLINE double mu(const Hyperparameters& h, uint64_t step) {
+    return h.beta1 * (1 - 0.5 * power(h.mu_base, step));
+  }
+
+  static FUSEDOPT_INLINE void advance(const Hyperparameters& h, float* scalars) {
+    scalars[0] += 1;
+    scalars[1] *= static_cast<float>(mu(h, static_cast<uint64_t>(scalars[0])));
+  }
+
+  template <class T>
+  struct Coefficients {
+    T beta1, one_minus_beta1, beta2, one_minus_beta2;
+    T grad_step_size, exp_avg_step_size, inv_sqrt_bias_correction2, eps;
+    T l2, decay;  // weight decay as a part of the gradient, or of the parameter itself
+  };
+
+  static FUSEDOPT_INLINE Coefficients<double> coefficients(const Hyperparameters& h,
+                                                           const float* scalars) {
+    const uint64_t step = static_cast<uint64_t>(scalars[0]);
+    const double mu_product = scalars[1];
+    const double mu_next = mu(h, step + 1);
+    const double bias_correction2 = 1 - power(h.beta2, step);
+    const bool decoupled = h.decoupled_weight_decay != 0;
+    return {h.beta1,
+            1 - h.beta1,
+            h.beta2,
+            1 - h.beta2,
+            h.lr * (1 - mu(h, step)) / (1 - mu_product),
+            h.lr * mu_next / (1 - mu_product * mu_next),
+            1 / std::sqrt(bias_correction2),
+            h.eps,
+            decoupled ? 0 : h.weight_decay,
+            decoupled ? 1 - h.lr * h.weight_decay : 1};
+  }
+
+  template <class T>
+  static FUSEDOPT_INLINE void update(unsigned, const Coefficients<T>& c, T grad, T& param,
+                                     T& exp_avg, T& exp_avg_sq) {
+    update_moments(c, grad, param, exp_avg, exp_avg_sq);
+    const T denom = std::sqrt(exp_avg_sq) * c.inv_sqrt_bias_correction2 + c.eps;
+    param = param - (c.grad_step_size * grad + c.exp_avg_step_size * exp_avg) / denom;
+  }
+};
+
+}  // namespace fusedopt

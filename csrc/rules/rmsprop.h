@@ -1,0 +1,65 @@
+// RMSprop (Tieleman and Hinton, 2012), centered as in Graves (2013), with momentum.
+#pragma once
+
+#include <cmath>
+
+#include "math/inline.h"
+#include "rules/rule.h"
+
+namespace fusedopt {
+
+struct RMSprop {
+  static constexpr const char* kName = "rmsprop";
+
+  struct Hyperparameters {
+    double lr, alpha, eps, weight_decay, momentum, centered, maximize;
+  };
+  static constexpr HyperparameterName kHyperparameters[] = {
+      {"lr"}, {"alpha"}, {"eps"}, {"weight_decay"}, {"momentum"}, {"centered"}, {"maximize"}};
+
+  static constexpr const char* kScalars[] = {"step"};
+  static constexpr const char* kStates[] = {"square_avg", "grad_avg", "momentum_buffer"};
+  enum : unsigned { kSquareAvg = 0b001, kGradAvg = 0b010, kMomentumBuffer = 0b100 };
+  static constexpr unsigned kVariants[] = {kSquareAvg, kSquareAvg | kGradAvg,
+                                           kSquareAvg | kMomentumBuffer,
+                                           kSquareAvg | kGradAvg | kMomentumBuffer};
+
+  static FUSEDOPT_INLINE unsigned states_used(const Hyperparameters& h) {
+    unsigned used = kSquareAvg;
+    if (h.centered != 0) used |= kGradAvg;
+    if (h.momentum > 0) used |= kMomentumBuffer;
+    return used;
+  }
+
+  static FUSEDOPT_INLINE void advance(const Hyperparameters&, float* scalars) { scalars[0] += 1; }
+
+  template <class T>
+  struct Coefficients {
+    T lr, alpha, one_minus_alpha, eps, weight_decay, momentum;
+  };
+
+  static FUSEDOPT_INLINE Coefficients<double> coefficients(const Hyperparameters& h, const float*) {
+    return {h.lr, h.alpha, 1 - h.alpha, h.eps, h.weight_decay, h.momentum};
+  }
+
+  template <class T>
+  static FUSEDOPT_INLINE void update(unsigned used, const Coefficients<T>& c, T grad, T& param,
+                                     T& square_avg, T& grad_avg, T& momentum_buffer) {
+    grad = c.weight_decay != 0 ? grad + c.weight_decay * param : grad;
+    square_avg = c.alpha * square_avg + (c.one_minus_alpha * grad) * grad;
+    T variance = square_avg;
+    if ((used & kGradAvg) != 0) {
+      grad_avg = c.alpha * grad_avg + c.one_minus_alpha * grad;
+      variance = square_avg - grad_avg * grad_avg;
+      variance = variance < 0 ? T(0) : variance;  // rounding can push a zero variance below zero
+    }
+    T direction = grad / (std::sqrt(variance) + c.eps);
+    if ((used & kMomentumBuffer) != 0) {
+      momentum_buffer = c.momentum * momentum_buffer + direction;
+      direction = momentum_buffer;
+    }
+    param = param - c.lr * direction;
+  }
+};
+
+}  // namespace fusedopt

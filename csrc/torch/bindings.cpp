@@ -1,0 +1,63 @@
+#include <c10/core/GradMode.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "cpu/isa.h"
+#include "torch/clip_grads.h"
+#include "torch/huge_pages.h"
+#include "torch/launch.h"
+#include "torch/plan.h"
+#include "torch/step.h"
+
+namespace fusedopt {
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.attr("built_with_cuda") = built_with_cuda();
+  m.attr("cuda_device_type") = c10::DeviceTypeName(cuda_device_type(), true);
+  m.def("cpu_isa", [] { return cpu::isa_name(cpu::best_isa()); });
+  m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("tensor"));
+
+  m.def(
+      "clip_grads",
+      [](const py::list& tensors, bool of_params, bool checked, const std::string& backend,
+         double max_norm, double norm_type, bool skip_nonfinite,
+         std::optional<std::variant<at::Tensor, double>> total_norm) {
+        return clip_grads(tensors, of_params, checked, backend,
+                          {max_norm, norm_type, skip_nonfinite, std::move(total_norm)});
+      },
+      py::arg("tensors"), py::arg("of_params"), py::arg("checked"), py::arg("backend"),
+      py::arg("max_norm"), py::arg("norm_type"), py::arg("skip_nonfinite"), py::arg("total_norm"));
+
+  // Local, so that a second build (the emulated one, for tests) can live beside this one.
+  py::class_<Plan>(m, "Plan", py::module_local())
+      .def(py::init<const std::string&, const std::string&, const py::list&, const py::dict&,
+                    const py::dict&, const std::vector<at::Tensor>&>(),
+           py::arg("rule"), py::arg("backend"), py::arg("param_groups"), py::arg("state"),
+           py::arg("counters"), py::arg("rings"))
+      .def("nonfinite", &Plan::nonfinite)
+      .def(
+          "step",
+          [](Plan& plan, const py::list& param_groups, const py::dict& state, double max_grad_norm,
+             bool measure, bool skip_nonfinite, const std::optional<at::Tensor>& grad_scale,
+             const std::optional<at::Tensor>& found_inf,
+             std::optional<std::tuple<int, std::vector<double>, at::Tensor>> clip,
+             const at::Tensor& control) {
+            std::optional<AdaptiveClipRequest> adaptive;
+            if (clip.has_value()) {
+              auto& [kind, arguments, clip_state] = *clip;
+              adaptive = AdaptiveClipRequest{kind, std::move(arguments), std::move(clip_state)};
+            }
+            const c10::NoGradGuard no_grad;
+            if (!plan.refresh(param_groups, state)) return false;
+            step(plan.rule(), plan.partitions(),
+                 {max_grad_norm, std::move(adaptive), measure, skip_nonfinite, grad_scale,
+                  found_inf, control},
+                 [&] { return plan.memory_in_use(); });
+            return true;
+          },
+          py::arg("param_groups"), py::arg("state"), py::arg("max_grad_norm"), py::arg("measure"),
+          py::arg("skip_nonfinite"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("clip"),
+          py::arg("control"));
+}
+
+}  // namespace fusedopt

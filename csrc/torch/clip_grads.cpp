@@ -1,0 +1,157 @@
+#include "torch/clip_grads.h"
+
+#include <ATen/ExpandUtils.h>
+#include <c10/core/GradMode.h>
+#include <c10/util/hash.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cmath>
+#include <cstddef>
+#include <unordered_set>
+
+#include "torch/launch.h"
+#include "torch/param_groups.h"
+
+namespace fusedopt {
+
+namespace {
+
+bool runs_on(c10::Device device, const std::string& backend) {
+  if (backend == "cuda") return built_with_cuda() && device.type() == cuda_device_type();
+  return device.is_cpu() || (backend.empty() && built_with_cuda() && device.is_cuda());
+}
+
+// Anything else is for Python to refuse by name.
+bool is_ordinary(const at::Tensor& grad) {
+  const c10::TensorImpl* impl = grad.unsafeGetTensorImpl();
+  return grad.layout() == at::kStrided && !impl->is_python_dispatch() &&
+         has_kernels(grad.scalar_type()) && impl->has_storage() &&
+         (impl->numel() == 0 || impl->storage().nbytes() > 0);
+}
+
+std::optional<std::vector<at::Tensor>> gather(const py::list& tensors, bool of_params,
+                                              const std::string& backend) {
+  std::vector<at::Tensor> grads;
+  grads.reserve(tensors.size());
+  for (const py::handle& item : tensors) {
+    if (!THPVariable_Check(item.ptr())) return std::nullopt;
+    const at::Tensor& tensor = THPVariable_Unpack(item.ptr());
+    const at::Tensor& grad = of_params ? tensor.grad() : tensor;
+    if (!grad.defined()) continue;
+    if (!runs_on(grad.device(), backend) || !is_ordinary(grad)) return std::nullopt;
+    grads.push_back(grad);
+  }
+  return grads;
+}
+
+bool is_dense(const at::Tensor& grad) {
+  return grad.is_non_overlapping_and_dense() && !grad.is_neg();
+}
+
+// A gradient that the kernels can't write to where it lies, and the copy that they see.
+struct DenseGrad {
+  at::Tensor grad, dense;
+};
+
+// Sorts gradients into one partition per device.
+class Collector {
+ public:
+  explicit Collector(bool writes) : writes_(writes) {}
+
+  void add(const at::Tensor& grad) {
+    Partition& partition = partitions_[partition_for(grad, partitions_)];
+    void* data = writes_ ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr());
+    const bool is_new = !writes_ || grad.numel() == 0 || seen_.emplace(data, grad.numel()).second;
+    if (!is_new || !is_dense(grad)) {
+      at::Tensor dense = at::empty_strided(
+          grad.sizes(), at::infer_dense_strides(grad.sizes(), grad.strides()), grad.options());
+      dense.copy_(grad.detach());
+      data = dense.mutable_data_ptr();
+      partition.dense_grads.push_back(dense);
+      if (writes_ && is_new) dense_grads_.push_back({grad, std::move(dense)});
+    } else if (writes_ && !grad.is_inference()) {
+      grad.unsafeGetTensorImpl()->bump_version();  // autograd learns of it
+    }
+    TensorEntry entry{};
+    entry.param = data;
+    entry.numel = grad.numel();
+    entry.param_dtype = entry.grad_dtype = entry.state_dtype = to_dtype(grad.scalar_type());
+    partition.tensors.push_back(entry);
+  }
+
+  std::vector<Partition>& lay_out(const std::string& backend) {
+    for (Partition& partition : partitions_) {
+      partition.lay_out(1, backend == "cuda" || partition.device.is_cuda());
+      for (size_t i = 0; i < partition.tensors.size(); ++i) {
+        partition.grads[i] = partition.tensors[i].param;
+      }
+    }
+    return partitions_;
+  }
+
+  void store_dense_grads() const {
+    for (const DenseGrad& it : dense_grads_) it.grad.detach().copy_(it.dense);
+  }
+
+ private:
+  const bool writes_;
+  std::vector<Partition> partitions_;
+  std::vector<DenseGrad> dense_grads_;
+  using Place = std::pair<const void*, int64_t>;
+  std::unordered_set<Place, c10::hash<Place>> seen_;
+};
+
+void set_norm(const Partition& partition, const std::variant<at::Tensor, double>& total_norm) {
+  const at::Tensor slot = control_slot(partition, offsetof(StepControl, sum_of_squares));
+  const at::Tensor* tensor = std::get_if<at::Tensor>(&total_norm);
+  if (tensor == nullptr) {
+    slot.fill_(std::get<double>(total_norm));
+  } else if (tensor->is_cpu()) {
+    slot.fill_(tensor->item<double>());  // a copy to a device would wait for it
+  } else {
+    slot.copy_(tensor->detach().reshape({1}));
+  }
+}
+
+}  // namespace
+
+std::optional<ClipResult> clip_grads(const py::list& tensors, bool of_params, bool checked,
+                                     const std::string& backend, const ClipRequest& request) {
+  const c10::NoGradGuard no_grad;
+  const bool writes = request.max_norm != HUGE_VAL;
+  const auto grads = gather(tensors, of_params, backend);
+  if (!grads.has_value()) return std::nullopt;
+  if (grads->empty()) return ClipResult{};
+  bool wide = false;
+  for (const at::Tensor& grad : *grads) {
+    if (writes && !checked && !is_dense(grad)) return std::nullopt;
+    wide = wide || grad.scalar_type() == at::kDouble;
+  }
+
+  Collector collector(writes);
+  for (const at::Tensor& grad : *grads) collector.add(grad);
+  std::vector<Partition>& partitions = collector.lay_out(backend);
+  std::vector<Pass> passes;
+  for (Partition& partition : partitions) {
+    if (request.total_norm.has_value()) set_norm(partition, *request.total_norm);
+    Pass pass = partition.pass();
+    pass.options.max_grad_norm = request.max_norm;
+    pass.options.skip_nonfinite = request.skip_nonfinite;
+    pass.options.measure = true;
+    pass.options.only_scales = true;
+    const bool squares = !request.total_norm.has_value() && request.norm_type == 2;
+    pass.options.norm_type = squares ? NormType::kL2 : NormType::kInf;
+    passes.push_back(pass);
+  }
+  static const RuleInfo& rule = find_rule("clip_grads");
+  run(rule, partitions, passes, request.total_norm.has_value() ? Phases::kUpdate : Phases::kBoth,
+      [&] {
+        std::vector<c10::Storage> memory;
+        for (const at::Tensor& grad : *grads) memory.push_back(grad.storage());
+        return memory;
+      });
+  collector.store_dense_grads();
+  return ClipResult{control_slot(partitions[0], offsetof(StepControl, grad_norm)).squeeze(), wide};
+}
+
+}  // namespace fusedopt

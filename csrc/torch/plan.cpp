@@ -1,0 +1,355 @@
+#include "torch/plan.h"
+
+#include <ATen/ExpandUtils.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cmath>
+#include <exception>
+#include <unordered_map>
+
+#include "torch/param_groups.h"
+
+namespace fusedopt {
+
+namespace {
+
+const at::Tensor& unpack(PyObject* object) { return THPVariable_Unpack(object); }
+
+PyObject* find(PyObject* dict, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(dict, key);
+  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+// Another number whenever a dict's contents change, unlike any other dict's. 0: Python keeps none.
+uint64_t version_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030E0000
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#pragma GCC diagnostic pop
+#else
+  return 0;
+#endif
+}
+
+// Whether a dict's contents are those of that version, for certain.
+bool is_of_version(PyObject* dict, uint64_t version) {
+  return version != 0 && version_of(dict) == version;
+}
+
+// Strides of dimensions of size 1 say nothing about the layout.
+bool same_layout(c10::IntArrayRef sizes, c10::IntArrayRef a, c10::IntArrayRef b) {
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] != 1 && a[i] != b[i]) return false;
+  }
+  return true;
+}
+
+// The gradient's dtype as the kernels read it: the parameter's own, or the one it is computed in.
+at::ScalarType grad_dtype_for(at::ScalarType param, at::ScalarType grad) {
+  if (grad == param) return param;
+  return param == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Anything else is for Python to refuse by name, or for a plan that knows it.
+bool is_ordinary(const at::Tensor& grad, const Source& source) {
+  const at::ScalarType dtype = grad.scalar_type();
+  return (dtype == source.grad_dtype ||
+          (has_kernels(dtype) && grad_dtype_for(source.dtype, dtype) == source.grad_dtype)) &&
+         grad.layout() == at::kStrided && grad.device() == source.device &&
+         equal(grad.unsafeGetTensorImpl()->sizes(), source.sizes);
+}
+
+// How many tensors ahead to prefetch: as many as are looked at while one comes from memory.
+constexpr size_t kAhead = 6;
+
+}  // namespace
+
+bool StateItem::laid_out_as(const Source* source) const {
+  if (seen.impl->storage_offset() != storage_offset || seen.impl->dtype() != dtype) return false;
+  if (!is_tensor) return true;
+  return equal(seen.impl->sizes(), source->sizes) &&
+         equal(seen.impl->strides(), source->dense_strides);
+}
+
+Plan::Plan(const std::string& rule, const std::string& backend, const py::list& param_groups,
+           const py::dict& state, const py::dict& counters, const std::vector<at::Tensor>& rings)
+    : rule_(find_rule(rule)) {
+  for (const HyperparameterName& it : rule_.hyperparameters) {
+    names_.push_back(PyUnicode_InternFromString(it.name));
+  }
+  std::unordered_map<PyObject*, int> known;
+  for (const py::handle& group : param_groups) {
+    const uint32_t index = static_cast<uint32_t>(listed_.size());
+    const py::list params(group["params"]);
+    const c10::Device device = params.empty() ? at::kCPU : unpack(params[0].ptr()).device();
+    states_used_.push_back(read_group(rule_, names_, group.ptr(), device).states_used);
+    listed_.emplace_back();
+    for (const py::handle& param : params) {
+      const auto [found, is_new] = known.try_emplace(param.ptr(), sources_.size());
+      listed_.back().push_back(found->second);
+      if (is_new) add_source(param.ptr(), index);  // else listed before: updated once
+    }
+  }
+  PyObject *key, *value;
+  for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &value);) {
+    const int first_item = static_cast<int>(items_.size());
+    const auto found = known.find(key);
+    if (found != known.end()) add_state(sources_[found->second], value);
+    const Source* source = found == known.end() ? nullptr : &sources_[found->second];
+    state_entries_.push_back({key, value, 0, source, first_item, static_cast<int>(items_.size())});
+  }
+  for (Source& source : sources_) {
+    PyObject* counter = find(counters.ptr(), source.seen.object);
+    if (counter != nullptr) add_counter(source, counter);
+    const int states = __builtin_popcount(states_used_[source.group]);
+    source.complete = source.items == static_cast<int>(rule_.scalars.size()) + states;
+  }
+  for (size_t i = 0; i < partitions_.size(); ++i) {
+    Partition& partition = partitions_[i];
+    if (!rings.empty()) partition.param_ring = rings.at(1 + i);
+    if (i == 0 && !rings.empty()) partition.step_ring = rings[0];
+    partition.lay_out(listed_.size(), backend == "cuda" || partition.device.is_cuda());
+  }
+}
+
+void Plan::add_source(PyObject* object, uint32_t group) {
+  const at::Tensor& param = unpack(object);
+  const at::ScalarType dtype = param.scalar_type();
+  Source source;
+  source.seen = Sighting::of(object);
+  source.autograd_meta = source.seen.impl->autograd_meta();
+  source.group = group;
+  source.device = param.device();
+  source.dtype = dtype;
+  const at::Tensor& grad = param.grad();
+  source.grad_dtype = grad_dtype_for(dtype, grad.defined() ? grad.scalar_type() : dtype);
+  source.storage_offset = param.storage_offset();
+  source.sizes = param.sizes();
+  source.strides = source.dense_strides = param.strides();
+  if (!param.is_non_overlapping_and_dense()) {
+    source.dense_strides = at::infer_dense_strides(param.sizes(), param.strides());
+  }
+  source.partition = static_cast<int>(partition_for(param, partitions_));
+  Partition& partition = partitions_[source.partition];
+  source.index = static_cast<int>(partition.tensors.size());
+
+  TensorEntry entry{};
+  entry.param = param.data_ptr();
+  entry.numel = param.numel();
+  entry.group = group;
+  entry.param_dtype = entry.state_dtype = to_dtype(dtype);
+  entry.grad_dtype = to_dtype(source.grad_dtype);
+  partition.numbers.push_back(static_cast<int64_t>(sources_.size()));
+  const int64_t units = param.dim() > 1 ? std::max<int64_t>(1, param.size(0)) : 1;
+  partition.unit_sizes.push_back(std::max<int64_t>(1, param.numel() / units));
+  if (!same_layout(param.sizes(), param.strides(), source.dense_strides) || param.is_neg()) {
+    at::Tensor dense = at::empty_strided(param.sizes(), source.dense_strides, param.options());
+    entry.param = dense.data_ptr();
+    partition.dense_params.push_back({param.unsafeGetTensorImpl(), source.index, dense, {}});
+  }
+  partition.tensors.push_back(entry);
+  sources_.push_back(std::move(source));
+}
+
+void Plan::add_state(Source& source, PyObject* state) {
+  TensorEntry& entry = partitions_[source.partition].tensors[source.index];
+  const uint32_t states_used = states_used_[source.group];
+  PyObject *key, *value;
+  for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
+    items_.push_back({key, {}, 0, {}, false});
+    const std::string name = py::cast<std::string>(py::str(py::handle(key)));
+    const auto use = [&] {
+      items_.back().seen = Sighting::of(value);
+      items_.back().storage_offset = unpack(value).storage_offset();
+      items_.back().dtype = unpack(value).dtype();
+      ++source.items;
+      return unpack(value).data_ptr();
+    };
+    for (size_t k = 0; k < rule_.scalars.size(); ++k) {
+      if (name == rule_.scalars[k]) entry.scalars[k] = static_cast<float*>(use());
+    }
+    for (size_t k = 0; k < rule_.states.size(); ++k) {
+      if (name != rule_.states[k] || (states_used >> k & 1) == 0) continue;
+      entry.state[k] = use();
+      items_.back().is_tensor = true;
+      entry.state_dtype = to_dtype(unpack(value).scalar_type());
+    }
+  }
+}
+
+// It is the first of the rule's scalars. Nobody else has it, so that it stays where it is.
+void Plan::add_counter(Source& source, PyObject* counter) {
+  TensorEntry& entry = partitions_[source.partition].tensors[source.index];
+  entry.scalars[0] = static_cast<float*>(unpack(counter).data_ptr());
+  ++source.items;
+}
+
+bool Plan::refresh(const py::list& param_groups, const py::dict& state) {
+  if (!same_lists(param_groups) || !same_state(state) || !same_groups(param_groups)) return false;
+  for (Partition& partition : partitions_) partition.dense_grads.clear();
+  for (size_t i = 0; i < sources_.size(); ++i) {
+    if (i + kAhead < sources_.size()) {
+      sources_[i + kAhead].seen.prefetch();
+      __builtin_prefetch(sources_[i + kAhead].autograd_meta);
+      sources_[i + kAhead].grad_seen.prefetch();
+    }
+    if (!same_param(sources_[i]) || !gather_grad(sources_[i])) return false;
+  }
+  return true;
+}
+
+bool Plan::same_lists(const py::list& param_groups) const {
+  static PyObject* const kParams = PyUnicode_InternFromString("params");
+  if (param_groups.size() != listed_.size()) return false;
+  for (size_t g = 0; g < listed_.size(); ++g) {
+    PyObject* params = find(PyList_GET_ITEM(param_groups.ptr(), g), kParams);
+    if (params == nullptr || !(PyList_Check(params) || PyTuple_Check(params))) return false;
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(params);
+    if (count != static_cast<Py_ssize_t>(listed_[g].size())) return false;
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      if (PySequence_Fast_GET_ITEM(params, i) != sources_[listed_[g][i]].seen.object) return false;
+    }
+  }
+  return true;
+}
+
+bool Plan::same_state(const py::dict& state) {
+  if (!is_of_version(state.ptr(), state_version_)) {
+    if (!same_entries(state)) return false;
+    state_version_ = version_of(state.ptr());
+  }
+  for (size_t e = 0; e < state_entries_.size(); ++e) {
+    if (e + kAhead < state_entries_.size()) {
+      const StateEntry& next = state_entries_[e + kAhead];
+      __builtin_prefetch(next.value);
+      for (int i = next.first_item; i < next.last_item; ++i) items_[i].seen.prefetch();
+    }
+    StateEntry& entry = state_entries_[e];
+    if (entry.first_item == entry.last_item) continue;
+    if (!is_of_version(entry.value, entry.version)) {
+      if (!same_items(entry)) return false;
+      entry.version = version_of(entry.value);
+    }
+    for (int i = entry.first_item; i < entry.last_item; ++i) {
+      const StateItem& item = items_[i];
+      if (item.seen.object == nullptr) continue;
+      if (!item.seen.is_unchanged() || !item.laid_out_as(entry.source)) return false;
+    }
+  }
+  return true;
+}
+
+// Walking the dicts in their order spares hashing: Tensor.__hash__ is a call into Python.
+bool Plan::same_entries(const py::dict& state) const {
+  if (PyDict_Size(state.ptr()) != static_cast<Py_ssize_t>(state_entries_.size())) return false;
+  PyObject *key, *value;
+  Py_ssize_t at = 0;
+  for (const StateEntry& entry : state_entries_) {
+    if (!PyDict_Next(state.ptr(), &at, &key, &value)) return false;
+    if (key != entry.key || value != entry.value) return false;
+  }
+  return true;
+}
+
+bool Plan::same_items(const StateEntry& entry) const {
+  if (!PyDict_Check(entry.value)) return false;
+  if (PyDict_Size(entry.value) != entry.last_item - entry.first_item) return false;
+  PyObject *name, *tensor;
+  Py_ssize_t at = 0;
+  for (int i = entry.first_item; i < entry.last_item; ++i) {
+    if (!PyDict_Next(entry.value, &at, &name, &tensor) || name != items_[i].key) return false;
+    if (items_[i].seen.object != nullptr && !items_[i].seen.is_of(tensor)) return false;
+  }
+  return true;
+}
+
+bool Plan::same_groups(const py::list& param_groups) {
+  for (Partition& partition : partitions_) {
+    for (size_t g = 0; g < listed_.size(); ++g) {
+      PyObject* group = PyList_GET_ITEM(param_groups.ptr(), g);
+      try {
+        partition.groups[g] = read_group(rule_, names_, group, partition.device);
+      } catch (const std::exception&) {
+        return false;  // Python says what is wrong with it, and where
+      }
+      if (partition.groups[g].states_used != states_used_[g]) return false;
+    }
+  }
+  return true;
+}
+
+bool Plan::same_param(const Source& source) const {
+  if (!source.seen.is_of(source.seen.object) || !source.seen.is_unchanged()) return false;
+  const c10::TensorImpl* impl = source.seen.impl;
+  return equal(impl->sizes(), source.sizes) && equal(impl->strides(), source.strides) &&
+         impl->storage_offset() == source.storage_offset &&
+         impl->dtype() == c10::scalarTypeToTypeMeta(source.dtype);
+}
+
+// Finds a parameter's gradient, if it has one, as the kernels are to see it.
+bool Plan::gather_grad(Source& source) {
+  Partition& partition = partitions_[source.partition];
+  const TensorEntry& entry = partition.tensors[source.index];
+  const at::Tensor& param = unpack(source.seen.object);
+  const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+  const void*& slot = partition.grads[source.index];
+  slot = nullptr;
+  if (!grad.defined()) return true;
+  source.grad_seen.impl = grad.unsafeGetTensorImpl();
+  source.grad_seen.storage = source.grad_seen.impl->unsafe_storage().unsafeGetStorageImpl();
+  if (!source.complete || !is_ordinary(grad, source)) return false;
+  // Autograd learns of the update as of any other in-place operation.
+  if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
+  const bool direct =
+      grad.scalar_type() == source.grad_dtype && !grad.is_neg() &&
+      same_layout(source.sizes, source.grad_seen.impl->strides(), source.dense_strides);
+  static const char kEmpty = 0;  // an empty gradient is one all the same
+  if (direct) {
+    slot = entry.numel == 0 ? &kEmpty : grad.unsafeGetTensorImpl()->data();
+    return slot != nullptr;
+  }
+  at::Tensor dense = at::empty_strided(grad.sizes(), source.dense_strides,
+                                       grad.options().dtype(source.grad_dtype));
+  dense.copy_(grad.detach());
+  slot = entry.numel == 0 ? &kEmpty : dense.data_ptr();
+  partition.dense_grads.push_back(std::move(dense));
+  return true;
+}
+
+std::vector<c10::Storage> Plan::memory_in_use() const {
+  std::vector<c10::Storage> result;
+  for (const Source& source : sources_) {
+    const at::Tensor& param = unpack(source.seen.object);
+    result.push_back(param.storage());
+    if (param.grad().defined()) result.push_back(param.grad().storage());
+  }
+  for (const StateItem& item : items_) {
+    if (item.seen.object != nullptr) result.push_back(unpack(item.seen.object).storage());
+  }
+  return result;
+}
+
+std::vector<std::pair<int, int>> Plan::nonfinite() const {
+  std::vector<at::Tensor> sums;
+  for (const Partition& partition : partitions_) {
+    sums.push_back(partition.chunk_sums.to(at::kCPU).contiguous());
+  }
+  std::vector<std::pair<int, int>> result;
+  for (size_t g = 0; g < listed_.size(); ++g) {
+    for (size_t i = 0; i < listed_[g].size(); ++i) {
+      const Source& source = sources_[listed_[g][i]];
+      const std::vector<int64_t>& first = partitions_[source.partition].first_chunk;
+      const double* sum = sums[source.partition].data_ptr<double>();
+      bool finite = true;
+      for (int64_t c = first[source.index]; c < first[source.index + 1]; ++c) {
+        finite = finite && std::isfinite(sum[c]);
+      }
+      if (!finite) result.emplace_back(static_cast<int>(g), static_cast<int>(i));
+    }
+  }
+  return result;
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,1 @@
+"""torch's protocol around one fused step."""

@@ -1,0 +1,273 @@
+"""What is refused, and in which words: the parameter, what came, and what was expected."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt.core.backends import device_type_of
+from fusedopt.reference import Group, Rule
+from fusedopt.reference.arithmetic import compute_dtype
+from fusedopt.reference.limits import LIMITS, AdaptiveClip, Unit
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPE_NAMES = "float32, float64, bfloat16 or float16"
+NONFINITE_MODES = ("skip", "raise", "propagate")
+BACKENDS = ("cuda", "cpu", "reference")
+IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")  # torch's flags of how
+
+
+class NonFiniteGradientError(RuntimeError):
+    """Gradients held inf or nan, and `nonfinite="raise"` was asked for; nothing was changed.
+
+    Attributes:
+        names: the parameters whose gradients did.
+        description: which and how many, in words.
+    """
+
+    def __init__(self, names: list[str], description: str) -> None:
+        super().__init__(
+            f"inf or nan in the gradients: {description}. Parameters and state are as they were "
+            "before the step"
+        )
+        self.names = names
+        self.description = description
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.names, self.description)
+
+
+def check_max_grad_norm(value: Any) -> float | AdaptiveClip | None:
+    if value is None or type(value) in LIMITS:
+        return value
+    expected = "expected a float > 0, one of fusedopt.clip's limits, or None"
+    if isinstance(value, type) and issubclass(value, AdaptiveClip):
+        raise TypeError(f"max_grad_norm is the class {value.__name__} itself; {expected}")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"max_grad_norm is a {type(value).__name__}; {expected}")
+    if math.isnan(value) or value <= 0:
+        raise ValueError(f"Invalid max_grad_norm value: {value}; {expected}")
+    return float(value)
+
+
+def check_count(name: str, value: Any) -> int | None:
+    """Refuses what is neither a whole number above 0 nor None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected an int > 0 or None")
+    if value <= 0:
+        raise ValueError(f"Invalid {name} value: {value}; expected an int > 0 or None")
+    return int(value)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
+    if value is not None and value not in choices:
+        expected = ", ".join(map(repr, choices))
+        raise ValueError(f"Invalid {name} value: {value!r}; expected one of {expected} or None")
+    return value
+
+
+def check_rows(limit: object, param: Tensor, name: str) -> None:
+    """Refuses a parameter whose units a `Unit` limit would have to gather from all over it."""
+    if not isinstance(limit, Unit) or torch.nn.parameter.is_lazy(param) or param.dim() < 2:
+        return
+    dense = torch.empty_like(param, device="meta").stride()
+    if param.numel() > 0 and param.shape[0] > 1 and dense[0] != param.numel() // param.shape[0]:
+        raise ValueError(
+            f"{name} has shape {tuple(param.shape)} and strides {param.stride()}; {limit} expects "
+            "what one index of the first dimension selects to be contiguous in memory"
+        )
+
+
+def check_param(param: Tensor, name: str, backend: str | None) -> None:
+    """Refuses a parameter that no step can update, as far as that shows without a gradient."""
+    if not isinstance(param, Tensor):
+        raise TypeError(f"{name} is a {type(param).__name__}; expected a tensor")
+    if torch.nn.parameter.is_lazy(param):
+        return  # no shape, no memory yet: the first step looks again
+    if _is_subclass(param):
+        raise TypeError(
+            f"{name} is a {type(param).__name__}, a tensor subclass with operations of its own; "
+            "expected a plain tensor"
+        )
+    if param.layout != torch.strided:
+        raise TypeError(f"{name} has layout {param.layout}; expected a dense tensor")
+    if param.dtype not in DTYPES:
+        raise TypeError(f"{name} is {param.dtype}; expected {DTYPE_NAMES}")
+    check_device(param, name, backend)
+    check_writable(param, name)
+
+
+def check_writable(tensor: Tensor, name: str) -> None:
+    """Refuses a tensor of which two elements are one."""
+    if _overlaps_itself(tensor):
+        raise RuntimeError(
+            f"{name} has several elements in one memory location (shape {tuple(tensor.shape)}, "
+            f"strides {tensor.stride()}); expected a tensor that is not expanded: .contiguous()"
+        )
+
+
+def check_device(tensor: Tensor, name: str, backend: str | None) -> None:
+    """Refuses a tensor without data, or not where the backend that was asked for runs."""
+    if tensor.device.type == "meta":
+        raise RuntimeError(f"{name} is on the meta device, without data; expected cpu or cuda")
+    if backend in ("cpu", "cuda") and tensor.device.type != device_type_of(backend):
+        raise RuntimeError(
+            f"{name} is on {tensor.device}, and backend={backend!r} was asked for; expected all "
+            f"tensors on {device_type_of(backend)}"
+        )
+
+
+def check_readable(grad: Any, name: str) -> None:
+    """Refuses what is no gradient that a kernel can read. `name`: "the gradient of ..."."""
+    if not isinstance(grad, Tensor):
+        raise TypeError(f"{name} is a {type(grad).__name__}; expected a tensor")
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"{name} is sparse ({grad.layout}); sparse gradients are not supported")
+    if _is_subclass(grad):
+        raise TypeError(f"{name} is a {type(grad).__name__}; expected a plain tensor")
+    if grad.dtype not in DTYPES:
+        raise TypeError(f"{name} is {grad.dtype}; expected {DTYPE_NAMES}")
+    check_memory(grad, name)
+
+
+def check_grad(param: Tensor, grad: Tensor, name: str) -> None:
+    """Refuses a gradient that the step can't read."""
+    check_readable(grad, f"the gradient of {name}")
+    if grad.device != param.device:
+        raise RuntimeError(
+            f"the gradient of {name} is on {grad.device}; expected it on the parameter's "
+            f"{param.device}"
+        )
+    if grad.shape != param.shape:
+        raise RuntimeError(
+            f"the gradient of {name} has shape {tuple(grad.shape)}; expected the parameter's "
+            f"{tuple(param.shape)}"
+        )
+    check_memory(param, name)
+
+
+def check_new_state(name: str, expected: str) -> None:
+    """Refuses to make state in a CUDA graph: every replay would make it again."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{name} has no state yet, and this step is captured in a CUDA graph: every replay "
+            f"would begin anew; expected {expected} before the capture"
+        )
+
+
+def check_options(index: int, group: Group, defaults: dict[str, Any]) -> None:
+    """Refuses a param group that lacks an option, or has what can't be one."""
+    if missing := [key for key in defaults if key not in group]:
+        raise ValueError(
+            f"param group {index} has no {', '.join(map(repr, missing))}, only "
+            f"{', '.join(repr(key) for key in group if key not in ('params', *IMPLEMENTATION))}: "
+            "is it another optimizer's?"
+        )
+    if group.get("differentiable"):
+        raise RuntimeError(
+            "differentiable=True is not supported: autograd can't look into a fused step"
+        )
+    for key, default in defaults.items():
+        expected_like = default if isinstance(default, tuple) else (default,)
+        if key in IMPLEMENTATION or not all(map(_is_number, expected_like)):
+            continue
+        value = group[key]
+        is_list = isinstance(value, list | tuple)
+        values = value if is_list else (value,)
+        fits = is_list == isinstance(default, tuple) and len(values) == len(expected_like)
+        if not fits or not all(map(_is_number, values)):
+            count = len(expected_like)
+            raise (ValueError if is_list or isinstance(value, Tensor) else TypeError)(
+                f"param group {index}'s {key} is {value!r}; expected "
+                f"{'one number' if count == 1 else f'{count} numbers'}"
+            )
+
+
+def check_state(rule: Rule, group: Group, param: Tensor, state: dict[str, Any], name: str) -> None:
+    """Refuses a parameter's state that belongs to another optimizer, or to another parameter."""
+    missing = [key for key in (*rule.scalars, *rule.states(group)) if key not in state]
+    if missing:
+        raise RuntimeError(
+            f"the state of {name} has no {', '.join(map(repr, missing))}, only "
+            f"{', '.join(map(repr, state)) or 'nothing'}: is it another optimizer's?"
+        )
+    for key in rule.scalars:
+        if not _is_number(state[key]):
+            raise RuntimeError(f"state {key!r} of {name} is {state[key]!r}; expected one number")
+    for key in rule.states(group):
+        value = state[key]
+        if not isinstance(value, Tensor) or _is_subclass(value):
+            raise TypeError(
+                f"state {key!r} of {name} is a {type(value).__name__}; expected a plain tensor"
+            )
+        if value.layout != torch.strided or value.device.type == "meta":
+            where = value.layout if value.layout != torch.strided else "on the meta device"
+            raise TypeError(f"state {key!r} of {name} is {where}; expected a dense tensor")
+        if value.shape != param.shape:
+            raise RuntimeError(
+                f"state {key!r} of {name} has shape {tuple(value.shape)}; expected the parameter's "
+                f"{tuple(param.shape)}"
+            )
+        check_memory(value, f"state {key!r} of {name}")
+
+
+def check_state_dtypes(
+    rule: Rule, group: Group, param: Tensor, state: dict[str, Any], name: str
+) -> None:
+    """Refuses a state that no kernel takes. One that is being loaded is converted instead."""
+    dtypes = {param.dtype, compute_dtype(param.dtype)}
+    for key in rule.states(group):
+        if state[key].dtype not in dtypes:
+            expected = " or ".join(sorted(map(str, dtypes)))
+            raise TypeError(f"state {key!r} of {name} is {state[key].dtype}; expected {expected}")
+    if len({state[key].dtype for key in rule.states(group)}) > 1:
+        found = ", ".join(f"{key!r} is {state[key].dtype}" for key in rule.states(group))
+        raise TypeError(f"the state of {name} mixes dtypes: {found}; expected one for all")
+
+
+def check_memory(tensor: Tensor, name: str) -> None:
+    """Refuses a tensor whose storage was freed or cut, as libraries that shard or offload do."""
+    if tensor.numel() == 0:
+        return
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    if tensor.untyped_storage().nbytes() < needed:
+        raise RuntimeError(
+            f"{name} has a storage of {tensor.untyped_storage().nbytes()} bytes; expected {needed}"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one real number, or a tensor of one."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and value.device.type != "meta"
+    try:
+        float(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return not isinstance(value, str | bytes)
+
+
+def _is_subclass(tensor: Tensor) -> bool:
+    """Whether operations on this tensor are not torch's own: there may be no memory behind it."""
+    dispatch = getattr(type(tensor), "__torch_dispatch__", None)
+    return dispatch is not torch._C._disabled_torch_dispatch_impl
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two indices may name one location: a stride is shorter than what lies inside it."""
+    if tensor.numel() <= 1:
+        return False
+    dims = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1)
+    extent = 0
+    for stride, size in dims:
+        if stride <= extent:
+            return True
+        extent += stride * (size - 1)
+    return False

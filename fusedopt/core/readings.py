@@ -1,0 +1,94 @@
+"""What the last steps were like."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, overload
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from fusedopt.core.settings import Settings
+from fusedopt.reference import Control
+from fusedopt.reference.limits import AdaptiveClip
+from fusedopt.telemetry import PendingTelemetry, Rings, Telemetry, explain
+
+if TYPE_CHECKING:
+    from fusedopt import _C
+
+
+class Readings(Settings):
+    """Copies of what a step has left on the device; using one's value waits for it."""
+
+    _rings: Rings | None
+    _plan: _C.Plan | None
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """The global gradient norm of the last step, unscaled, before clipping: 0-d float32."""
+        return self._reading(Control.GRAD_NORM, torch.float32)
+
+    @property
+    def step_skipped(self) -> Tensor:
+        """Whether the last step met inf or nan and changed nothing: 0-d bool."""
+        return self._reading(Control.STEP_SKIPPED, torch.bool)
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps have been skipped so far: 0-d int64."""
+        return self._reading(Control.SKIPPED_STEPS, torch.int64)
+
+    def _reading(self, index: int, dtype: torch.dtype) -> Tensor:
+        return self._readings()[index].to(dtype, copy=True)
+
+    def _readings(self) -> Tensor:
+        """What the last step left (see `Control`), on the first parameter's device."""
+        devices = (p.device for group in self.param_groups for p in group["params"])
+        device = next(devices, torch.device("cpu"))
+        control = self._own["control"]
+        if control is None or control.device != device:
+            with torch.inference_mode(False):  # a step in that mode is not to be the last
+                if control is None:
+                    control = torch.zeros(Control.SIZE, dtype=torch.float64, device=device)
+                self._own["control"] = control = control.to(device)
+        return control
+
+    @overload
+    def telemetry(self, non_blocking: Literal[False] = False) -> Telemetry: ...
+
+    @overload
+    def telemetry(self, non_blocking: Literal[True]) -> PendingTelemetry: ...
+
+    @_disable_dynamo
+    @torch.inference_mode(False)
+    def telemetry(self, non_blocking: bool = False) -> Telemetry | PendingTelemetry:
+        """A copy of what the last steps measured, for optimizers made with `telemetry=N`.
+
+        Args:
+            non_blocking: only start the copy; `result()` of what is returned waits for it.
+
+        Raises:
+            RuntimeError: the optimizer was made without `telemetry`.
+        """
+        if self._rings is None:
+            raise RuntimeError(
+                f"this {type(self).__name__} keeps no telemetry; it is made with telemetry=N, the "
+                "number of steps to keep"
+            )
+        with self._lock:
+            if self._plan is None:
+                self._rings.fit(self.param_groups)
+            pending = PendingTelemetry(self._rings, self._readings(), self.param_groups)
+        return pending if non_blocking else pending.result()
+
+    def explain(self) -> str:
+        """What the last step did and why, in words; waits for the device.
+
+        With `telemetry=N` it names the parameters: "step 1042 skipped: layers.7.wq.weight, 3 inf of
+        4.2M; its norm had grown 40-fold over the last 20 steps".
+        """
+        limit = self.max_grad_norm
+        part = limit.part if isinstance(limit, AdaptiveClip) else None
+        if self._rings is not None:
+            return explain.explain(self.telemetry(), part)
+        return explain.explain_without_telemetry(self._readings(), part)

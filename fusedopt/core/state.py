@@ -1,0 +1,77 @@
+"""A parameter's state: made at its first gradient, brought into place when it was loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt.core.backends import zeros_like
+from fusedopt.reference import Group, Rule
+
+States = dict[Tensor, dict[str, Any]]
+
+
+def is_empty(state: dict[str, Any] | None) -> bool:
+    """Whether there is nothing in it yet; torch's SGD also writes None for a missing buffer."""
+    return not state or all(value is None for value in state.values())
+
+
+def complete(
+    rule: Rule, group: Group, param: Tensor, states: States, counters: dict[Tensor, Tensor]
+) -> bool:
+    """Makes sure that a parameter with a gradient has a state that a step can use.
+
+    Returns:
+        Whether the state is new.
+    """
+    state = states.get(param)
+    is_new = state is None or is_empty(state)
+    if is_new and param.grad is None:
+        return False
+    if rule.counts_apart:
+        known = 0 if is_new else counters.get(param, 1)
+        counters[param] = _scalar_in_place(known, param)
+    if is_new:
+        new_state = {
+            **{name: _scalar_in_place(value, param) for name, value in rule.scalars.items()},
+            **{name: zeros_like(param) for name in rule.states(group)},
+        }
+        if new_state:
+            states[param] = new_state
+        return True
+    assert state is not None
+    for name in rule.scalars:
+        state[name] = _scalar_in_place(state[name], param)
+    for name in rule.states(group):
+        state[name] = _tensor_in_place(state[name], param)
+    return False
+
+
+def _scalar_in_place(value: Any, param: Tensor) -> Tensor:
+    """0-d float32 on the parameter's device: torch also keeps it on the CPU, or as a number."""
+    if isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.float32:
+        return value if value.device == param.device else value.to(param.device)
+    return scalar_like(param, value)
+
+
+def _tensor_in_place(value: Tensor, param: Tensor) -> Tensor:
+    """On the parameter's device and laid out like it; the dtype stays what it is."""
+    like = torch.empty_like(param, dtype=value.dtype, device="meta")
+    if value.device == param.device and value.stride() == like.stride() and not value.is_neg():
+        return value
+    return tensor_like(param, value, value.dtype)
+
+
+def scalar_like(param: Tensor, value: Any) -> Tensor:
+    """A copy of one number, as a rule keeps it for a parameter."""
+    if isinstance(value, Tensor):
+        return value.to(param.device, torch.float32).reshape(()).clone()
+    # Filled on the device: a copy of a number would be waited for.
+    return torch.full((), float(value), dtype=torch.float32, device=param.device)
+
+
+def tensor_like(param: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of a tensor, on a parameter's device and laid out like it."""
+    return zeros_like(param, dtype).copy_(value)

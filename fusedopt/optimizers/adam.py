@@ -1,0 +1,142 @@
+"""Adam and AdamW."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from fusedopt.clip import AdaptiveClip
+from fusedopt.core.optimizer import Backend, FusedOptimizer
+from fusedopt.core.settings import NonFinite
+from fusedopt.optimizers.moments import update_moments
+from fusedopt.reference import Group, Rule, count_step
+from fusedopt.reference.arithmetic import power, sqrt
+
+
+def _states(group: Group) -> tuple[str, ...]:
+    return ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else []))
+
+
+def _update(
+    group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    step = int(scalars["step"])
+    beta1, beta2 = map(float, group["betas"])
+    bias_correction1 = 1 - power(beta1, step)
+    bias_correction2 = 1 - power(beta2, step)
+
+    param, grad, new_state = update_moments(group, param, grad, state)
+    second_moment = new_state["exp_avg_sq"]
+    if group["amsgrad"]:
+        largest = state["max_exp_avg_sq"]
+        second_moment = torch.where(largest > second_moment, largest, second_moment)
+        new_state["max_exp_avg_sq"] = second_moment
+    denom = sqrt(second_moment) * (1 / math.sqrt(bias_correction2)) + group["eps"]
+    step_size = group["lr"] / bias_correction1
+    return param - step_size * (new_state["exp_avg"] / denom), new_state
+
+
+ADAM = Rule("adam", scalars={"step": 0}, states=_states, advance=count_step, update=_update)
+
+
+class FusedAdam(FusedOptimizer, torch.optim.Adam):
+    """Adam (Kingma and Ba, 2015, arXiv:1412.6980), with check, clipping and update in one step.
+
+    With g the unscaled and clipped gradient, m and v the moments, t the step:
+
+        m = beta1 m + (1 - beta1) g                 m_hat = m / (1 - beta1^t)
+        v = beta2 v + (1 - beta2) g^2               v_hat = v / (1 - beta2^t)
+        param = param - lr * m_hat / (sqrt(v_hat) + eps)
+
+    `amsgrad=True` takes the largest v so far (Reddi et al., 2018), `decoupled_weight_decay=True`
+    decays the parameter instead of adding to the gradient (Loshchilov and Hutter, 2019).
+
+    State per parameter: `step` (0-d float32), `exp_avg`, `exp_avg_sq` and, with amsgrad,
+    `max_exp_avg_sq` (shape, dtype and device of the parameter).
+    """
+
+    rule = ADAM
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        max_grad_norm: float | AdaptiveClip | None = None,
+        nonfinite: NonFinite | None = None,
+        backend: Backend | None = None,
+        telemetry: int | None = None,
+        max_consecutive_skips: int | None = None,
+    ) -> None:
+        self._configure(max_grad_norm, nonfinite, backend, telemetry, max_consecutive_skips)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
+
+
+class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
+    """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101): Adam with decoupled weight decay.
+
+    As `FusedAdam`, except that the parameter is first multiplied by `1 - lr * weight_decay`.
+    """
+
+    rule = ADAM
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | AdaptiveClip | None = None,
+        nonfinite: NonFinite | None = None,
+        backend: Backend | None = None,
+        telemetry: int | None = None,
+        max_consecutive_skips: int | None = None,
+    ) -> None:
+        self._configure(max_grad_norm, nonfinite, backend, telemetry, max_consecutive_skips)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )

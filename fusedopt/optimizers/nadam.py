@@ -1,0 +1,113 @@
+"""NAdam."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from fusedopt.clip import AdaptiveClip
+from fusedopt.core.optimizer import Backend, FusedOptimizer
+from fusedopt.core.settings import NonFinite
+from fusedopt.optimizers.moments import update_moments
+from fusedopt.reference import Group, Rule
+from fusedopt.reference.arithmetic import power, sqrt
+
+
+def _mu(group: Group, step: int) -> float:
+    """The momentum of a step. Its base is of the host's libm, its power of repeated squaring."""
+    base = 0.96 ** float(group["momentum_decay"])
+    return float(group["betas"][0]) * (1 - 0.5 * power(base, step))
+
+
+def _states(group: Group) -> tuple[str, ...]:
+    return ("exp_avg", "exp_avg_sq")
+
+
+def _advance(group: Group, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+    step = scalars["step"] + 1
+    return {"step": step, "mu_product": scalars["mu_product"] * _mu(group, int(step))}
+
+
+def _update(
+    group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    step, mu_product = int(scalars["step"]), float(scalars["mu_product"])
+    lr, beta2 = group["lr"], float(group["betas"][1])
+    mu, mu_next = _mu(group, step), _mu(group, step + 1)
+    grad_step_size = lr * (1 - mu) / (1 - mu_product)
+    exp_avg_step_size = lr * mu_next / (1 - mu_product * mu_next)
+    bias_correction2 = 1 - power(beta2, step)
+
+    param, grad, moments = update_moments(group, param, grad, state)
+    denom = sqrt(moments["exp_avg_sq"]) * (1 / math.sqrt(bias_correction2)) + group["eps"]
+    direction = (grad_step_size * grad + exp_avg_step_size * moments["exp_avg"]) / denom
+    return param - direction, moments
+
+
+NADAM = Rule(
+    "nadam",
+    scalars={"step": 0, "mu_product": 1},
+    states=_states,
+    advance=_advance,
+    update=_update,
+)
+
+
+class FusedNAdam(FusedOptimizer, torch.optim.NAdam):
+    """NAdam (Dozat, 2016), Adam with Nesterov momentum; check, clipping and update in one step.
+
+    With g the unscaled and clipped gradient, m and v the moments, t the step, and psi standing for
+    `momentum_decay`:
+
+        mu_t = beta1 (1 - 0.96^(t psi) / 2)
+        m = beta1 m + (1 - beta1) g
+        v = beta2 v + (1 - beta2) g^2               v_hat = v / (1 - beta2^t)
+        m_hat = mu_{t+1} m / (1 - mu_1 ... mu_{t+1}) + (1 - mu_t) g / (1 - mu_1 ... mu_t)
+        param = param - lr * m_hat / (sqrt(v_hat) + eps)
+
+    `decoupled_weight_decay=True` decays the parameter instead of adding to the gradient, as AdamW
+    does (Loshchilov and Hutter, 2019).
+
+    State per parameter: `step` and `mu_product` (0-d float32), `exp_avg` and `exp_avg_sq` (shape,
+    dtype and device of the parameter).
+    """
+
+    rule = NADAM
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        max_grad_norm: float | AdaptiveClip | None = None,
+        nonfinite: NonFinite | None = None,
+        backend: Backend | None = None,
+        telemetry: int | None = None,
+        max_consecutive_skips: int | None = None,
+    ) -> None:
+        self._configure(max_grad_norm, nonfinite, backend, telemetry, max_consecutive_skips)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            momentum_decay,
+            decoupled_weight_decay,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+        )

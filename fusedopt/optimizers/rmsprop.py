@@ -1,0 +1,97 @@
+"""RMSprop."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from fusedopt.clip import AdaptiveClip
+from fusedopt.core.optimizer import Backend, FusedOptimizer
+from fusedopt.core.settings import NonFinite
+from fusedopt.reference import Group, Rule, count_step
+from fusedopt.reference.arithmetic import sqrt
+
+
+def _states(group: Group) -> tuple[str, ...]:
+    optional = {"grad_avg": group["centered"], "momentum_buffer": group["momentum"] > 0}
+    return ("square_avg", *(name for name, used in optional.items() if used))
+
+
+def _update(
+    group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    alpha, momentum, weight_decay = group["alpha"], group["momentum"], group["weight_decay"]
+    if weight_decay != 0:
+        grad = grad + weight_decay * param
+    square_avg = alpha * state["square_avg"] + ((1 - alpha) * grad) * grad
+    new_state = {"square_avg": square_avg}
+    variance = square_avg
+    if group["centered"]:
+        grad_avg = alpha * state["grad_avg"] + (1 - alpha) * grad
+        new_state["grad_avg"] = grad_avg
+        variance = square_avg - grad_avg * grad_avg
+        # Rounding can push a zero variance below zero; a nan stays one.
+        variance = torch.where(variance < 0, torch.zeros_like(variance), variance)
+    direction = grad / (sqrt(variance) + group["eps"])
+    if momentum > 0:
+        direction = momentum * state["momentum_buffer"] + direction
+        new_state["momentum_buffer"] = direction
+    return param - group["lr"] * direction, new_state
+
+
+RMSPROP = Rule("rmsprop", scalars={"step": 0}, states=_states, advance=count_step, update=_update)
+
+
+class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
+    """RMSprop (Tieleman and Hinton, 2012), with check, clipping and update in one step.
+
+    With g the unscaled and clipped gradient:
+
+        s = alpha s + (1 - alpha) g^2
+        param = param - lr * g / (sqrt(s) + eps)
+
+    `centered=True` takes the variance s - a^2 in place of s, with a = alpha a + (1 - alpha) g
+    (Graves, 2013, arXiv:1308.0850); a variance that rounding makes negative counts as 0, where
+    torch gives nan. With `momentum`, the quotients add up in a buffer b = momentum b + quotient.
+
+    State per parameter: `step` (0-d float32), `square_avg` and, where used, `grad_avg` and
+    `momentum_buffer` (shape, dtype and device of the parameter).
+    """
+
+    rule = RMSPROP
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        max_grad_norm: float | AdaptiveClip | None = None,
+        nonfinite: NonFinite | None = None,
+        backend: Backend | None = None,
+        telemetry: int | None = None,
+        max_consecutive_skips: int | None = None,
+    ) -> None:
+        self._configure(max_grad_norm, nonfinite, backend, telemetry, max_consecutive_skips)
+        super().__init__(
+            params,
+            lr,
+            alpha,
+            eps,
+            weight_decay,
+            momentum,
+            centered,
+            capturable,
+            foreach,
+            maximize,
+            differentiable,
+        )

@@ -1,0 +1,99 @@
+"""Stochastic gradient descent."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from fusedopt.clip import AdaptiveClip
+from fusedopt.core.optimizer import Backend, FusedOptimizer
+from fusedopt.core.settings import NonFinite
+from fusedopt.reference import Group, Rule
+
+
+def _states(group: Group) -> tuple[str, ...]:
+    return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+
+def _advance(group: Group, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"momentum_steps": scalars["momentum_steps"] + 1}
+
+
+def _update(
+    group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    momentum, weight_decay = group["momentum"], float(group["weight_decay"])
+    if weight_decay != 0:
+        grad = grad + weight_decay * param
+    direction, new_state = grad, {}
+    if momentum != 0:
+        # The buffer starts from zero, and its first gradient is not dampened.
+        first = scalars["momentum_steps"] == 1
+        share = 1.0 if first else 1 - group["dampening"]
+        momentum_buffer = momentum * state["momentum_buffer"] + share * grad
+        new_state["momentum_buffer"] = momentum_buffer
+        direction = grad + momentum * momentum_buffer if group["nesterov"] else momentum_buffer
+    return param - group["lr"] * direction, new_state
+
+
+SGD = Rule(
+    "sgd",
+    scalars={},
+    states=_states,
+    advance=_advance,
+    update=_update,
+    counter="momentum_steps",
+)
+
+
+class FusedSGD(FusedOptimizer, torch.optim.SGD):
+    """Gradient descent, with check, clipping and update in one step.
+
+    With g the unscaled and clipped gradient, and b the momentum (Polyak, 1964), which is g itself
+    at the first step:
+
+        b = momentum b + (1 - dampening) g
+        param = param - lr * b
+
+    `nesterov=True` takes g + momentum b in place of b (Sutskever et al., 2013). Without momentum,
+    b is g.
+
+    State per parameter: with momentum `momentum_buffer` (shape, dtype and device of the parameter),
+    else none.
+    """
+
+    rule = SGD
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | AdaptiveClip | None = None,
+        nonfinite: NonFinite | None = None,
+        backend: Backend | None = None,
+        telemetry: int | None = None,
+        max_consecutive_skips: int | None = None,
+    ) -> None:
+        self._configure(max_grad_norm, nonfinite, backend, telemetry, max_consecutive_skips)
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )

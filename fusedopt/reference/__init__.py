@@ -1,0 +1,36 @@
+"""The step in plain torch: the specification that every compiled backend matches in bits.
+
+Every operation is a single one in float32 (float64 for float64 parameters), rounded once: no fused
+multiply-add, no `alpha=`, no `lerp`. Scalars are computed in float64 and rounded once. The order of
+every sum is a part of the specification: see `fusedopt.reference.norms`.
+"""
+
+from fusedopt.reference.clip_grads import clip_grads, total_norm
+from fusedopt.reference.decision import (
+    Control,
+    Decision,
+    Request,
+    clip_coefficient,
+    decide,
+    smaller,
+)
+from fusedopt.reference.groups import Group, distinct_params
+from fusedopt.reference.rule import Rule, count_step
+from fusedopt.reference.step import step, update
+
+__all__ = [
+    "Control",
+    "Decision",
+    "Group",
+    "Request",
+    "Rule",
+    "clip_coefficient",
+    "clip_grads",
+    "count_step",
+    "decide",
+    "distinct_params",
+    "smaller",
+    "step",
+    "total_norm",
+    "update",
+]

@@ -1,0 +1,56 @@
+"""Clipping by itself: the norm of a list of gradients, and their scaling in place."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fusedopt.reference import norms
+from fusedopt.reference.arithmetic import compute_dtype
+from fusedopt.reference.decision import clip_coefficient
+
+
+@torch.no_grad()
+def total_norm(grads: list[Tensor], norm_type: float) -> Tensor:
+    """The norm of the norms of all gradients: 0-d float64 on the first one's device.
+
+    Of order 2 it is summed as the module's docstring says. An empty gradient counts as zeros, but
+    with a negative order, where there is no such norm: torch raises a RuntimeError.
+    """
+    if norm_type == 2.0:
+        norm = math.sqrt(norms.sum_of_squares((grad, grad) for grad in grads))
+        return torch.tensor(norm, dtype=torch.float64, device=grads[0].device)
+    each = [
+        torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64).to(grads[0].device)
+        for grad in grads
+        if grad.numel() > 0 or norm_type < 0
+    ]
+    if not each:
+        return torch.zeros((), dtype=torch.float64, device=grads[0].device)
+    return torch.linalg.vector_norm(torch.stack(each), norm_type)
+
+
+@torch.no_grad()
+def clip_grads(
+    grads: list[Tensor],
+    max_norm: float,
+    norm_type: float,
+    skip_nonfinite: bool,
+    known_norm: Tensor | float | None,
+) -> tuple[Tensor | None, bool]:
+    """Clips gradients in place, each once however often it is listed.
+
+    Returns:
+        Their norm (0-d float64; None where there is no gradient), and whether one is float64.
+    """
+    if not grads:
+        return None, False
+    norm = total_norm(grads, norm_type) if known_norm is None else torch.as_tensor(known_norm)
+    norm = norm.to(grads[0].device, torch.float64).reshape(())
+    factor = clip_coefficient(max_norm, norm.item())
+    if factor != 1.0 and (norm.isfinite() or not skip_nonfinite):
+        for grad in {(grad.data_ptr(), grad.numel()): grad for grad in grads}.values():
+            grad.copy_(grad.to(compute_dtype(grad.dtype)) * factor)
+    return norm, any(grad.dtype == torch.float64 for grad in grads)

@@ -1,0 +1,89 @@
+"""What a step does with its gradients: unscaling and clipping, or a skip."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fusedopt.reference.limits import AdaptiveClip
+
+
+class Request(NamedTuple):
+    """What one call of `step()` asks for, beside the hyperparameters in the groups."""
+
+    max_grad_norm: float  # infinity: never clip
+    measure: bool  # the norm is known before the update
+    skip_nonfinite: bool  # leave everything as it was when a gradient holds inf or nan
+    grad_scale: Tensor | None  # one float32: the gradients are to be divided by it
+    found_inf: Tensor | None  # one float32: anything but zero asks for a skip
+    clip: tuple[AdaptiveClip, Tensor] | None = None  # below `max_grad_norm`, and its state
+
+    def for_kernels(self) -> tuple[Any, ...]:
+        """The same for a compiled backend."""
+        if self.clip is None:
+            return self
+        limit, state = self.clip
+        return (*self[:-1], (limit.kind, limit.arguments(), state))
+
+    def asks_for_skip(self) -> bool:
+        return self.found_inf is not None and self.found_inf.float().item() != 0
+
+
+class Decision(NamedTuple):
+    """What a step does with its gradients."""
+
+    inv_scale: float
+    grad_norm: float
+    clip_coef: float
+    grad_factor: float
+    skip: bool
+
+
+class Control:
+    """Indices into the float64 tensor that a step leaves its readings in."""
+
+    SUM_OF_SQUARES, GRAD_NORM, CLIP_COEF, STEP_SKIPPED, SKIPPED_STEPS = range(5)
+    CONSECUTIVE_SKIPS, STEPS = range(5, 7)
+    SIZE = 7
+
+
+def clip_coefficient(max_norm: float, norm: float) -> float:
+    """What `torch.nn.utils.clip_grad_norm_` multiplies gradients by (Pascanu et al., 2013)."""
+    if max_norm == math.inf:
+        return 1.0
+    coef = max_norm / (norm + 1e-6)
+    return 1.0 if coef > 1.0 else coef  # nan stays nan
+
+
+def decide(request: Request, sum_of_squares: float) -> Decision:
+    """Unscaling and clipping, or a skip.
+
+    A float32 squared is exact in float64 and can't overflow: the sum is finite exactly when all
+    gradients are (float64 gradients above 1e154 count as overflow).
+    """
+    inv_scale = 1.0
+    if request.grad_scale is not None:  # in a tensor, as Python's floats refuse to divide by zero
+        inv_scale = request.grad_scale.float().double().reciprocal().item()
+    grad_norm = math.sqrt(sum_of_squares) * inv_scale
+    limit = request.max_grad_norm
+    if request.clip is not None:
+        clip, clip_state = request.clip
+        limit = min(limit, clip.limit(clip_state, grad_norm))
+    clip_coef = clip_coefficient(limit, grad_norm)
+    nonfinite = request.skip_nonfinite and not math.isfinite(sum_of_squares)
+    skip = nonfinite or request.asks_for_skip()
+    return Decision(inv_scale, grad_norm, clip_coef, inv_scale * clip_coef, skip)
+
+
+def smaller(own: float, shared: float) -> float:
+    """Of a parameter's own coefficient and that of all; a nan of the latter stays one."""
+    return own if own < shared else shared
+
+
+def least(coef: float | Tensor) -> float:
+    if isinstance(coef, Tensor):
+        return coef.min().item() if coef.numel() > 0 else 1.0
+    return coef

@@ -1,0 +1,134 @@
+"""Norms in plain torch, as every compiled backend sums them.
+
+The order of a sum is a part of the specification: it makes a norm the same for any number of
+threads or blocks.
+
+1. A gradient, in its parameter's memory order, is cut into chunks of `CHUNK_SIZE` elements.
+2. The squares of a chunk's elements are summed in float64 in `ROW_BYTES // itemsize` lanes:
+   element i is added to lane i % lanes.
+3. Lanes are folded: neighbors are added, then neighbors of these sums, until one is left.
+4. The sums of all chunks of one device's parameters are summed likewise, in `TOTAL_LANES` lanes. A
+   parameter without a gradient counts as zeros. Devices are added in the order of their parameters.
+
+Telemetry sums up the same way, but for the chunks of one parameter, whose sums go to `TENSOR_LANES`
+lanes. The squares of parameters and of their updates are summed in a chunk's lanes in float32
+(float64 for float64 parameters); then the halves of all lanes are added until `TENSOR_LANES` are
+left, which are folded in float64.
+
+A clip of single units cuts them where chunks end. The squares of each piece are summed in float64
+in `TENSOR_LANES` lanes, element i of the piece in lane i % lanes, and then the pieces likewise.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fusedopt.reference.arithmetic import as_read, sqrt
+
+CHUNK_SIZE = 16384
+ROW_BYTES = 4096
+TOTAL_LANES = 256
+TENSOR_LANES = 32
+
+
+def in_memory_order(tensor: Tensor, param: Tensor) -> Tensor:
+    """The elements of `tensor`, shaped as `param`, in the order that `param`'s lie in memory."""
+    strides = torch.empty_like(param, device="meta").stride()
+    order = sorted(range(param.dim()), key=lambda dim: -strides[dim])
+    return tensor.permute(order).reshape(-1)
+
+
+def fold(lanes: Tensor) -> Tensor:
+    """The sum over the last dimension, whose size is a power of two: neighbors first."""
+    while lanes.shape[-1] > 1:
+        lanes = lanes[..., 0::2] + lanes[..., 1::2]
+    return lanes[..., 0]
+
+
+def in_lanes(terms: Tensor, lanes: int) -> Tensor:
+    """The last dimension, summed in so many lanes: term i in lane i % lanes."""
+    rows = max(1, -(-terms.shape[-1] // lanes))
+    terms = torch.nn.functional.pad(terms, (0, rows * lanes - terms.shape[-1]))
+    total = torch.zeros_like(terms[..., :lanes])
+    for row in terms.unflatten(-1, (rows, lanes)).unbind(-2):
+        total = total + row
+    return total
+
+
+def sum_in_lanes(terms: Tensor, lanes: int) -> Tensor:
+    """The sum over the last dimension of a float64 tensor: in lanes, then the lanes."""
+    return fold(in_lanes(terms, lanes))
+
+
+def chunk_sums(param: Tensor, grad: Tensor | None) -> Tensor:
+    """The sum of squares of every chunk of a parameter's gradient, float64, shape (chunks,)."""
+    chunks = -(-param.numel() // CHUNK_SIZE)
+    if grad is None or chunks == 0:
+        return torch.zeros(chunks, dtype=torch.float64, device=param.device)
+    return sums_of_squares(as_read(grad, param), param)
+
+
+def sums_of_squares(values: Tensor, param: Tensor) -> Tensor:
+    """The sum of squares of every chunk of values shaped as a parameter, as `chunk_sums`."""
+    values = in_memory_order(values, param).to(torch.float64)
+    chunks = max(1, -(-values.numel() // CHUNK_SIZE))
+    squares = values * values
+    if chunks > 1:
+        squares = torch.nn.functional.pad(squares, (0, chunks * CHUNK_SIZE - squares.numel()))
+    return sum_in_lanes(squares.view(chunks, -1), ROW_BYTES // param.element_size())
+
+
+def sums_in_single(values: Tensor, param: Tensor) -> Tensor:
+    """As `sums_of_squares`, but lanes are summed in the dtype that is computed in."""
+    values = in_memory_order(values, param)
+    values = torch.nn.functional.pad(values, (0, -values.numel() % CHUNK_SIZE))
+    lanes = ROW_BYTES // param.element_size()
+    squares = (values * values).view(-1, CHUNK_SIZE)
+    total = in_lanes(squares, lanes)
+    while total.shape[-1] > TENSOR_LANES:
+        first, second = total.chunk(2, dim=-1)
+        total = first + second
+    return fold(total.to(torch.float64))
+
+
+def norm_of_chunks(sums: Tensor) -> Tensor:
+    """A parameter's norm, from the sums of its chunks: 0-d float64."""
+    return sqrt(sum_in_lanes(sums, TENSOR_LANES))
+
+
+def unit_norms(values: Tensor, param: Tensor) -> Tensor:
+    """The norms of values shaped as a parameter, by index of its first dimension: float64.
+
+    Of one with fewer than two dimensions it is one norm. Shape (units,).
+    """
+    units = param.shape[0] if param.dim() > 1 else 1
+    if param.numel() == 0:
+        return torch.zeros(units, dtype=torch.float64, device=param.device)
+    squares = in_memory_order(values, param).to(torch.float64).square()
+    size = param.numel() // units
+    totals = sum_in_lanes(squares.view(units, size), TENSOR_LANES)
+    cuts = range(CHUNK_SIZE, param.numel(), CHUNK_SIZE)
+    for unit in {cut // size for cut in cuts if cut % size != 0}:
+        first, last = unit * size, (unit + 1) * size
+        ends = [first, *(cut for cut in cuts if first < cut < last), last]
+        pieces = [
+            sum_in_lanes(squares[begin:end], TENSOR_LANES)
+            for begin, end in itertools.pairwise(ends)
+        ]
+        totals[unit] = sum_in_lanes(torch.stack(pieces), TENSOR_LANES)
+    return sqrt(totals)
+
+
+def sum_of_squares(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> float:
+    """Of all gradients of pairs (parameter, gradient), summed as the module's docstring says."""
+    sums_by_device: dict[torch.device, list[Tensor]] = {}
+    for param, grad in pairs:
+        sums_by_device.setdefault(param.device, []).append(chunk_sums(param, grad))
+    total = 0.0
+    for sums in sums_by_device.values():
+        total += sum_in_lanes(torch.cat(sums), TOTAL_LANES).item()
+    return total

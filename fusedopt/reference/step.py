@@ -1,0 +1,149 @@
+"""One whole step: measure, decide, update or skip, observe, record."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fusedopt.reference import norms
+from fusedopt.reference.arithmetic import as_read, compute_dtype
+from fusedopt.reference.decision import Control, Decision, Request, decide, least, smaller
+from fusedopt.reference.groups import Group, distinct_params
+from fusedopt.reference.rule import Rule
+
+
+class Rings(Protocol):
+    """Where telemetry goes; see `fusedopt.telemetry.rings.Rings`."""
+
+    size: int
+    steps: Tensor
+    params: dict[torch.device, Tensor]
+
+
+@torch.no_grad()
+def step(
+    rule: Rule,
+    param_groups: list[Group],
+    state: dict[Tensor, dict[str, Tensor]],
+    counters: dict[Tensor, Tensor],
+    request: Request,
+    control: Tensor,
+    rings: Rings | None,
+) -> None:
+    """One whole step. `control` (float64, shape (7,)) takes the readings; see `Control`."""
+    pairs = list(distinct_params(param_groups))
+    total = norms.sum_of_squares((param, param.grad) for _, param in pairs)
+    decision = decide(request, total if request.measure else 0.0)
+    before = None if rings is None else [param.clone() for _, param in pairs]
+    coefs = []
+    if not decision.skip:
+        coefs = [coef_of(request, index, param, decision) for index, (_, param) in enumerate(pairs)]
+    for (group, param), coef in zip(pairs, coefs, strict=False):
+        if param.grad is not None:
+            kept = dict(state.get(param, {}))
+            if rule.counts_apart:
+                kept[rule.counter] = counters[param]
+            update(rule, group, param, kept, coef * decision.inv_scale)
+    if not request.measure:
+        decision = decide(request, total)
+    if request.clip is not None and not decision.skip:
+        clip, clip_state = request.clip
+        if math.isfinite(decision.grad_norm) and decision.grad_norm > 0:
+            clip.observe(clip_state, [param for _, param in pairs], decision)
+        for coef in coefs:
+            decision = decision._replace(clip_coef=smaller(least(coef), decision.clip_coef))
+    if rings is not None and before is not None:
+        record(rings, int(control[Control.STEPS]), param_groups, before, decision)
+    skipped = control[Control.SKIPPED_STEPS].item() + decision.skip
+    consecutive = control[Control.CONSECUTIVE_SKIPS].item() + 1 if decision.skip else 0
+    steps = control[Control.STEPS].item() + 1
+    readings = (total, decision.grad_norm, decision.clip_coef, float(decision.skip), skipped)
+    control.copy_(control.new_tensor((*readings, consecutive, steps)))
+
+
+def coef_of(request: Request, index: int, param: Tensor, decision: Decision) -> float | Tensor:
+    """What a parameter's gradient is clipped by, in float64: the smaller of two coefficients.
+
+    A tensor stands for a coefficient per row, in a shape that broadcasts.
+    """
+    if request.clip is None or param.grad is None:
+        return decision.clip_coef
+    clip, clip_state = request.clip
+    own = clip.own_coef(clip_state, index, param, decision)
+    if isinstance(own, Tensor):
+        return own.where(own < decision.clip_coef, decision.clip_coef)
+    return smaller(own, decision.clip_coef)
+
+
+def record(
+    rings: Rings, steps: int, param_groups: list[Group], before: list[Tensor], decision: Decision
+) -> None:
+    """Writes a step's row of telemetry: of the step, and of every parameter."""
+    row = steps % rings.size
+    lrs = [float(group["lr"]) for group in param_groups]
+    readings = (decision.grad_norm, decision.clip_coef, float(decision.skip), *lrs)
+    rings.steps[row] = rings.steps.new_tensor(readings)
+    column = dict.fromkeys(rings.params, 0)
+    for (_, param), old in zip(distinct_params(param_groups), before, strict=True):
+        ring = rings.params[param.device]
+        ring[row, column[param.device]] = measures(param, old, decision)
+        column[param.device] += 1
+
+
+def measures(param: Tensor, before: Tensor, decision: Decision) -> Tensor:
+    """What telemetry keeps of a parameter (`telemetry.PARAM_COLUMNS`): shape (6,), float64."""
+    if param.grad is None:
+        return torch.full((6,), math.nan, dtype=torch.float64, device=param.device)
+    grad = as_read(param.grad, param)
+    largest = (
+        grad.abs().max().double() if grad.numel() > 0 else grad.new_zeros((), dtype=torch.float64)
+    )
+    zero = torch.zeros_like(largest)
+    if decision.skip:
+        update_norm, param_norm = zero, zero * math.nan
+    else:
+        dtype = compute_dtype(param.dtype)
+        update_norm = norms.norm_of_chunks(
+            norms.sums_in_single(param.to(dtype) - before.to(dtype), param)
+        )
+        param_norm = norms.norm_of_chunks(norms.sums_in_single(before.to(dtype), param))
+    return torch.stack(
+        [
+            norms.norm_of_chunks(norms.sums_of_squares(grad, param)) * decision.inv_scale,
+            largest * decision.inv_scale,
+            grad.isinf().sum().double(),
+            grad.isnan().sum().double(),
+            update_norm,
+            param_norm,
+        ]
+    )
+
+
+def update(
+    rule: Rule,
+    group: Group,
+    param: Tensor,
+    state: dict[str, Tensor],
+    grad_factor: float | Tensor,
+) -> None:
+    """Applies a rule to one parameter, in place. The factor (float64) is rounded once."""
+    assert param.grad is not None
+    dtype = compute_dtype(param.dtype)
+    names = {*rule.scalars, rule.counter}
+    scalars = rule.advance(group, {name: state[name] for name in names})
+    factor = -grad_factor if group["maximize"] else grad_factor
+    if isinstance(factor, Tensor):
+        factor = factor.to(dtype)
+    new_param, new_states = rule.update(
+        {**group, "lr": float(group["lr"])},
+        scalars,
+        param.to(dtype),
+        as_read(param.grad, param).to(dtype) * factor,
+        {name: state[name].to(dtype) for name in rule.states(group)},
+    )
+    param.copy_(new_param)
+    for name, value in {**new_states, **scalars}.items():
+        state[name].copy_(value)
