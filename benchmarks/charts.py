@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from benchmarks.contests import CEILING
+from benchmarks.comparisons import CEILING
 from benchmarks.peers import OUR_TELEMETRY, OURS
 from benchmarks.results import Row, median_seconds, ratio
 from benchmarks.tables import by_case

@@ -1,4 +1,4 @@
-"""Runs contests for pytest-benchmark: measured side by side, then reported one by one.
+"""Runs comparisons for pytest-benchmark: measured side by side, then reported one by one.
 
     pytest benchmarks --benchmark-only [--device cuda] [--threads 1,2] [--seconds 4] [--save]
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks import results, tables
-from benchmarks.contests import Contest, Outcome
+from benchmarks.comparisons import Comparison, Outcome
 from benchmarks.peers import OURS
 from benchmarks.timing import Effort, replay
 
@@ -45,11 +45,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     module: Any = metafunc.module
     counts = thread_counts(metafunc.config)
     entries = [
-        pytest.param((contest, threads, side), id=f"{contest.title}, {threads} threads: {side}")
-        for contest in module.CONTESTS
+        pytest.param(
+            (comparison, threads, name), id=f"{comparison.title}, {threads} threads: {name}"
+        )
+        for comparison in module.COMPARISONS
         for threads in counts
-        if threads == counts[-1] or contest.any_threads
-        for side in module.CONTEST_SIDES
+        if threads == counts[-1] or comparison.any_threads
+        for name in module.CONTENDERS
     ]
     metafunc.parametrize("entry", entries, indirect=True)
 
@@ -62,26 +64,28 @@ class Board:
         self.effort = Effort(config.option.seconds, config.option.rounds)
         self.save_to: Path | None = config.option.save
         self.all_threads = torch.get_num_threads()
-        self.outcomes: dict[tuple[Contest, int], Outcome] = {}
+        self.outcomes: dict[tuple[Comparison, int], Outcome] = {}
         self.report: dict[str, Any] | None = None
         self.saved: Path | None = None
 
-    def outcome(self, suite: str, contest: Contest, threads: int, sides: list[str]) -> Outcome:
-        if (contest, threads) not in self.outcomes:
+    def outcome(
+        self, suite: str, comparison: Comparison, threads: int, sides: list[str]
+    ) -> Outcome:
+        if (comparison, threads) not in self.outcomes:
             self.report = self.report or results.new_report(self.device)
             torch.set_num_threads(threads)
             try:
-                outcome = contest.run(sides, self.device, self.effort)
+                outcome = comparison.run(sides, self.device, self.effort)
             finally:
                 torch.set_num_threads(self.all_threads)
-            self.outcomes[contest, threads] = outcome
-            self.report["rows"] += outcome.rows(suite, contest, threads)
+            self.outcomes[comparison, threads] = outcome
+            self.report["rows"] += outcome.rows(suite, comparison, threads)
             if self.save_to is not None:
                 self.save(self.report, self.save_to)
-        return self.outcomes[contest, threads]
+        return self.outcomes[comparison, threads]
 
     def save(self, report: dict[str, Any], folder: Path) -> None:
-        """After every contest: a long run that breaks off has not been in vain."""
+        """After every comparison: a long run that breaks off has not been in vain."""
         before, suites = self.saved, {row["suite"] for row in report["rows"]}
         self.saved = results.save(report, suites, folder)
         if before not in (None, self.saved):  # named after fewer suites
@@ -90,33 +94,33 @@ class Board:
 
 @dataclass
 class Entry:
-    """One side of one contest."""
+    """One side of one comparison."""
 
     board: Board
     suite: str
-    contest: Contest
+    comparison: Comparison
     threads: int
     side: str
     sides: list[str]
 
     def record(self, benchmark: Any) -> None:
         """Measures, if that was not done yet, and hands this side's samples over."""
-        outcome = self.board.outcome(self.suite, self.contest, self.threads, self.sides)
+        outcome = self.board.outcome(self.suite, self.comparison, self.threads, self.sides)
         if self.side not in outcome.samples:
             whose = self.side if self.side in outcome.skipped else OURS  # without us, nobody runs
             pytest.skip(f"{whose}: {outcome.skipped[whose]}")
         samples = outcome.samples[self.side]
-        benchmark.group = f"{self.contest.title}, {self.threads} threads"
-        benchmark.extra_info.update(self.contest.facts(), threads=self.threads, side=self.side)
+        benchmark.group = f"{self.comparison.title}, {self.threads} threads"
+        benchmark.extra_info.update(self.comparison.facts(), threads=self.threads, side=self.side)
         benchmark.pedantic(replay(samples), rounds=len(samples))
 
 
 @pytest.fixture
 def entry(request: pytest.FixtureRequest) -> Entry:
-    contest, threads, side = request.param
+    comparison, threads, side = request.param
     module: Any = request.module
     board = request.config.stash[BOARD]
-    return Entry(board, module.SUITE, contest, threads, side, module.CONTEST_SIDES)
+    return Entry(board, module.SUITE, comparison, threads, side, module.CONTENDERS)
 
 
 BOARD = pytest.StashKey[Board]()

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import cases, peers, results, tables
 from benchmarks.cases import Case
-from benchmarks.contests import CEILING, Outcome, StepContest, make_params
+from benchmarks.comparisons import CEILING, Outcome, StepComparison, make_params
 from benchmarks.gpu_build import VARIANTS, call, variant_library
 from benchmarks.peers import OUR_SCALER, OUR_TELEMETRY, OURS
 from benchmarks.timing import Effort, Step, interleaved
@@ -57,7 +57,7 @@ class Run:
 
     def keep(self, suite: str, title: str, case: Case, outcome: Outcome) -> None:
         """Adds the samples of a case to the report, and says which sides are missing."""
-        rows = outcome.rows(suite, StepContest(case), torch.get_num_threads())
+        rows = outcome.rows(suite, StepComparison(case), torch.get_num_threads())
         self.report["rows"] += [{**row, "case": title} for row in rows]
         for side, why in outcome.skipped.items():
             self.report["missing"].setdefault(side, f"{why.splitlines()[0][:100]} ({title})")
@@ -130,7 +130,9 @@ def speed(run: Run) -> dict[str, Any]:
         extra = ["torch compiled", CEILING] if single else []
         sides = [OURS, OUR_SCALER, OUR_TELEMETRY, *PEERS, *extra]
         try:
-            run.keep("gpu", case.title, case, StepContest(case).run(sides, run.device, run.effort))
+            run.keep(
+                "gpu", case.title, case, StepComparison(case).run(sides, run.device, run.effort)
+            )
         except Exception as error:  # as where all sides' states don't fit into memory
             failed[case.title] = f"{type(error).__name__}: {error}"
         if run.device == "cuda":

@@ -34,7 +34,7 @@ class Unavailable(Exception):
 
 
 @dataclass(frozen=True)
-class Side:
+class Contender:
     """One optimizer, as its users have it.
 
     Attributes:
@@ -137,24 +137,24 @@ def check_on_gpu(library: str, params: list[Parameter]) -> None:
 
 
 SIDES = {
-    OURS: Side(ours, clips=True),
-    OUR_SCALER: Side(ours, clips=True),
-    OUR_TELEMETRY: Side(with_telemetry, clips=True),
-    "torch for-loop": Side(torchs(foreach=False), counted=True),
-    "torch foreach": Side(torchs(foreach=True), counted=True),
-    "torch fused": Side(torchs(fused=True), counted=True),
-    "torch compiled": Side(compiled),
-    "Apex": Side(apex, find_clip=find_apexs_clip),
-    "DeepSpeed": Side(deepspeed),
-    "bitsandbytes": Side(bitsandbytes),
-    "optimi": Side(optimi, counted=True),
-    "torchao 8-bit": Side(torchao),
-    "flashoptim 8-bit": Side(flashoptim),
+    OURS: Contender(ours, clips=True),
+    OUR_SCALER: Contender(ours, clips=True),
+    OUR_TELEMETRY: Contender(with_telemetry, clips=True),
+    "torch for-loop": Contender(torchs(foreach=False), counted=True),
+    "torch foreach": Contender(torchs(foreach=True), counted=True),
+    "torch fused": Contender(torchs(fused=True), counted=True),
+    "torch compiled": Contender(compiled),
+    "Apex": Contender(apex, find_clip=find_apexs_clip),
+    "DeepSpeed": Contender(deepspeed),
+    "bitsandbytes": Contender(bitsandbytes),
+    "optimi": Contender(optimi, counted=True),
+    "torchao 8-bit": Contender(torchao),
+    "flashoptim 8-bit": Contender(flashoptim),
 }
 # torch's refuse to be captured in a CUDA graph unless they are made for it.
 IN_GRAPHS = {
     OURS: SIDES[OURS],
-    "torch fused": Side(torchs(fused=True, capturable=True)),
+    "torch fused": Contender(torchs(fused=True, capturable=True)),
 }
 
 
@@ -175,7 +175,7 @@ def attribute(module: ModuleType, name: str) -> Any:
 
 
 def make_optimizer(
-    name: str, case: Case, params: list[Parameter], sides: Mapping[str, Side] = SIDES
+    name: str, case: Case, params: list[Parameter], sides: Mapping[str, Contender] = SIDES
 ) -> Optimizer:
     if name == OUR_SCALER and (case.mode != "amp" or not hasattr(fusedopt, "GradScaler")):
         raise Unavailable("only with a scaler, and where fusedopt.GradScaler is")
@@ -183,7 +183,7 @@ def make_optimizer(
 
 
 def make_step(
-    name: str, case: Case, params: list[Parameter], sides: Mapping[str, Side] = SIDES
+    name: str, case: Case, params: list[Parameter], sides: Mapping[str, Contender] = SIDES
 ) -> tuple[Step, Optimizer]:
     """What users of this side call once the gradients are there, and the optimizer."""
     optimizer = make_optimizer(name, case, params, sides)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from benchmarks.contests import CEILING
+from benchmarks.comparisons import CEILING
 from benchmarks.peers import OURS
 from benchmarks.results import Row, median_seconds, ratio
 

@@ -3,13 +3,13 @@
 import pytest
 
 from benchmarks import cases
-from benchmarks.contests import CEILING, StepContest
+from benchmarks.comparisons import CEILING, StepComparison
 from benchmarks.peers import SIDES
 from benchmarks.timing import replay_clock
 
 SUITE = "step"
-CONTESTS = [StepContest(case) for case in cases.step_cases()]
-CONTEST_SIDES = [*SIDES, CEILING]
+COMPARISONS = [StepComparison(case) for case in cases.step_cases()]
+CONTENDERS = [*SIDES, CEILING]
 
 
 @pytest.mark.benchmark(timer=replay_clock)

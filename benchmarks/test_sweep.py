@@ -3,13 +3,13 @@
 import pytest
 
 from benchmarks import cases
-from benchmarks.contests import CEILING, StepContest
+from benchmarks.comparisons import CEILING, StepComparison
 from benchmarks.peers import OURS
 from benchmarks.timing import replay_clock
 
 SUITE = "sweep"
-CONTESTS = [StepContest(case) for case in [*cases.size_cases(), *cases.count_cases()]]
-CONTEST_SIDES = [OURS, "torch for-loop", "torch foreach", "torch fused", CEILING]
+COMPARISONS = [StepComparison(case) for case in [*cases.size_cases(), *cases.count_cases()]]
+CONTENDERS = [OURS, "torch for-loop", "torch foreach", "torch fused", CEILING]
 
 
 @pytest.mark.benchmark(timer=replay_clock)

@@ -4,11 +4,11 @@ import pytest
 
 from benchmarks.peers import OURS
 from benchmarks.timing import replay_clock
-from benchmarks.training import TORCHS, training_contests
+from benchmarks.training import TORCHS, training_comparisons
 
 SUITE = "training"
-CONTESTS = training_contests()
-CONTEST_SIDES = [OURS, TORCHS]
+COMPARISONS = training_comparisons()
+CONTENDERS = [OURS, TORCHS]
 
 
 @pytest.mark.benchmark(timer=replay_clock)

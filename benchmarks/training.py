@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 import fusedopt
-from benchmarks.contests import Outcome
+from benchmarks.comparisons import Outcome
 from benchmarks.peers import OURS
 from benchmarks.timing import Effort, Step, interleaved
 
@@ -49,7 +49,7 @@ class Transformer(nn.Module):
 
 
 @dataclass(frozen=True)
-class TrainingContest:
+class TrainingComparison:
     """Training with either optimizer, from the same weights, on the same data.
 
     Attributes:
@@ -123,9 +123,9 @@ def digits_setup(batch: int) -> Any:
     return setup
 
 
-def training_contests() -> list[TrainingContest]:
-    def transformer(batch: int, length: int) -> TrainingContest:
-        return TrainingContest(
+def training_comparisons() -> list[TrainingComparison]:
+    def transformer(batch: int, length: int) -> TrainingComparison:
+        return TrainingComparison(
             f"transformer of 7.5M, batches of {batch} x {length}",
             "tokens",
             batch * length,
@@ -136,7 +136,7 @@ def training_contests() -> list[TrainingContest]:
         transformer(1, 64),
         transformer(4, 256),
         *(
-            TrainingContest(f"digits, batches of {n}", "images", n, digits_setup(n))
+            TrainingComparison(f"digits, batches of {n}", "images", n, digits_setup(n))
             for n in (32, 256)
         ),
     ]

@@ -19,9 +19,9 @@ struct RuleInfo {
   std::vector<std::string> scalars;                 // in a parameter's state, 0-d float32
   std::vector<std::string> states;  // in a parameter's state, shaped as the parameter
   unsigned (*states_used)(const Group&);
-  void (*run_cpu)(const Pass&, const cpu::Schedule&, Phases);
+  void (*run_cpu)(const StepParams&, const cpu::Schedule&, Phases);
 #if FUSEDOPT_WITH_CUDA
-  cudaError_t (*run_cuda)(const Pass&, cuda::Launch, Phases);
+  cudaError_t (*run_cuda)(const StepParams&, cuda::Launch, Phases);
 #endif
 };
 

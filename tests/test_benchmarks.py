@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import cases, ceiling, charts, long_run, report, results, tables, timing, traffic
 from benchmarks.cases import Case
-from benchmarks.contests import CEILING, StepContest, make_params
+from benchmarks.comparisons import CEILING, StepComparison, make_params
 from benchmarks.peers import OURS, SIDES, Unavailable, make_step
 
 BRIEF = timing.Effort(seconds=0, rounds=2, warm_up=1)
@@ -89,7 +89,7 @@ def test_bytes_of_a_step(side, mode, per_element):
 def test_our_bytes(optimizer, plain):
     for mode, per_element in (("plain", plain), ("clip", plain + 4)):
         case = Case(optimizer, "small", SMALL, mode)
-        outcome = StepContest(case).run([OURS, CEILING], "cpu", BRIEF)
+        outcome = StepComparison(case).run([OURS, CEILING], "cpu", BRIEF)
         assert outcome.bytes == dict.fromkeys((OURS, CEILING), per_element * case.elements)
 
 
@@ -127,7 +127,7 @@ def test_ours_and_torchs_take_the_same_steps(optimizer, mode):
 
 def test_a_side_that_is_not_there_is_skipped_by_name():
     case = Case("RMSprop", "small", SMALL)
-    outcome = StepContest(case).run([OURS, "torch fused", "DeepSpeed"], "cpu", BRIEF)
+    outcome = StepComparison(case).run([OURS, "torch fused", "DeepSpeed"], "cpu", BRIEF)
     assert list(outcome.samples) == [OURS]
     assert outcome.skipped["torch fused"] == "torch.optim.RMSprop has no fused"
     assert outcome.skipped["DeepSpeed"] == "DeepSpeed has no fused RMSprop"
@@ -135,7 +135,7 @@ def test_a_side_that_is_not_there_is_skipped_by_name():
 
 def test_a_side_for_another_device_is_skipped_by_name():
     sides = [OURS, "Apex", "flashoptim 8-bit"]
-    outcome = StepContest(Case("AdamW", "small", SMALL)).run(sides, "cpu", BRIEF)
+    outcome = StepComparison(Case("AdamW", "small", SMALL)).run(sides, "cpu", BRIEF)
     assert list(outcome.samples) == [OURS]
     assert outcome.skipped == {
         "Apex": "Apex is for parameters on a GPU",
@@ -145,7 +145,7 @@ def test_a_side_for_another_device_is_skipped_by_name():
 
 def test_a_variant_that_a_side_would_ignore_is_not_asked_of_it():
     case = Case("SGD with Nesterov momentum", "small", SMALL)
-    outcome = StepContest(case).run([OURS, "bitsandbytes"], "cpu", BRIEF)
+    outcome = StepComparison(case).run([OURS, "bitsandbytes"], "cpu", BRIEF)
     assert "without" in outcome.skipped["bitsandbytes"]
 
 
@@ -186,11 +186,11 @@ def made_up_report(device: str = "cpu") -> dict:
     """Times that no machine gave, for the form alone."""
     made_up = results.new_report("cpu")
     made_up |= {"device": device, "hardware": "made up"}
-    contests = {
+    comparisons = {
         "step": cases.step_cases()[:2],
         "sweep": [*cases.size_cases(), *cases.count_cases()],
     }
-    for suite, suite_cases in contests.items():
+    for suite, suite_cases in comparisons.items():
         for case in suite_cases:
             for side, ns in ((OURS, 1_000_000), ("torch fused", 3_000_000), (CEILING, 500_000)):
                 made_up["rows"].append(

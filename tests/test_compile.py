@@ -53,7 +53,7 @@ def test_compiled_model_with_a_step_outside(case):
 def test_compiled_training_step(case):
     actual = trained(case.cls, compile_step=compiled)
     broken_at = [reason for reason in counters["graph_break"] if "fusedopt" in reason.lower()]
-    assert len(broken_at) == 1 and "FusedOptimizer._step_alone" in broken_at[0]
+    assert len(broken_at) == 1 and "FusedOptimizer._locked_step" in broken_at[0]
     assert_same_bits(actual, trained(case.cls))
 
 

@@ -18,7 +18,7 @@ from test_build import ROOT, python
 
 import fusedopt
 from benchmarks import gpu_build, gpu_stages
-from benchmarks.contests import StepContest
+from benchmarks.comparisons import StepComparison
 from fusedopt.core import backends
 
 REPORT = ROOT / "benchmarks/gpu_report.py"
@@ -64,14 +64,14 @@ def dry_run_of(tmp_path, case_seconds: float = 0, **options) -> gpu_stages.Run:
 
 def test_a_case_that_fails_does_not_end_the_others(tmp_path, monkeypatch):
     """As where the states of all sides don't fit into the GPU's memory."""
-    measure = StepContest.run
+    measure = StepComparison.run
 
     def run_out_of_memory(self, *arguments):
         if self.case.workload == "ResNet-50":
             raise torch.OutOfMemoryError("tried to allocate 20 GiB")
         return measure(self, *arguments)
 
-    monkeypatch.setattr(StepContest, "run", run_out_of_memory)
+    monkeypatch.setattr(StepComparison, "run", run_out_of_memory)
     run = dry_run_of(tmp_path, case="AdamW")
     gpu_stages.run_stages(run, ["speed"])
     failed = run.report["stages"]["speed"]["failed"]

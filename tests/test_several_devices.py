@@ -43,14 +43,14 @@ def several_devices(monkeypatch):
 class RingsOfDevices(Rings):
     """Laid out for the devices that the emulator pretends to have."""
 
-    def fit(self, param_groups):
+    def resize(self, param_groups):
         if self._owners:
             return
         params = [param for group in param_groups for param in group["params"]]
         owners = {}
         for param in params:
             owners.setdefault(param.numel() % DEVICES, []).append(param)
-        super().fit(param_groups)
+        super().resize(param_groups)
         whole = next(iter(self.params.values()))
         self.params = {key: whole[:, : len(some)].clone() for key, some in owners.items()}
         self._owners = owners

@@ -46,10 +46,10 @@ FUSEDOPT_INLINE void visit_types(const TensorEntry& tensor, Body&& body) {
   }
 }
 
-// Calls body(SumOfSquares{}) or body(Largest{}), and returns what it returns.
+// Calls body(SumOfSquares{}) or body(MaxAbs{}), and returns what it returns.
 template <class Body>
 FUSEDOPT_INLINE auto visit_norm(NormType type, Body&& body) {
-  return type == NormType::kL2 ? body(SumOfSquares{}) : body(Largest{});
+  return type == NormType::kL2 ? body(SumOfSquares{}) : body(MaxAbs{});
 }
 
 // Calls body(std::integral_constant<unsigned, used>{}) for the variant of the rule that uses these.
@@ -129,24 +129,24 @@ FUSEDOPT_INLINE void advance(const TensorEntry& tensor, const Group& group) {
 
 // A step's own row of telemetry.
 template <class Rule>
-FUSEDOPT_INLINE void record_step(const Pass& pass, const Decision& decision) {
-  if (pass.telemetry.steps == nullptr) return;
-  const int64_t row = static_cast<int64_t>(pass.control->steps) % pass.telemetry.rows;
-  double* const columns = pass.telemetry.steps + row * (kStepColumns + pass.num_groups);
+FUSEDOPT_INLINE void record_step(const StepParams& step, const Decision& decision) {
+  if (step.telemetry.steps == nullptr) return;
+  const int64_t row = static_cast<int64_t>(step.control->steps) % step.telemetry.rows;
+  double* const columns = step.telemetry.steps + row * (kStepColumns + step.num_groups);
   columns[0] = decision.grad_norm;
   columns[1] = decision.clip_coef;
   columns[2] = decision.skip ? 1 : 0;
   if constexpr (!std::is_empty_v<typename Rule::Hyperparameters>) {
-    for (int64_t g = 0; g < pass.num_groups; ++g) {
-      columns[kStepColumns + g] = hyperparameters<Rule>(pass.groups[g]).lr;
+    for (int64_t g = 0; g < step.num_groups; ++g) {
+      columns[kStepColumns + g] = hyperparameters<Rule>(step.groups[g]).lr;
     }
   }
 }
 
 // The parameters' rows of this step, one per tensor.
-FUSEDOPT_INLINE ParamRow* param_rows(const Pass& pass) {
-  const int64_t row = static_cast<int64_t>(pass.control->steps) % pass.telemetry.rows;
-  return pass.telemetry.params + row * pass.num_tensors;
+FUSEDOPT_INLINE ParamRow* param_rows(const StepParams& step) {
+  const int64_t row = static_cast<int64_t>(step.control->steps) % step.telemetry.rows;
+  return step.telemetry.params + row * step.num_tensors;
 }
 
 // Each coefficient rounded once from float64: T is the only type of a Coefficients' members.

@@ -124,7 +124,7 @@ struct OwnClips {
 };
 
 // Everything that a pass over the tensors of one device reads and writes.
-struct Pass {
+struct StepParams {
   const TensorEntry* tensors;
   const Chunk* chunks;
   const Group* groups;
@@ -136,36 +136,37 @@ struct Pass {
   int64_t num_chunks;
   int64_t num_groups;
   StepOptions options;
-  bool learns;  // the state of options.clip is its owner's: it takes this step's norm in
+  bool updates_limit;  // the state of options.clip is its owner's: it takes this step's norm in
   OwnClips own_clips;
   Telemetry telemetry;
 };
 
 // What one tensor's gradient is multiplied by.
-FUSEDOPT_INLINE double factor_of_tensor(const Pass& pass, const Decision& decision,
+FUSEDOPT_INLINE double factor_of_tensor(const StepParams& step, const Decision& decision,
                                         int64_t tensor) {
-  if (pass.own_clips.tensor_norms == nullptr) return decision.grad_factor;
-  return decision.inv_scale * coef_of_tensor(pass.options, decision,
-                                             pass.own_clips.units[tensor].number,
-                                             pass.own_clips.tensor_norms[tensor]);
+  if (step.own_clips.tensor_norms == nullptr) return decision.grad_factor;
+  return decision.inv_scale * coef_of_tensor(step.options, decision,
+                                             step.own_clips.units[tensor].number,
+                                             step.own_clips.tensor_norms[tensor]);
 }
 
 // A step's clip_coef is the smallest of all: by this step's coefficient of a tensor, if it is less.
-FUSEDOPT_INLINE double coef_with_tensor(const Pass& pass, const Decision& decision, int64_t tensor,
-                                        double smallest) {
-  if (pass.grads[tensor] == nullptr) return smallest;
-  return smaller(coef_of_tensor(pass.options, decision, pass.own_clips.units[tensor].number,
-                                pass.own_clips.tensor_norms[tensor]),
+FUSEDOPT_INLINE double coef_with_tensor(const StepParams& step, const Decision& decision,
+                                        int64_t tensor, double smallest) {
+  if (step.grads[tensor] == nullptr) return smallest;
+  return smaller(coef_of_tensor(step.options, decision, step.own_clips.units[tensor].number,
+                                step.own_clips.tensor_norms[tensor]),
                  smallest);
 }
 
 // Takes a tensor's norm, as it was clipped, into its average.
-FUSEDOPT_INLINE void observe_tensor(const Pass& pass, const Decision& decision, int64_t tensor) {
-  if (pass.grads[tensor] == nullptr) return;
-  const int64_t number = pass.own_clips.units[tensor].number;
-  const double norm = pass.own_clips.tensor_norms[tensor];
-  const double coef = coef_of_tensor(pass.options, decision, number, norm);
-  PerTensor(pass.options.clip).observe(number, norm * decision.inv_scale * coef);
+FUSEDOPT_INLINE void observe_tensor(const StepParams& step, const Decision& decision,
+                                    int64_t tensor) {
+  if (step.grads[tensor] == nullptr) return;
+  const int64_t number = step.own_clips.units[tensor].number;
+  const double norm = step.own_clips.tensor_norms[tensor];
+  const double coef = coef_of_tensor(step.options, decision, number, norm);
+  PerTensor(step.options.clip).observe(number, norm * decision.inv_scale * coef);
 }
 
 }  // namespace fusedopt

@@ -125,12 +125,12 @@ double total_of(int64_t first, int64_t count, Of of) {
 
 // Calls body(Types<...>{}, the first of a chunk's gradients, their number).
 template <class Body>
-void visit_grads(const Pass& pass, int64_t index, Body body) {
-  const Chunk chunk = pass.chunks[index];
-  const TensorEntry& tensor = pass.tensors[chunk.tensor];
+void visit_grads(const StepParams& step, int64_t index, Body body) {
+  const Chunk chunk = step.chunks[index];
+  const TensorEntry& tensor = step.tensors[chunk.tensor];
   visit_types(tensor, [&](auto types) {
     using grad_t = typename decltype(types)::grad_t;
-    const auto* grads = static_cast<const grad_t*>(pass.grads[chunk.tensor]) + chunk.begin();
+    const auto* grads = static_cast<const grad_t*>(step.grads[chunk.tensor]) + chunk.begin();
     body(types, grads, chunk.size(tensor.numel));
   });
 }

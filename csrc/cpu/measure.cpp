@@ -56,38 +56,38 @@ void count_nonfinite(const grad_t* grads, int64_t count, ChunkMeasures& measures
 
 // Only a chunk whose sum is not finite holds inf or nan: hardly ever is one read again.
 template <class grad_t>
-void finish_measures(const Pass& pass, int64_t chunk, const grad_t* grads, int64_t count,
+void finish_measures(const StepParams& step, int64_t chunk, const grad_t* grads, int64_t count,
                      magnitude_bits<grad_t> largest) {
-  ChunkMeasures& measures = pass.telemetry.chunks[chunk];
+  ChunkMeasures& measures = step.telemetry.chunks[chunk];
   measures.grad_max = widen(bit_cast<grad_t>(largest));
   measures.infs = measures.nans = 0;
-  if (!std::isfinite(pass.chunk_sums[chunk])) count_nonfinite(grads, count, measures);
+  if (!std::isfinite(step.chunk_sums[chunk])) count_nonfinite(grads, count, measures);
 }
 
 }  // namespace
 
-void measure_grads(const Pass& pass, Isa isa, int64_t chunk) {
-  if (pass.own_clips.coefs != nullptr) measure_units(pass, isa, chunk);
-  visit_grads(pass, chunk, [&](auto types, const auto* grads, int64_t count) {
+void measure_grads(const StepParams& step, Isa isa, int64_t chunk) {
+  if (step.own_clips.coefs != nullptr) measure_units(step, isa, chunk);
+  visit_grads(step, chunk, [&](auto types, const auto* grads, int64_t count) {
     using param_t = typename decltype(types)::param_t;
     using grad_t = typename decltype(types)::grad_t;
-    if (pass.telemetry.chunks != nullptr) {
+    if (step.telemetry.chunks != nullptr) {
       magnitude_bits<grad_t> largest;
-      run_best<ChunkMeasure<param_t, grad_t>>(isa, grads, count, &pass.chunk_sums[chunk], &largest);
-      return finish_measures(pass, chunk, grads, count, largest);
+      run_best<ChunkMeasure<param_t, grad_t>>(isa, grads, count, &step.chunk_sums[chunk], &largest);
+      return finish_measures(step, chunk, grads, count, largest);
     }
-    visit_norm(pass.options.norm_type, [&](auto norm) {
+    visit_norm(step.options.norm_type, [&](auto norm) {
       run_best<ChunkNorm<decltype(norm), param_t, grad_t>>(isa, grads, count,
-                                                           &pass.chunk_sums[chunk]);
+                                                           &step.chunk_sums[chunk]);
     });
   });
 }
 
-void measure_tensors(const Pass& pass) {
-  for (int64_t t = 0; t < pass.num_tensors; ++t) {
-    const int64_t count = chunks_of(pass.tensors[t].numel);
-    pass.own_clips.tensor_norms[t] = std::sqrt(total_of<SumOfSquares>(
-        pass.own_clips.units[t].first_chunk, count, [&](int64_t i) { return pass.chunk_sums[i]; }));
+void measure_tensors(const StepParams& step) {
+  for (int64_t t = 0; t < step.num_tensors; ++t) {
+    const int64_t count = chunks_of(step.tensors[t].numel);
+    step.own_clips.tensor_norms[t] = std::sqrt(total_of<SumOfSquares>(
+        step.own_clips.units[t].first_chunk, count, [&](int64_t i) { return step.chunk_sums[i]; }));
   }
 }
 
@@ -103,18 +103,18 @@ double total_of_lanes(Isa isa, double* lanes, int64_t width) {
   return result;
 }
 
-double total_of_chunks(const Pass& pass) {
-  return visit_norm(pass.options.norm_type, [&](auto norm) {
-    return total<decltype(norm)>(pass.chunk_sums, pass.num_chunks);
+double total_of_chunks(const StepParams& step) {
+  return visit_norm(step.options.norm_type, [&](auto norm) {
+    return total<decltype(norm)>(step.chunk_sums, step.num_chunks);
   });
 }
 
-void observe(const Pass& pass, const Decision& decision) {
-  const AdaptiveClip& clip = pass.options.clip;
+void observe(const StepParams& step, const Decision& decision) {
+  const AdaptiveClip& clip = step.options.clip;
   const double norm = decision.grad_norm;
   if (clip.kind == ClipKind::kZScore) return ZScore(clip).observe(norm);
   if (clip.kind == ClipKind::kPerTensor) {
-    for (int64_t t = 0; t < pass.num_tensors; ++t) observe_tensor(pass, decision, t);
+    for (int64_t t = 0; t < step.num_tensors; ++t) observe_tensor(step, decision, t);
   }
   if (clip.kind != ClipKind::kPercentile) return;
   const Percentile percentile(clip);
@@ -126,28 +126,27 @@ void observe(const Pass& pass, const Decision& decision) {
   percentile.set_limit(*lower, is_last ? *lower : *std::min_element(lower + 1, norms.end()));
 }
 
-double smallest_coef(const Pass& pass, const Decision& decision) {
+double smallest_coef(const StepParams& step, const Decision& decision) {
   double smallest = decision.clip_coef;
-  for (int64_t t = 0; t < pass.num_tensors && pass.own_clips.tensor_norms != nullptr; ++t) {
-    smallest = coef_with_tensor(pass, decision, t, smallest);
+  for (int64_t t = 0; t < step.num_tensors && step.own_clips.tensor_norms != nullptr; ++t) {
+    smallest = coef_with_tensor(step, decision, t, smallest);
   }
-  for (int64_t i = 0; i < pass.num_chunks && pass.own_clips.coefs != nullptr; ++i) {
-    if (pass.grads[pass.chunks[i].tensor] == nullptr) continue;
-    smallest = smaller(pass.own_clips.chunk_coefs[i], smallest);
+  for (int64_t i = 0; i < step.num_chunks && step.own_clips.coefs != nullptr; ++i) {
+    if (step.grads[step.chunks[i].tensor] == nullptr) continue;
+    smallest = smaller(step.own_clips.chunk_coefs[i], smallest);
   }
   return smallest;
 }
 
-ParamRow param_row(const Pass& pass, int64_t tensor, const Decision& decision) {
-  if (pass.grads[tensor] == nullptr) return absent_row();
-  const ChunkMeasures* const chunks = pass.telemetry.chunks;
-  const int64_t first = pass.first_chunks[tensor], count = chunks_of(pass.tensors[tensor].numel);
+ParamRow param_row(const StepParams& step, int64_t tensor, const Decision& decision) {
+  if (step.grads[tensor] == nullptr) return absent_row();
+  const ChunkMeasures* const chunks = step.telemetry.chunks;
+  const int64_t first = step.first_chunks[tensor], count = chunks_of(step.tensors[tensor].numel);
   const auto sum = [&](double ChunkMeasures::* field) {
     return total_of<SumOfSquares>(first, count, [=](int64_t i) { return chunks[i].*field; });
   };
   ChunkMeasures measures{};
-  measures.grad_max =
-      total_of<Largest>(first, count, [=](int64_t i) { return chunks[i].grad_max; });
+  measures.grad_max = total_of<MaxAbs>(first, count, [=](int64_t i) { return chunks[i].grad_max; });
   measures.infs = sum(&ChunkMeasures::infs);
   measures.nans = sum(&ChunkMeasures::nans);
   if (!decision.skip) {
@@ -155,7 +154,7 @@ ParamRow param_row(const Pass& pass, int64_t tensor, const Decision& decision) {
     measures.param_squares = sum(&ChunkMeasures::param_squares);
   }
   const double grad_squares =
-      total_of<SumOfSquares>(first, count, [&](int64_t i) { return pass.chunk_sums[i]; });
+      total_of<SumOfSquares>(first, count, [&](int64_t i) { return step.chunk_sums[i]; });
   return fusedopt::param_row(grad_squares, measures, decision);
 }
 

@@ -8,7 +8,7 @@
 namespace fusedopt::cpu {
 
 // A chunk's gradients: what they add to the norm, and for telemetry.
-void measure_grads(const Pass& pass, Isa isa, int64_t chunk);
+void measure_grads(const StepParams& step, Isa isa, int64_t chunk);
 
 // Sums of squares of a chunk's parameters and of their updates, in lanes by the element's place in
 // its row: single precision (double for double) within a chunk, which hides behind the memory.
@@ -29,19 +29,19 @@ double total_of_lanes(Isa isa, float* lanes, int64_t width);
 double total_of_lanes(Isa isa, double* lanes, int64_t width);
 
 // The norms of all tensors, once all chunks are measured.
-void measure_tensors(const Pass& pass);
+void measure_tensors(const StepParams& step);
 
 // Of all that the chunks have added to the norm.
-double total_of_chunks(const Pass& pass);
+double total_of_chunks(const StepParams& step);
 
 // Takes a step's norms into an adaptive clip's statistics.
-void observe(const Pass& pass, const Decision& decision);
+void observe(const StepParams& step, const Decision& decision);
 
 // The smallest coefficient of this step: that of all gradients, or one of a tensor's or a unit's
 // own.
-double smallest_coef(const Pass& pass, const Decision& decision);
+double smallest_coef(const StepParams& step, const Decision& decision);
 
 // A tensor's row of telemetry, from its chunks.
-ParamRow param_row(const Pass& pass, int64_t tensor, const Decision& decision);
+ParamRow param_row(const StepParams& step, int64_t tensor, const Decision& decision);
 
 }  // namespace fusedopt::cpu

@@ -24,16 +24,16 @@ inline constexpr bool sums_on_its_way = sizeof(typename Types::param_t) >= sizeo
 template <class Rule>
 class Updater {
  public:
-  Updater(const Pass& pass, Isa isa, const Decision& decision)
-      : pass_(pass), isa_(isa), decision_(decision), units_(pass, isa, decision) {}
+  Updater(const StepParams& step, Isa isa, const Decision& decision)
+      : step_(step), isa_(isa), decision_(decision), units_(step, isa, decision) {}
 
   // The chunk of that index, and what the step measures of it.
   void update(int64_t index) {
-    const Chunk chunk = pass_.chunks[index];
-    TensorEntry tensor = pass_.tensors[chunk.tensor];
-    if (pass_.own_clips.coefs == nullptr) {
-      prepare_for(tensor, factor_of_tensor(pass_, decision_, chunk.tensor));
-      return update(tensor, index, pass_.grads[chunk.tensor], chunk.begin());
+    const Chunk chunk = step_.chunks[index];
+    TensorEntry tensor = step_.tensors[chunk.tensor];
+    if (step_.own_clips.coefs == nullptr) {
+      prepare_for(tensor, factor_of_tensor(step_, decision_, chunk.tensor));
+      return update(tensor, index, step_.grads[chunk.tensor], chunk.begin());
     }
     prepare_for(tensor, 1.0);
     const void* const scaled = units_.scale(index);
@@ -46,7 +46,7 @@ class Updater {
   void update(const TensorEntry& tensor, int64_t index, const void* grad, int64_t first) {
     visit_types(tensor, [&](auto types) {
       const auto* grads = static_cast<const typename decltype(types)::grad_t*>(grad) + first;
-      visit_variant<Rule>(pass_.groups[tensor.group].states_used, [&](auto used) {
+      visit_variant<Rule>(step_.groups[tensor.group].states_used, [&](auto used) {
         update<used(), decltype(types)>(tensor, index, grads);
       });
     });
@@ -54,21 +54,22 @@ class Updater {
 
   template <unsigned kUsed, class Types>
   void update(const TensorEntry& tensor, int64_t index, const typename Types::grad_t* grads) {
-    const bool telemetry = pass_.telemetry.chunks != nullptr;
+    const bool telemetry = step_.telemetry.chunks != nullptr;
     if constexpr (sums_on_its_way<Types>) {
-      if (!telemetry && !pass_.options.measure) {
-        using Kernel = Update<Rule, kUsed, Types, Beside::kGradNorm>;
-        return update<Kernel>(tensor, index, grads, &pass_.chunk_sums[index]);
+      if (!telemetry && !step_.options.measure) {
+        using Kernel = Update<Rule, kUsed, Types, FusedReduction::kGradNorm>;
+        return update<Kernel>(tensor, index, grads, &step_.chunk_sums[index]);
       }
     }
-    if (!pass_.options.measure) measure_grads(pass_, isa_, index);
+    if (!step_.options.measure) measure_grads(step_, isa_, index);
     if (!telemetry) {
-      return update<Update<Rule, kUsed, Types, Beside::kNothing>>(tensor, index, grads, nullptr);
+      return update<Update<Rule, kUsed, Types, FusedReduction::kNothing>>(tensor, index, grads,
+                                                                          nullptr);
     }
-    using Kernel = Update<Rule, kUsed, Types, Beside::kTelemetry>;
-    typename Kernel::TelemetryLanes lanes(pass_.chunks[index].size(tensor.numel));
+    using Kernel = Update<Rule, kUsed, Types, FusedReduction::kTelemetry>;
+    typename Kernel::TelemetryLanes lanes(step_.chunks[index].size(tensor.numel));
     update<Kernel>(tensor, index, grads, &lanes);
-    ChunkMeasures& measures = pass_.telemetry.chunks[index];
+    ChunkMeasures& measures = step_.telemetry.chunks[index];
     measures.param_squares = total_of_lanes(isa_, lanes.params, lanes.width);
     measures.update_squares = total_of_lanes(isa_, lanes.updates, lanes.width);
   }
@@ -76,7 +77,7 @@ class Updater {
   template <class Kernel>
   void update(const TensorEntry& tensor, int64_t index, const typename Kernel::grad_t* grads,
               typename Kernel::Sums* sums) {
-    const Chunk chunk = pass_.chunks[index];
+    const Chunk chunk = step_.chunks[index];
     run_best<Kernel>(isa_, &tensor, grads, chunk.begin(), chunk.size(tensor.numel), &prepared_,
                      sums);
   }
@@ -89,10 +90,10 @@ class Updater {
     group_ = tensor.group;
     memcpy(scalars_, scalars, sizeof(scalars));
     grad_factor_ = grad_factor;
-    prepared_ = prepare<Rule>(pass_.groups[group_], scalars, grad_factor);
+    prepared_ = prepare<Rule>(step_.groups[group_], scalars, grad_factor);
   }
 
-  const Pass& pass_;
+  const StepParams& step_;
   const Isa isa_;
   const Decision decision_;
   UnitScaler units_;
@@ -110,10 +111,10 @@ void prefetch(const void* data) {
   }
 }
 
-void prefetch(const Pass& pass, int64_t chunk, bool updates) {
-  if (chunk >= pass.num_chunks || pass.chunks[chunk].index != 0) return;
-  const TensorEntry& tensor = pass.tensors[pass.chunks[chunk].tensor];
-  prefetch(pass.grads[pass.chunks[chunk].tensor]);
+void prefetch(const StepParams& step, int64_t chunk, bool updates) {
+  if (chunk >= step.num_chunks || step.chunks[chunk].index != 0) return;
+  const TensorEntry& tensor = step.tensors[step.chunks[chunk].tensor];
+  prefetch(step.grads[step.chunks[chunk].tensor]);
   if (!updates) return;
   prefetch(tensor.param);
   for (const void* state : tensor.state) prefetch(state);
@@ -140,18 +141,18 @@ class IeeeArithmetic {
 // are taken in turn, from the last one if reversed; within a span chunks follow each other in
 // memory.
 template <class Body>
-void walk(const Pass& pass, const Schedule& schedule, std::atomic<int64_t>& next, bool reverse,
-          Body body) {
+void walk(const StepParams& step, const Schedule& schedule, std::atomic<int64_t>& next,
+          bool reverse, Body body) {
   constexpr int64_t kAhead = 3;
   const int64_t num_spans = static_cast<int64_t>(schedule.spans.size());
   for (int64_t taken = next++; taken < num_spans; taken = next++) {
     const Span span = schedule.spans[reverse ? num_spans - 1 - taken : taken];
     for (int64_t i = span.first; i < span.last; ++i) {
-      prefetch(pass, i + kAhead, reverse);
-      if (pass.grads[pass.chunks[i].tensor] != nullptr) {
+      prefetch(step, i + kAhead, reverse);
+      if (step.grads[step.chunks[i].tensor] != nullptr) {
         body(i);
       } else {
-        pass.chunk_sums[i] = 0;
+        step.chunk_sums[i] = 0;
       }
     }
   }
@@ -159,32 +160,32 @@ void walk(const Pass& pass, const Schedule& schedule, std::atomic<int64_t>& next
 
 // Once all elements are updated, or none.
 template <class Rule>
-void finish(const Pass& pass, Decision decision) {
-  for (int64_t i = 0; i < pass.num_tensors && !decision.skip; ++i) {
-    const TensorEntry& tensor = pass.tensors[i];
-    if (pass.grads[i] != nullptr) advance<Rule>(tensor, pass.groups[tensor.group]);
+void finish(const StepParams& step, Decision decision) {
+  for (int64_t i = 0; i < step.num_tensors && !decision.skip; ++i) {
+    const TensorEntry& tensor = step.tensors[i];
+    if (step.grads[i] != nullptr) advance<Rule>(tensor, step.groups[tensor.group]);
   }
-  if (!pass.options.measure) {
-    pass.control->sum_of_squares = total_of_chunks(pass);
-    decision = decide(pass.options, pass.control->sum_of_squares);
+  if (!step.options.measure) {
+    step.control->sum_of_squares = total_of_chunks(step);
+    decision = decide(step.options, step.control->sum_of_squares);
   }
-  const double smallest = decision.skip ? decision.clip_coef : smallest_coef(pass, decision);
-  if (pass.learns && is_to_be_observed(pass.options, decision)) observe(pass, decision);
+  const double smallest = decision.skip ? decision.clip_coef : smallest_coef(step, decision);
+  if (step.updates_limit && is_to_be_observed(step.options, decision)) observe(step, decision);
   decision.clip_coef = smallest;
-  if (pass.telemetry.chunks != nullptr) {
-    record_step<Rule>(pass, decision);
-    ParamRow* const rows = param_rows(pass);
-    for (int64_t i = 0; i < pass.num_tensors; ++i) rows[i] = param_row(pass, i, decision);
+  if (step.telemetry.chunks != nullptr) {
+    record_step<Rule>(step, decision);
+    ParamRow* const rows = param_rows(step);
+    for (int64_t i = 0; i < step.num_tensors; ++i) rows[i] = param_row(step, i, decision);
   }
-  record(*pass.control, decision, pass.control->sum_of_squares);
+  record(*step.control, decision, step.control->sum_of_squares);
 }
 
 }  // namespace
 
 template <class Rule>
-void run(const Pass& pass, const Schedule& schedule, Phases phases) {
+void run(const StepParams& step, const Schedule& schedule, Phases phases) {
   const Isa isa = best_isa();
-  const bool measures = phases != Phases::kUpdate && pass.options.measure;
+  const bool measures = phases != Phases::kUpdate && step.options.measure;
   const bool updates = phases != Phases::kMeasure;
   std::atomic<int64_t> next_to_measure{0}, next_to_update{0};
   Decision decision{};
@@ -193,25 +194,25 @@ void run(const Pass& pass, const Schedule& schedule, Phases phases) {
   {
     const IeeeArithmetic ieee;
     if (measures) {
-      walk(pass, schedule, next_to_measure, false, [&](int64_t i) { measure_grads(pass, isa, i); });
+      walk(step, schedule, next_to_measure, false, [&](int64_t i) { measure_grads(step, isa, i); });
 #pragma omp barrier
     }
 #pragma omp single
     {
-      if (measures) pass.control->sum_of_squares = total_of_chunks(pass);
-      if (measures && pass.own_clips.tensor_norms != nullptr) measure_tensors(pass);
-      decision = decide(pass.options, pass.options.measure ? pass.control->sum_of_squares : 0.0);
+      if (measures) step.control->sum_of_squares = total_of_chunks(step);
+      if (measures && step.own_clips.tensor_norms != nullptr) measure_tensors(step);
+      decision = decide(step.options, step.options.measure ? step.control->sum_of_squares : 0.0);
     }
     if (updates && !decision.skip) {
-      Updater<Rule> updater(pass, isa, decision);
+      Updater<Rule> updater(step, isa, decision);
       // In reverse: what the norm pass read last is still in the cache.
-      walk(pass, schedule, next_to_update, true, [&](int64_t i) { updater.update(i); });
+      walk(step, schedule, next_to_update, true, [&](int64_t i) { updater.update(i); });
     }
   }
   const IeeeArithmetic ieee;
-  if (updates) finish<Rule>(pass, decision);
+  if (updates) finish<Rule>(step, decision);
 }
 
-template void run<FUSEDOPT_RULE>(const Pass&, const Schedule&, Phases);
+template void run<FUSEDOPT_RULE>(const StepParams&, const Schedule&, Phases);
 
 }  // namespace fusedopt::cpu

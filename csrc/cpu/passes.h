@@ -8,6 +8,6 @@ namespace fusedopt::cpu {
 
 // All is done on return.
 template <class Rule>
-void run(const Pass& pass, const Schedule& schedule, Phases phases);
+void run(const StepParams& step, const Schedule& schedule, Phases phases);
 
 }  // namespace fusedopt::cpu

@@ -28,32 +28,32 @@ struct PieceScale {
 
 }  // namespace
 
-void measure_units(const Pass& pass, Isa isa, int64_t index) {
-  const Chunk chunk = pass.chunks[index];
-  const TensorEntry& tensor = pass.tensors[chunk.tensor];
-  const Units& units = pass.own_clips.units[chunk.tensor];
-  visit_grads(pass, index, [&](auto types, const auto* grads, int64_t count) {
+void measure_units(const StepParams& step, Isa isa, int64_t index) {
+  const Chunk chunk = step.chunks[index];
+  const TensorEntry& tensor = step.tensors[chunk.tensor];
+  const Units& units = step.own_clips.units[chunk.tensor];
+  visit_grads(step, index, [&](auto types, const auto* grads, int64_t count) {
     using param_t = typename decltype(types)::param_t;
     using grad_t = typename decltype(types)::grad_t;
     const auto* params = static_cast<const param_t*>(tensor.param) + chunk.begin();
     for (Piece piece(units, chunk.begin(), count); piece.is_there(); piece.next()) {
       run_best<PieceMeasure<param_t, grad_t>>(
           isa, params + piece.first, grads + piece.first, piece.last - piece.first,
-          &pass.own_clips.unit_sums[units.first + piece.unit + chunk.index]);
+          &step.own_clips.unit_sums[units.first + piece.unit + chunk.index]);
     }
   });
 }
 
-UnitScaler::UnitScaler(const Pass& pass, Isa isa, const Decision& decision)
-    : pass_(pass),
+UnitScaler::UnitScaler(const StepParams& step, Isa isa, const Decision& decision)
+    : step_(step),
       isa_(isa),
       decision_(decision),
-      scaled_(pass.own_clips.coefs == nullptr ? 0 : kChunkSize) {}
+      scaled_(step.own_clips.coefs == nullptr ? 0 : kChunkSize) {}
 
 const void* UnitScaler::scale(int64_t index) {
-  const Chunk chunk = pass_.chunks[index];
-  const Units& units = pass_.own_clips.units[chunk.tensor];
-  visit_grads(pass_, index, [&](auto types, const auto* grads, int64_t count) {
+  const Chunk chunk = step_.chunks[index];
+  const Units& units = step_.own_clips.units[chunk.tensor];
+  visit_grads(step_, index, [&](auto types, const auto* grads, int64_t count) {
     using grad_t = typename decltype(types)::grad_t;
     using T = typename decltype(types)::compute_t;
     T* const scaled = reinterpret_cast<T*>(scaled_.data());
@@ -65,7 +65,7 @@ const void* UnitScaler::scale(int64_t index) {
       run_best<PieceScale<grad_t>>(isa_, grads + piece.first, piece.last - piece.first,
                                    static_cast<T>(factor), scaled + piece.first);
     }
-    pass_.own_clips.chunk_coefs[index] = smallest;
+    step_.own_clips.chunk_coefs[index] = smallest;
   });
   return scaled_.data();
 }
@@ -74,13 +74,13 @@ double UnitScaler::coef_of(uint32_t tensor, int64_t unit) {
   if (tensor == tensor_ && unit == unit_) return coef_;
   tensor_ = tensor;
   unit_ = unit;
-  const Units& units = pass_.own_clips.units[tensor];
+  const Units& units = step_.own_clips.units[tensor];
   const int64_t first = units.first_chunk_of(unit), count = units.chunks_of(unit);
-  const UnitSums* const sums = pass_.own_clips.unit_sums + units.first + unit;
+  const UnitSums* const sums = step_.own_clips.unit_sums + units.first + unit;
   const auto total = [&](double UnitSums::* field) {
     return total_of<SumOfSquares>(first, count, [=](int64_t i) { return sums[i].*field; });
   };
-  return coef_ = coef_of_unit(pass_.options, decision_, total(&UnitSums::grads),
+  return coef_ = coef_of_unit(step_.options, decision_, total(&UnitSums::grads),
                               total(&UnitSums::params));
 }
 

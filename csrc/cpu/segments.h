@@ -9,12 +9,12 @@
 namespace fusedopt::cpu {
 
 // The squares of a chunk's units, of gradients and parameters.
-void measure_units(const Pass& pass, Isa isa, int64_t chunk);
+void measure_units(const StepParams& step, Isa isa, int64_t chunk);
 
 // A thread's copies of gradients, each unit's multiplied by its own factor.
 class UnitScaler {
  public:
-  UnitScaler(const Pass& pass, Isa isa, const Decision& decision);
+  UnitScaler(const StepParams& step, Isa isa, const Decision& decision);
 
   // A chunk's gradients, unscaled and clipped, until the next call.
   const void* scale(int64_t chunk);
@@ -26,7 +26,7 @@ class UnitScaler {
  private:
   double coef_of(uint32_t tensor, int64_t unit);
 
-  const Pass& pass_;
+  const StepParams& step_;
   const Isa isa_;
   const Decision decision_;
   std::vector<double> scaled_;

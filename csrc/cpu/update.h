@@ -12,9 +12,9 @@
 namespace fusedopt::cpu {
 
 // What else a loop over elements sums up on its way.
-enum class Beside { kNothing, kGradNorm, kTelemetry };
+enum class FusedReduction { kNothing, kGradNorm, kTelemetry };
 
-template <class Rule, unsigned kUsed, class types, Beside kBeside>
+template <class Rule, unsigned kUsed, class types, FusedReduction kBeside>
 struct Update {
   using T = typename types::compute_t;
   using param_t = typename types::param_t;
@@ -24,14 +24,14 @@ struct Update {
   using TelemetryLanes = UpdateLanes<T, kRow>;
   // kNothing: none; kGradNorm: the chunk's sum of squares; kTelemetry: lanes for the caller to
   // fold.
-  using Sums = std::conditional_t<kBeside == Beside::kTelemetry, TelemetryLanes, double>;
+  using Sums = std::conditional_t<kBeside == FusedReduction::kTelemetry, TelemetryLanes, double>;
 
   // Elements [begin, begin + count) of the tensor, of which the first begins a row, by as many
   // gradients.
   static FUSEDOPT_INLINE void run(const TensorEntry* tensor, const grad_t* grads, int64_t begin,
                                   int64_t count, const Common* prepared, Sums* sums) {
     constexpr auto kAllStates = std::make_index_sequence<num_states<Rule>>{};
-    if constexpr (kBeside == Beside::kNothing) {
+    if constexpr (kBeside == FusedReduction::kNothing) {
       update(*tensor, grads, begin, count, *prepared, nullptr, nullptr, kAllStates);
       return;
     }
@@ -40,11 +40,11 @@ struct Update {
       const int64_t row = std::min(count - first, kRow);
       double* norm_lanes = nullptr;
       TelemetryLanes* lanes = nullptr;
-      if constexpr (kBeside == Beside::kGradNorm) norm_lanes = norm.of_row(first, row);
-      if constexpr (kBeside == Beside::kTelemetry) lanes = sums;
+      if constexpr (kBeside == FusedReduction::kGradNorm) norm_lanes = norm.of_row(first, row);
+      if constexpr (kBeside == FusedReduction::kTelemetry) lanes = sums;
       update(*tensor, grads + first, begin + first, row, *prepared, norm_lanes, lanes, kAllStates);
     }
-    if constexpr (kBeside == Beside::kGradNorm) *sums = norm.fold();
+    if constexpr (kBeside == FusedReduction::kGradNorm) *sums = norm.fold();
   }
 
   template <size_t... k>
@@ -58,7 +58,7 @@ struct Update {
     [[maybe_unused]]
     typename types::state_t* const states[state_slots<Rule>] = {first<k>(tensor, begin)...};
     // `__restrict`, as no pragma tells gcc that lanes are apart from what the other pointers reach.
-    constexpr bool kMeasures = kBeside == Beside::kTelemetry;
+    constexpr bool kMeasures = kBeside == FusedReduction::kTelemetry;
     [[maybe_unused]] T* const __restrict param_lanes = kMeasures ? lanes->params : nullptr;
     [[maybe_unused]] T* const __restrict update_lanes = kMeasures ? lanes->updates : nullptr;
 #pragma GCC ivdep
@@ -67,7 +67,7 @@ struct Update {
       [[maybe_unused]] const T before = param;
       T state[state_slots<Rule>] = {load<k>(states[k], i)...};
       const T grad = widen(grads[i]);
-      if constexpr (kBeside == Beside::kGradNorm) {
+      if constexpr (kBeside == FusedReduction::kGradNorm) {
         norm_lanes[i] = SumOfSquares::combine(norm_lanes[i], SumOfSquares::term(grad));
       }
       Rule::update(kUsed, c, grad * grad_factor, param, state[k]...);

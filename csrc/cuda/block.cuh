@@ -67,12 +67,12 @@ __device__ double total(const double* chunk_sums, int64_t num_chunks) {
 // All tensors of a pass, by a block: alone(t) in a thread where a tensor has one chunk, together(t)
 // in all threads of a warp where it has none or several.
 template <class Alone, class Together>
-__device__ void visit_tensors(const Pass& pass, Alone alone, Together together) {
+__device__ void visit_tensors(const StepParams& step, Alone alone, Together together) {
   const int lane = threadIdx.x % kWarpSize;
-  for (int64_t first = threadIdx.x - lane; first < pass.num_tensors; first += kThreads) {
+  for (int64_t first = threadIdx.x - lane; first < step.num_tensors; first += kThreads) {
     const int64_t mine = first + lane;
-    const bool is_there = mine < pass.num_tensors;
-    const bool is_alone = is_there && chunks_of(pass.tensors[mine].numel) == 1;
+    const bool is_there = mine < step.num_tensors;
+    const bool is_alone = is_there && chunks_of(step.tensors[mine].numel) == 1;
     if (is_alone) alone(mine);
     unsigned others = __ballot_sync(kAllLanes, is_there && !is_alone);
     for (; others != 0; others &= others - 1) together(first + __ffs(others) - 1);

@@ -16,7 +16,7 @@ __device__ GradMeasures measure_chunk(const void* grad, Chunk chunk, int size, F
   constexpr int kVector = vector_size<param_t>;
   constexpr int kRow = kThreads * kVector;
   constexpr int kRowsInFlight = 4;
-  const Stretch<grad_t> grads(grad, chunk.begin());
+  const Slice<grad_t> grads(grad, chunk.begin());
   const int aligned_size = grads.template aligned<kVector>() ? size : 0;
   GradMeter<Norm, grad_t, kVector> meter;
   int first = threadIdx.x * kVector;
@@ -40,12 +40,12 @@ __device__ GradMeasures measure_chunk(const void* grad, Chunk chunk, int size, F
 
 // What one chunk adds to the norm; 0 where there is no gradient.
 template <class Norm, bool detailed>
-__device__ void measure_chunk(const Pass& pass, int64_t index) {
-  const Chunk chunk = pass.chunks[index];
-  const TensorEntry& tensor = pass.tensors[chunk.tensor];
-  const void* grad = pass.grads[chunk.tensor];
+__device__ void measure_chunk(const StepParams& step, int64_t index) {
+  const Chunk chunk = step.chunks[index];
+  const TensorEntry& tensor = step.tensors[chunk.tensor];
+  const void* grad = step.grads[chunk.tensor];
   if (grad == nullptr) {
-    if (threadIdx.x == 0) pass.chunk_sums[index] = 0;
+    if (threadIdx.x == 0) step.chunk_sums[index] = 0;
     return;
   }
   GradMeasures mine{};
@@ -55,8 +55,8 @@ __device__ void measure_chunk(const Pass& pass, int64_t index) {
     const int size = static_cast<int>(chunk.size(tensor.numel));
     mine = measure_chunk<Norm, detailed, param_t, grad_t>(grad, chunk, size, Format(tensor));
   });
-  leave_grad_measures<Norm>(pass, index, mine, detailed && pass.telemetry.chunks != nullptr);
-  if (detailed && pass.own_clips.coefs != nullptr) measure_units(pass, index);
+  leave_grad_measures<Norm>(step, index, mine, detailed && step.telemetry.chunks != nullptr);
+  if (detailed && step.own_clips.coefs != nullptr) measure_units(step, index);
 }
 
 // For telemetry, and clips of single tensors or units, it is a kernel of its own: without, it has
@@ -65,14 +65,14 @@ template <class Norm, bool detailed, size_t kBytes>
 __global__ void __launch_bounds__(kThreads, detailed ? 3 : 4)
     grad_norm_kernel(const __grid_constant__ Arguments<kBytes> arguments) {
   arguments.leave();  // for the update pass
-  const Pass pass = arguments.on_device();
-  for (int64_t i = blockIdx.x; i < pass.num_chunks; i += gridDim.x) {
-    measure_chunk<Norm, detailed>(pass, i);
+  const StepParams step = arguments.on_device();
+  for (int64_t i = blockIdx.x; i < step.num_chunks; i += gridDim.x) {
+    measure_chunk<Norm, detailed>(step, i);
   }
   if (!is_last_block(arguments.ticket)) return;
-  if (detailed && pass.own_clips.tensor_norms != nullptr) measure_tensors(pass);
-  const double sum = total<Norm>(pass.chunk_sums, pass.num_chunks);
-  if (threadIdx.x == 0) pass.control->sum_of_squares = sum;
+  if (detailed && step.own_clips.tensor_norms != nullptr) measure_tensors(step);
+  const double sum = total<Norm>(step.chunk_sums, step.num_chunks);
+  if (threadIdx.x == 0) step.control->sum_of_squares = sum;
 }
 
 }  // namespace fusedopt::cuda

@@ -62,18 +62,19 @@ template <auto kernel, size_t kBytes>
 cudaError_t launch_pass(const Launch& launch, const Arguments<kBytes>& arguments) {
   int blocks = 0;
   FUSEDOPT_RETURN_IF_ERROR(grid_size<kernel>(launch.device, &blocks));
-  const int64_t wanted = std::clamp<int64_t>(arguments.pass.num_chunks, 1, blocks);
+  const int64_t wanted = std::clamp<int64_t>(arguments.step.num_chunks, 1, blocks);
   return launch_kernel(kernel, static_cast<unsigned>(wanted), launch.stream, arguments);
 }
 
 template <size_t kBytes>
-Arguments<kBytes> make_arguments(const Pass& pass, unsigned* ticket, void* moving, void* keep) {
+Arguments<kBytes> make_arguments(const StepParams& step, unsigned* ticket, void* step_args,
+                                 void* keep) {
   Arguments<kBytes> arguments;
-  arguments.pass = pass;
+  arguments.step = step;
   arguments.ticket = ticket;
-  arguments.moving = moving;
+  arguments.step_args = step_args;
   arguments.keep = static_cast<unsigned char*>(keep);
-  if (moving == nullptr) copy_moving(pass, 0, total_bytes(pass), arguments.inlined);
+  if (step_args == nullptr) copy_step_args(step, 0, total_bytes(step), arguments.inlined);
   return arguments;
 }
 

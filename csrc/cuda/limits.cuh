@@ -10,12 +10,12 @@
 namespace fusedopt::cuda {
 
 // By a block: takes a step's norms in.
-__device__ inline void observe(const Pass& pass, const Decision& decision) {
-  const AdaptiveClip& clip = pass.options.clip;
+__device__ inline void observe(const StepParams& step, const Decision& decision) {
+  const AdaptiveClip& clip = step.options.clip;
   const double norm = decision.grad_norm;
   if (clip.kind == ClipKind::kPerTensor) {
-    for (int64_t t = threadIdx.x; t < pass.num_tensors; t += kThreads) {
-      observe_tensor(pass, decision, t);
+    for (int64_t t = threadIdx.x; t < step.num_tensors; t += kThreads) {
+      observe_tensor(step, decision, t);
     }
   }
   if (clip.kind == ClipKind::kZScore) {

@@ -6,6 +6,6 @@
 namespace fusedopt::cuda {
 
 // Leaves in launch.moving, if there is any, what the update pass needs.
-cudaError_t measure(const Pass& pass, const Launch& launch);
+cudaError_t measure(const StepParams& step, const Launch& launch);
 
 }  // namespace fusedopt::cuda

@@ -12,27 +12,27 @@ namespace fusedopt::cuda {
 namespace {
 
 template <class Rule>
-cudaError_t update(const Pass& pass, const Launch& launch) {
-  if (launch.moving != nullptr && !launch.moving_is_there) {
-    FUSEDOPT_RETURN_IF_ERROR(upload_moving(pass, launch));
+cudaError_t update(const StepParams& step, const Launch& launch) {
+  if (launch.step_args != nullptr && !launch.step_args_are_there) {
+    FUSEDOPT_RETURN_IF_ERROR(upload_step_args(step, launch));
   }
   return launch_pass<update_kernel<Rule>>(
-      launch, make_arguments<kSmall>(pass, launch.tickets + 1, launch.moving, nullptr));
+      launch, make_arguments<kSmall>(step, launch.tickets + 1, launch.step_args, nullptr));
 }
 
 }  // namespace
 
 template <class Rule>
-cudaError_t run(const Pass& pass, Launch launch, Phases phases) {
+cudaError_t run(const StepParams& step, Launch launch, Phases phases) {
   const DeviceScope scope(launch.device);
   FUSEDOPT_RETURN_IF_ERROR(scope.error);
-  if (phases != Phases::kUpdate && pass.options.measure) {
-    FUSEDOPT_RETURN_IF_ERROR(measure(pass, launch));
-    launch.moving_is_there = true;
+  if (phases != Phases::kUpdate && step.options.measure) {
+    FUSEDOPT_RETURN_IF_ERROR(measure(step, launch));
+    launch.step_args_are_there = true;
   }
-  return phases == Phases::kMeasure ? cudaSuccess : update<Rule>(pass, launch);
+  return phases == Phases::kMeasure ? cudaSuccess : update<Rule>(step, launch);
 }
 
-template cudaError_t run<FUSEDOPT_RULE>(const Pass&, Launch, Phases);
+template cudaError_t run<FUSEDOPT_RULE>(const StepParams&, Launch, Phases);
 
 }  // namespace fusedopt::cuda

@@ -8,29 +8,29 @@
 
 namespace fusedopt::cuda {
 
-// Calls body(a Stretch of the parameter, a Stretch of its gradient).
+// Calls body(a Slice of the parameter, a Slice of its gradient).
 template <class Body>
 __device__ __forceinline__ void visit_both(const TensorEntry& tensor, const void* grad, Chunk chunk,
                                            Body&& body) {
   const int64_t begin = chunk.begin();
   if (tensor.param_dtype == Dtype::kFloat32) {
-    return body(Stretch<float>(tensor.param, begin), Stretch<float>(grad, begin));
+    return body(Slice<float>(tensor.param, begin), Slice<float>(grad, begin));
   }
   if (tensor.param_dtype == Dtype::kFloat64) {
-    return body(Stretch<double>(tensor.param, begin), Stretch<double>(grad, begin));
+    return body(Slice<double>(tensor.param, begin), Slice<double>(grad, begin));
   }
-  const Stretch<either16> params(tensor.param, begin);
-  if (tensor.grad_dtype == Dtype::kFloat32) return body(params, Stretch<float>(grad, begin));
-  body(params, Stretch<either16>(grad, begin));
+  const Slice<raw16> params(tensor.param, begin);
+  if (tensor.grad_dtype == Dtype::kFloat32) return body(params, Slice<float>(grad, begin));
+  body(params, Slice<raw16>(grad, begin));
 }
 
 // The squares of a chunk's units: a warp for each.
-__device__ inline void measure_units(const Pass& pass, int64_t index) {
-  const Chunk chunk = pass.chunks[index];
-  const TensorEntry& tensor = pass.tensors[chunk.tensor];
-  const void* grad = pass.grads[chunk.tensor];
+__device__ inline void measure_units(const StepParams& step, int64_t index) {
+  const Chunk chunk = step.chunks[index];
+  const TensorEntry& tensor = step.tensors[chunk.tensor];
+  const void* grad = step.grads[chunk.tensor];
   if (grad == nullptr) return;
-  const Units units = pass.own_clips.units[chunk.tensor];
+  const Units units = step.own_clips.units[chunk.tensor];
   const Format format(tensor);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   visit_both(tensor, grad, chunk, [&](const auto& params, const auto& grads) {
@@ -46,22 +46,22 @@ __device__ inline void measure_units(const Pass& pass, int64_t index) {
             SumOfSquares::add(sums.params, format.widen(params.template load<1>(i).at[0]));
       }
       sums = {warp_total<SumOfSquares>(sums.grads), warp_total<SumOfSquares>(sums.params)};
-      if (lane == 0) pass.own_clips.unit_sums[units.first + piece.unit + chunk.index] = sums;
+      if (lane == 0) step.own_clips.unit_sums[units.first + piece.unit + chunk.index] = sums;
     }
   });
 }
 
 // The norms of all tensors, by a block, once all chunks are measured. The sums come from other
 // blocks: past the L1 cache.
-__device__ inline void measure_tensors(const Pass& pass) {
-  double* const norms = pass.own_clips.tensor_norms;
+__device__ inline void measure_tensors(const StepParams& step) {
+  double* const norms = step.own_clips.tensor_norms;
   const auto sums_of = [&](int64_t t) {
-    return pass.chunk_sums + pass.own_clips.units[t].first_chunk;
+    return step.chunk_sums + step.own_clips.units[t].first_chunk;
   };
   visit_tensors(
-      pass, [&](int64_t t) { norms[t] = sqrt(__ldcg(sums_of(t))); },
+      step, [&](int64_t t) { norms[t] = sqrt(__ldcg(sums_of(t))); },
       [&](int64_t t) {
-        const int64_t count = chunks_of(pass.tensors[t].numel);
+        const int64_t count = chunks_of(step.tensors[t].numel);
         double sum = 0;
         for (int64_t i = threadIdx.x % kWarpSize; i < count; i += kWarpSize) {
           sum += __ldcg(sums_of(t) + i);
@@ -76,17 +76,17 @@ struct Smallest {
 };
 
 // The smallest coefficient of a step, in thread 0 of a block, once all chunks are updated.
-__device__ inline double smallest_coef(const Pass& pass, const Decision& decision) {
+__device__ inline double smallest_coef(const StepParams& step, const Decision& decision) {
   double smallest = decision.clip_coef;
-  if (pass.own_clips.tensor_norms != nullptr) {
-    for (int64_t t = threadIdx.x; t < pass.num_tensors; t += kThreads) {
-      smallest = coef_with_tensor(pass, decision, t, smallest);
+  if (step.own_clips.tensor_norms != nullptr) {
+    for (int64_t t = threadIdx.x; t < step.num_tensors; t += kThreads) {
+      smallest = coef_with_tensor(step, decision, t, smallest);
     }
   }
-  if (pass.own_clips.coefs != nullptr) {
-    for (int64_t i = threadIdx.x; i < pass.num_chunks; i += kThreads) {
-      if (pass.grads[pass.chunks[i].tensor] == nullptr) continue;
-      smallest = smaller(__ldcg(pass.own_clips.chunk_coefs + i), smallest);
+  if (step.own_clips.coefs != nullptr) {
+    for (int64_t i = threadIdx.x; i < step.num_chunks; i += kThreads) {
+      if (step.grads[step.chunks[i].tensor] == nullptr) continue;
+      smallest = smaller(__ldcg(step.own_clips.chunk_coefs + i), smallest);
     }
   }
   return block_total<Smallest>(smallest);
@@ -113,13 +113,13 @@ struct ChunkUnits {
 // so that no block reads what another one writes.
 class UnitCoefs {
  public:
-  __device__ UnitCoefs(const Pass& pass, const Decision& decision, Chunk chunk)
-      : pass_(pass),
+  __device__ UnitCoefs(const StepParams& step, const Decision& decision, Chunk chunk)
+      : step_(step),
         decision_(decision),
-        units_(pass.own_clips.units[chunk.tensor]),
+        units_(step.own_clips.units[chunk.tensor]),
         begin_(chunk.begin()),
-        coefs_(pass.own_clips.coefs + units_.first + chunk.index) {
-    const int64_t numel = pass.tensors[chunk.tensor].numel;
+        coefs_(step.own_clips.coefs + units_.first + chunk.index) {
+    const int64_t numel = step.tensors[chunk.tensor].numel;
     first_ = begin_ / units_.size;
     last_ = (begin_ + chunk.size(numel) - 1) / units_.size;
   }
@@ -148,7 +148,7 @@ class UnitCoefs {
       smallest = smaller(coefs_[unit], smallest);
     }
     smallest = block_total<Smallest>(smallest);
-    if (threadIdx.x == 0) pass_.own_clips.chunk_coefs[index] = smallest;
+    if (threadIdx.x == 0) step_.own_clips.chunk_coefs[index] = smallest;
   }
 
  private:
@@ -176,13 +176,13 @@ class UnitCoefs {
   }
 
   __device__ const UnitSums* parts_of(int64_t unit) const {
-    return pass_.own_clips.unit_sums + units_.first + unit + units_.first_chunk_of(unit);
+    return step_.own_clips.unit_sums + units_.first + unit + units_.first_chunk_of(unit);
   }
   __device__ double coef_of(const UnitSums& sums) const {
-    return coef_of_unit(pass_.options, decision_, sums.grads, sums.params);
+    return coef_of_unit(step_.options, decision_, sums.grads, sums.params);
   }
 
-  const Pass& pass_;
+  const StepParams& step_;
   const Decision& decision_;
   const Units units_;
   const int64_t begin_;

@@ -35,7 +35,7 @@ struct GradMeter {
 
 // Leaves the numbers of inf and of nan among a chunk's gradients in thread 0.
 template <class grad_t>
-__device__ void count_nonfinite(const Stretch<grad_t>& grads, int size, Format format, double& infs,
+__device__ void count_nonfinite(const Slice<grad_t>& grads, int size, Format format, double& infs,
                                 double& nans) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < size; i += kThreads) {
@@ -51,31 +51,31 @@ __device__ void count_nonfinite(const Stretch<grad_t>& grads, int size, Format f
 template <class Body>
 __device__ __forceinline__ void visit_grads(const TensorEntry& tensor, const void* grad,
                                             Chunk chunk, Body&& body) {
-  if (tensor.grad_dtype == Dtype::kFloat32) return body(Stretch<float>(grad, chunk.begin()));
-  if (tensor.grad_dtype == Dtype::kFloat64) return body(Stretch<double>(grad, chunk.begin()));
-  body(Stretch<either16>(grad, chunk.begin()));
+  if (tensor.grad_dtype == Dtype::kFloat32) return body(Slice<float>(grad, chunk.begin()));
+  if (tensor.grad_dtype == Dtype::kFloat64) return body(Slice<double>(grad, chunk.begin()));
+  body(Slice<raw16>(grad, chunk.begin()));
 }
 
 // Of a chunk that has gradients, from what each thread has seen of them.
 template <class Norm>
-__device__ void leave_grad_measures(const Pass& pass, int64_t index, const GradMeasures& mine,
+__device__ void leave_grad_measures(const StepParams& step, int64_t index, const GradMeasures& mine,
                                     bool telemetry) {
   const double norm = block_total<Norm>(mine.norm);
-  if (threadIdx.x == 0) pass.chunk_sums[index] = norm;
+  if (threadIdx.x == 0) step.chunk_sums[index] = norm;
   if (!telemetry) return;
-  const double grad_max = block_total<Largest>(mine.largest);
+  const double grad_max = block_total<MaxAbs>(mine.largest);
   double infs = 0, nans = 0;
   // Hardly ever is a chunk read again.
   if (__syncthreads_or(mine.largest - mine.largest != 0) != 0) {
-    const Chunk chunk = pass.chunks[index];
-    const TensorEntry& tensor = pass.tensors[chunk.tensor];
+    const Chunk chunk = step.chunks[index];
+    const TensorEntry& tensor = step.tensors[chunk.tensor];
     const int size = static_cast<int>(chunk.size(tensor.numel));
-    visit_grads(tensor, pass.grads[chunk.tensor], chunk, [&](const auto& grads) {
+    visit_grads(tensor, step.grads[chunk.tensor], chunk, [&](const auto& grads) {
       count_nonfinite(grads, size, Format(tensor), infs, nans);
     });
   }
   if (threadIdx.x == 0) {
-    ChunkMeasures& measures = pass.telemetry.chunks[index];
+    ChunkMeasures& measures = step.telemetry.chunks[index];
     measures.grad_max = grad_max;
     measures.infs = infs;
     measures.nans = nans;
@@ -85,7 +85,7 @@ __device__ void leave_grad_measures(const Pass& pass, int64_t index, const GradM
 // The sums of squares of a chunk's parameters and of their updates, lane by lane, in shared memory:
 // registers are what the update has none to spare of.
 struct alignas(kVectorBytes) UpdateLanes {
-  unsigned char bytes[2 * kRowBytes / sizeof(either16) * sizeof(opmath_t<either16>)];
+  unsigned char bytes[2 * kRowBytes / sizeof(raw16) * sizeof(opmath_t<raw16>)];
 };
 
 // The lanes of a chunk whose parameters are param_t.
@@ -141,17 +141,18 @@ struct LanesOf {
 };
 
 // Of a chunk whose elements have all been added.
-__device__ inline void leave_update_measures(const Pass& pass, int64_t index, UpdateLanes& lanes) {
-  const Chunk chunk = pass.chunks[index];
-  const TensorEntry& tensor = pass.tensors[chunk.tensor];
-  ChunkMeasures& measures = pass.telemetry.chunks[index];
+__device__ inline void leave_update_measures(const StepParams& step, int64_t index,
+                                             UpdateLanes& lanes) {
+  const Chunk chunk = step.chunks[index];
+  const TensorEntry& tensor = step.tensors[chunk.tensor];
+  ChunkMeasures& measures = step.telemetry.chunks[index];
   __syncthreads();
   if (tensor.param_dtype == Dtype::kFloat64) {
     LanesOf<double>(lanes).leave_totals(measures);
   } else if (tensor.param_dtype == Dtype::kFloat32) {
     LanesOf<float>(lanes).leave_totals(measures);
   } else {
-    LanesOf<either16>(lanes).leave_totals(measures);
+    LanesOf<raw16>(lanes).leave_totals(measures);
   }
 }
 
@@ -164,40 +165,41 @@ __device__ inline ChunkMeasures load_measures(const ChunkMeasures& measures, boo
 }
 
 // A tensor's row, from its chunks, in all threads of a warp.
-__device__ inline ParamRow param_row(const Pass& pass, int64_t tensor, const Decision& decision) {
-  if (pass.grads[tensor] == nullptr) return absent_row();
+__device__ inline ParamRow param_row(const StepParams& step, int64_t tensor,
+                                     const Decision& decision) {
+  if (step.grads[tensor] == nullptr) return absent_row();
   double grad_squares = 0;
   ChunkMeasures sums{};
-  const int64_t first = pass.first_chunks[tensor] + threadIdx.x % kWarpSize;
-  for (int64_t i = first; i < pass.first_chunks[tensor + 1]; i += kWarpSize) {
-    const ChunkMeasures measures = load_measures(pass.telemetry.chunks[i], decision.skip);
-    grad_squares += __ldcg(pass.chunk_sums + i);
-    sums.grad_max = Largest::combine(sums.grad_max, measures.grad_max);
+  const int64_t first = step.first_chunks[tensor] + threadIdx.x % kWarpSize;
+  for (int64_t i = first; i < step.first_chunks[tensor + 1]; i += kWarpSize) {
+    const ChunkMeasures measures = load_measures(step.telemetry.chunks[i], decision.skip);
+    grad_squares += __ldcg(step.chunk_sums + i);
+    sums.grad_max = MaxAbs::combine(sums.grad_max, measures.grad_max);
     sums.infs += measures.infs;
     sums.nans += measures.nans;
     sums.update_squares += measures.update_squares;
     sums.param_squares += measures.param_squares;
   }
-  const ChunkMeasures totals{
-      warp_total<Largest>(sums.grad_max), warp_total<SumOfSquares>(sums.infs),
-      warp_total<SumOfSquares>(sums.nans), warp_total<SumOfSquares>(sums.update_squares),
-      warp_total<SumOfSquares>(sums.param_squares)};
+  const ChunkMeasures totals{warp_total<MaxAbs>(sums.grad_max), warp_total<SumOfSquares>(sums.infs),
+                             warp_total<SumOfSquares>(sums.nans),
+                             warp_total<SumOfSquares>(sums.update_squares),
+                             warp_total<SumOfSquares>(sums.param_squares)};
   return fusedopt::param_row(warp_total<SumOfSquares>(grad_squares), totals, decision);
 }
 
 // All tensors' rows, by a block.
-__device__ inline void record_params(const Pass& pass, const Decision& decision) {
-  ParamRow* const rows = param_rows(pass);
+__device__ inline void record_params(const StepParams& step, const Decision& decision) {
+  ParamRow* const rows = param_rows(step);
   const auto alone = [&](int64_t t) {
-    const int64_t chunk = pass.first_chunks[t];
-    rows[t] = pass.grads[t] == nullptr
+    const int64_t chunk = step.first_chunks[t];
+    rows[t] = step.grads[t] == nullptr
                   ? absent_row()
-                  : fusedopt::param_row(__ldcg(pass.chunk_sums + chunk),
-                                        load_measures(pass.telemetry.chunks[chunk], decision.skip),
+                  : fusedopt::param_row(__ldcg(step.chunk_sums + chunk),
+                                        load_measures(step.telemetry.chunks[chunk], decision.skip),
                                         decision);
   };
-  visit_tensors(pass, alone, [&](int64_t t) {
-    const ParamRow row = param_row(pass, t, decision);
+  visit_tensors(step, alone, [&](int64_t t) {
+    const ParamRow row = param_row(step, t, decision);
     if (threadIdx.x % kWarpSize == 0) rows[t] = row;
   });
 }

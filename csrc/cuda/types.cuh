@@ -10,11 +10,11 @@
 namespace fusedopt {
 
 // A bfloat16 or a float16.
-struct either16 {
+struct raw16 {
   uint16_t bits;
 };
 template <>
-struct opmath<either16> {
+struct opmath<raw16> {
   using type = float;
 };
 
@@ -27,11 +27,11 @@ struct Format {
   __device__ explicit Format(const TensorEntry& tensor)
       : is_bfloat16(tensor.param_dtype == Dtype::kBFloat16) {}
 
-  // Calls body(bfloat16{}) or body(float16{}) if scalar_t is either16, else body(scalar_t{}): one
+  // Calls body(bfloat16{}) or body(float16{}) if scalar_t is raw16, else body(scalar_t{}): one
   // question for as many elements as the body converts.
   template <class scalar_t, class Body>
   __device__ __forceinline__ void visit(Body&& body) const {
-    if constexpr (!std::is_same_v<scalar_t, either16>) {
+    if constexpr (!std::is_same_v<scalar_t, raw16>) {
       body(scalar_t{});
     } else if (is_bfloat16) {
       body(bfloat16{});
@@ -42,7 +42,7 @@ struct Format {
 
   template <class scalar_t>
   __device__ opmath_t<scalar_t> widen(scalar_t value) const {
-    if constexpr (std::is_same_v<scalar_t, either16>) {
+    if constexpr (std::is_same_v<scalar_t, raw16>) {
       return is_bfloat16 ? fusedopt::widen(bfloat16{value.bits})
                          : fusedopt::widen(float16{value.bits});
     } else {
@@ -56,8 +56,8 @@ template <class Body>
 __device__ __forceinline__ void visit_sizes(const TensorEntry& tensor, Body&& body) {
   if (tensor.param_dtype == Dtype::kFloat32) return body(Types<float, float, float>{});
   if (tensor.param_dtype == Dtype::kFloat64) return body(Types<double, double, double>{});
-  visit_16_bits<either16>(tensor.grad_dtype != tensor.param_dtype,
-                          tensor.state_dtype != tensor.param_dtype, body);
+  visit_16_bits<raw16>(tensor.grad_dtype != tensor.param_dtype,
+                       tensor.state_dtype != tensor.param_dtype, body);
 }
 
 }  // namespace cuda

@@ -26,21 +26,21 @@ class ChunkUpdate {
   static constexpr int kRow = kThreads * kVector;
 
  public:
-  __device__ ChunkUpdate(const Pass& pass, Chunk chunk, const Prepared<Rule>& prepared,
+  __device__ ChunkUpdate(const StepParams& step, Chunk chunk, const Prepared<Rule>& prepared,
                          const Decision& decision, const ChunkUnits& units, UpdateLanes& lanes)
       : decision_(decision),
         units_(units),
-        tensor_(pass.tensors[chunk.tensor]),
-        used_(pass.groups[tensor_.group].states_used |
+        tensor_(step.tensors[chunk.tensor]),
+        used_(step.groups[tensor_.group].states_used |
               always_used<Rule>()),  // which spares most of the questions
         size_(static_cast<int>(chunk.size(tensor_.numel))),
-        measures_(!pass.options.measure),
-        telemetry_(pass.telemetry.chunks != nullptr),
-        by_units_(pass.own_clips.coefs != nullptr),
+        measures_(!step.options.measure),
+        telemetry_(step.telemetry.chunks != nullptr),
+        by_units_(step.own_clips.coefs != nullptr),
         format_(tensor_),
         coefficients_(rounded<Rule, T>(prepared.coefficients)),
         grad_factor_(static_cast<T>(prepared.grad_factor)),
-        arrays_(tensor_, pass.grads[chunk.tensor], chunk, used_),
+        arrays_(tensor_, step.grads[chunk.tensor], chunk, used_),
         squares_(lanes) {}
 
   // If no pass has measured the gradients before: returns what the thread has seen of them. With
@@ -65,9 +65,9 @@ class ChunkUpdate {
   };
 
   struct Arrays {
-    Stretch<param_t> param;
-    Stretch<grad_t> grad;
-    Stretch<state_t> state[state_slots<Rule>];
+    Slice<param_t> param;
+    Slice<grad_t> grad;
+    Slice<state_t> state[state_slots<Rule>];
     unsigned used;  // bit k: state[k] is there
 
     __device__ Arrays(const TensorEntry& tensor, const void* grad, Chunk chunk, unsigned used)
@@ -87,7 +87,7 @@ class ChunkUpdate {
       return result;
     }
 
-    // `load` takes a Stretch of any type. States that are not used stay zero.
+    // `load` takes a Slice of any type. States that are not used stay zero.
     template <int kCount, class Load>
     __device__ Elements<kCount> load(Load load) const {
       Elements<kCount> elements{};
@@ -217,7 +217,7 @@ class ChunkUpdate {
 
 // What a block keeps between chunks: the last tensor's coefficients, as most tensors share them.
 template <class Rule>
-struct Memo {
+struct CoefficientCache {
   uint32_t group;
   float scalars[kMaxScalars], advanced[kMaxScalars];  // before the step, and after
   double grad_factor;
@@ -247,99 +247,99 @@ struct Memo {
   }
 };
 
-// A Memo with its constructor taken away, as shared memory has none.
+// A CoefficientCache with its constructor taken away, as shared memory has none.
 template <class Rule>
 struct Shared {
   Decision decision;
   ChunkUnits units;
   UpdateLanes lanes;
-  alignas(8) unsigned char memo[sizeof(Memo<Rule>)];
+  alignas(8) unsigned char memo[sizeof(CoefficientCache<Rule>)];
 };
 
 // With the gradients' squares, if no pass has measured them before.
 template <class Rule>
-__device__ __forceinline__ void update_chunk(const Pass& pass, int64_t index, Memo<Rule>& memo,
-                                             Shared<Rule>& shared) {
-  const Chunk chunk = pass.chunks[index];
-  const TensorEntry& tensor = pass.tensors[chunk.tensor];
-  const Group& group = pass.groups[tensor.group];
-  const void* grad = pass.grads[chunk.tensor];
-  const bool measures = !pass.options.measure;
-  const bool telemetry = pass.telemetry.chunks != nullptr;
+__device__ __forceinline__ void update_chunk(const StepParams& step, int64_t index,
+                                             CoefficientCache<Rule>& memo, Shared<Rule>& shared) {
+  const Chunk chunk = step.chunks[index];
+  const TensorEntry& tensor = step.tensors[chunk.tensor];
+  const Group& group = step.groups[tensor.group];
+  const void* grad = step.grads[chunk.tensor];
+  const bool measures = !step.options.measure;
+  const bool telemetry = step.telemetry.chunks != nullptr;
   if (grad == nullptr) {
-    if (measures && threadIdx.x == 0) pass.chunk_sums[index] = 0;
+    if (measures && threadIdx.x == 0) step.chunk_sums[index] = 0;
     return;
   }
   GradMeasures mine{};
   __syncthreads();
-  const bool by_units = pass.own_clips.coefs != nullptr;
+  const bool by_units = step.own_clips.coefs != nullptr;
   if (threadIdx.x == 0) {
-    const double factor = by_units ? 1.0 : factor_of_tensor(pass, shared.decision, chunk.tensor);
+    const double factor = by_units ? 1.0 : factor_of_tensor(step, shared.decision, chunk.tensor);
     memo.prepare_for(tensor, group, factor);
   }
   __syncthreads();
-  if (by_units) UnitCoefs(pass, shared.decision, chunk).leave(shared.units, index);
+  if (by_units) UnitCoefs(step, shared.decision, chunk).leave(shared.units, index);
   visit_sizes(tensor, [&](auto types) {
-    ChunkUpdate<Rule, decltype(types)> update(pass, chunk, memo.prepared, shared.decision,
+    ChunkUpdate<Rule, decltype(types)> update(step, chunk, memo.prepared, shared.decision,
                                               shared.units, shared.lanes);
     mine = update.run();
   });
-  if (measures) leave_grad_measures<SumOfSquares>(pass, index, mine, telemetry);
-  if (telemetry) leave_update_measures(pass, index, shared.lanes);
+  if (measures) leave_grad_measures<SumOfSquares>(step, index, mine, telemetry);
+  if (telemetry) leave_update_measures(step, index, shared.lanes);
 }
 
 // What the last block does once all elements are updated, or none. `decision` is in shared memory.
 template <class Rule>
-__device__ void finish(const Pass& pass, Decision& decision) {
-  for (int64_t t = threadIdx.x; t < pass.num_tensors && !decision.skip; t += kThreads) {
-    const TensorEntry& tensor = pass.tensors[t];
-    if (Memo<Rule>::is_advanced_alone(tensor) || pass.grads[t] == nullptr) continue;
-    advance<Rule>(tensor, pass.groups[tensor.group]);
+__device__ void finish(const StepParams& step, Decision& decision) {
+  for (int64_t t = threadIdx.x; t < step.num_tensors && !decision.skip; t += kThreads) {
+    const TensorEntry& tensor = step.tensors[t];
+    if (CoefficientCache<Rule>::is_advanced_alone(tensor) || step.grads[t] == nullptr) continue;
+    advance<Rule>(tensor, step.groups[tensor.group]);
   }
-  if (!pass.options.measure) {
-    const double sum = total<SumOfSquares>(pass.chunk_sums, pass.num_chunks);
+  if (!step.options.measure) {
+    const double sum = total<SumOfSquares>(step.chunk_sums, step.num_chunks);
     if (threadIdx.x == 0) {
-      pass.control->sum_of_squares = sum;
-      decision = decide(pass.options, sum);
+      step.control->sum_of_squares = sum;
+      decision = decide(step.options, sum);
     }
     __syncthreads();
   }
-  const bool clips = !decision.skip && pass.own_clips.units != nullptr;
-  const double smallest = clips ? smallest_coef(pass, decision) : decision.clip_coef;
-  if (pass.learns && is_to_be_observed(pass.options, decision)) {
-    observe(pass, decision);
+  const bool clips = !decision.skip && step.own_clips.units != nullptr;
+  const double smallest = clips ? smallest_coef(step, decision) : decision.clip_coef;
+  if (step.updates_limit && is_to_be_observed(step.options, decision)) {
+    observe(step, decision);
   }
   if (clips) {
     __syncthreads();
     if (threadIdx.x == 0) decision.clip_coef = smallest;
     __syncthreads();
   }
-  if (pass.telemetry.chunks != nullptr) {
-    if (threadIdx.x == 0) record_step<Rule>(pass, decision);
-    record_params(pass, decision);
+  if (step.telemetry.chunks != nullptr) {
+    if (threadIdx.x == 0) record_step<Rule>(step, decision);
+    record_params(step, decision);
   }
   __syncthreads();  // the number of steps, which rows are found by, has been read
-  if (threadIdx.x == 0) record(*pass.control, decision, pass.control->sum_of_squares);
+  if (threadIdx.x == 0) record(*step.control, decision, step.control->sum_of_squares);
 }
 
 template <class Rule>
 __global__ void __launch_bounds__(kThreads, 2)
     update_kernel(const __grid_constant__ Arguments<kSmall> arguments) {
   __shared__ Shared<Rule> shared;
-  Memo<Rule>& memo = *reinterpret_cast<Memo<Rule>*>(shared.memo);
-  const Pass pass = arguments.on_device();
+  CoefficientCache<Rule>& memo = *reinterpret_cast<CoefficientCache<Rule>*>(shared.memo);
+  const StepParams step = arguments.on_device();
   if (threadIdx.x == 0) {
-    shared.decision = decide(pass.options, pass.options.measure ? pass.control->sum_of_squares : 0);
+    shared.decision = decide(step.options, step.options.measure ? step.control->sum_of_squares : 0);
     memo.group = UINT32_MAX;
     shared.units.known = -1;
   }
   __syncthreads();
   // In reverse: what the norm pass read last is still in the cache.
-  for (int64_t i = pass.num_chunks - 1 - blockIdx.x; i >= 0 && !shared.decision.skip;
+  for (int64_t i = step.num_chunks - 1 - blockIdx.x; i >= 0 && !shared.decision.skip;
        i -= gridDim.x) {
-    update_chunk(pass, i, memo, shared);
+    update_chunk(step, i, memo, shared);
   }
-  if (is_last_block(arguments.ticket)) finish<Rule>(pass, shared.decision);
+  if (is_last_block(arguments.ticket)) finish<Rule>(step, shared.decision);
 }
 
 }  // namespace fusedopt::cuda

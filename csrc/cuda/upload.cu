@@ -39,14 +39,15 @@ cudaError_t upload_pieces(void* to, size_t size, cudaStream_t stream, Fill fill)
 
 }  // namespace
 
-cudaError_t upload_moving(const Pass& pass, const Launch& launch) {
-  return upload_pieces(
-      launch.moving, total_bytes(pass), launch.stream,
-      [&](size_t offset, size_t size, unsigned char* to) { copy_moving(pass, offset, size, to); });
+cudaError_t upload_step_args(const StepParams& step, const Launch& launch) {
+  return upload_pieces(launch.step_args, total_bytes(step), launch.stream,
+                       [&](size_t offset, size_t size, unsigned char* to) {
+                         copy_step_args(step, offset, size, to);
+                       });
 }
 
-size_t moving_bytes(const Pass& pass) {
-  const size_t size = total_bytes(pass);
+size_t step_args_bytes(const StepParams& step) {
+  const size_t size = total_bytes(step);
   return size <= kSmall ? 0 : size;
 }
 

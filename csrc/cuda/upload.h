@@ -6,6 +6,6 @@
 namespace fusedopt::cuda {
 
 // What moves from step to step, to launch.moving.
-cudaError_t upload_moving(const Pass& pass, const Launch& launch);
+cudaError_t upload_step_args(const StepParams& step, const Launch& launch);
 
 }  // namespace fusedopt::cuda

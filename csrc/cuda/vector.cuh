@@ -26,11 +26,11 @@ struct alignas(sizeof(scalar_t) * kVector < kVectorBytes ? sizeof(scalar_t) * kV
 
 // One array's stretch of a chunk.
 template <class scalar_t>
-struct Stretch {
+struct Slice {
   scalar_t* data;
 
-  Stretch() = default;
-  __device__ Stretch(const void* first_of_tensor, int64_t begin)
+  Slice() = default;
+  __device__ Slice(const void* first_of_tensor, int64_t begin)
       : data(const_cast<scalar_t*>(static_cast<const scalar_t*>(first_of_tensor)) + begin) {}
 
   template <int kVector>
@@ -75,13 +75,13 @@ struct Stretch {
 };
 
 // Elements begin, begin + 1, ... of a vector in the type that they are computed in, and back. Those
-// that are either16 are half_t.
+// that are raw16 are half_t.
 template <class half_t, class scalar_t, int kVector, int kCount>
 __device__ void widen(const Vector<scalar_t, kVector>& from, int begin,
                       opmath_t<scalar_t> (&to)[kCount]) {
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
-    if constexpr (std::is_same_v<scalar_t, either16>) {
+    if constexpr (std::is_same_v<scalar_t, raw16>) {
       to[k] = fusedopt::widen(half_t{from.at[begin + k].bits});
     } else {
       to[k] = from.at[begin + k];
@@ -92,7 +92,7 @@ __device__ void widen(const Vector<scalar_t, kVector>& from, int begin,
 template <class half_t, class scalar_t, int kVector, int kCount>
 __device__ void narrow(const opmath_t<scalar_t> (&from)[kCount], int begin,
                        Vector<scalar_t, kVector>& to) {
-  if constexpr (std::is_same_v<scalar_t, either16>) {
+  if constexpr (std::is_same_v<scalar_t, raw16>) {
 #pragma unroll
     for (int k = 0; k < kCount; k += 2) {
       const uint32_t pair = narrow_pair<half_t>(from[k], from[k + 1]);

@@ -21,7 +21,7 @@ struct SumOfSquares {
   }
 };
 
-struct Largest {
+struct MaxAbs {
   static FUSEDOPT_INLINE double term(double value) { return std::fabs(value); }
   // nan, from either side, stays nan.
   static FUSEDOPT_INLINE double combine(double a, double b) { return a > b || a != a ? a : b; }

@@ -1,4 +1,5 @@
-// What Adam and its kin share: weight decay, then the averages of the gradient and of its square.
+// What Adam and its family share: weight decay, then the averages of the gradient and of its
+// square.
 #pragma once
 
 #include "math/inline.h"

@@ -49,10 +49,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             }
             const c10::NoGradGuard no_grad;
             if (!plan.refresh(param_groups, state)) return false;
-            step(plan.rule(), plan.partitions(),
+            step(plan.rule(), plan.devices(),
                  {max_grad_norm, std::move(adaptive), measure, skip_nonfinite, grad_scale,
                   found_inf, control},
-                 [&] { return plan.memory_in_use(); });
+                 [&] { return plan.keep_alive(); });
             return true;
           },
           py::arg("param_groups"), py::arg("state"), py::arg("max_grad_norm"), py::arg("measure"),

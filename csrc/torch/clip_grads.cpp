@@ -59,7 +59,7 @@ class Collector {
   explicit Collector(bool writes) : writes_(writes) {}
 
   void add(const at::Tensor& grad) {
-    Partition& partition = partitions_[partition_for(grad, partitions_)];
+    DeviceTensors& device_tensors = devices_[device_tensors_for(grad, devices_)];
     void* data = writes_ ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr());
     const bool is_new = !writes_ || grad.numel() == 0 || seen_.emplace(data, grad.numel()).second;
     if (!is_new || !is_dense(grad)) {
@@ -67,7 +67,7 @@ class Collector {
           grad.sizes(), at::infer_dense_strides(grad.sizes(), grad.strides()), grad.options());
       dense.copy_(grad.detach());
       data = dense.mutable_data_ptr();
-      partition.dense_grads.push_back(dense);
+      device_tensors.dense_grads.push_back(dense);
       if (writes_ && is_new) dense_grads_.push_back({grad, std::move(dense)});
     } else if (writes_ && !grad.is_inference()) {
       grad.unsafeGetTensorImpl()->bump_version();  // autograd learns of it
@@ -76,17 +76,17 @@ class Collector {
     entry.param = data;
     entry.numel = grad.numel();
     entry.param_dtype = entry.grad_dtype = entry.state_dtype = to_dtype(grad.scalar_type());
-    partition.tensors.push_back(entry);
+    device_tensors.tensors.push_back(entry);
   }
 
-  std::vector<Partition>& lay_out(const std::string& backend) {
-    for (Partition& partition : partitions_) {
-      partition.lay_out(1, backend == "cuda" || partition.device.is_cuda());
-      for (size_t i = 0; i < partition.tensors.size(); ++i) {
-        partition.grads[i] = partition.tensors[i].param;
+  std::vector<DeviceTensors>& lay_out(const std::string& backend) {
+    for (DeviceTensors& device_tensors : devices_) {
+      device_tensors.lay_out(1, backend == "cuda" || device_tensors.device.is_cuda());
+      for (size_t i = 0; i < device_tensors.tensors.size(); ++i) {
+        device_tensors.grads[i] = device_tensors.tensors[i].param;
       }
     }
-    return partitions_;
+    return devices_;
   }
 
   void store_dense_grads() const {
@@ -95,14 +95,15 @@ class Collector {
 
  private:
   const bool writes_;
-  std::vector<Partition> partitions_;
+  std::vector<DeviceTensors> devices_;
   std::vector<DenseGrad> dense_grads_;
   using Place = std::pair<const void*, int64_t>;
   std::unordered_set<Place, c10::hash<Place>> seen_;
 };
 
-void set_norm(const Partition& partition, const std::variant<at::Tensor, double>& total_norm) {
-  const at::Tensor slot = control_slot(partition, offsetof(StepControl, sum_of_squares));
+void set_norm(const DeviceTensors& device_tensors,
+              const std::variant<at::Tensor, double>& total_norm) {
+  const at::Tensor slot = control_slot(device_tensors, offsetof(StepControl, sum_of_squares));
   const at::Tensor* tensor = std::get_if<at::Tensor>(&total_norm);
   if (tensor == nullptr) {
     slot.fill_(std::get<double>(total_norm));
@@ -130,28 +131,27 @@ std::optional<ClipResult> clip_grads(const py::list& tensors, bool of_params, bo
 
   Collector collector(writes);
   for (const at::Tensor& grad : *grads) collector.add(grad);
-  std::vector<Partition>& partitions = collector.lay_out(backend);
-  std::vector<Pass> passes;
-  for (Partition& partition : partitions) {
-    if (request.total_norm.has_value()) set_norm(partition, *request.total_norm);
-    Pass pass = partition.pass();
-    pass.options.max_grad_norm = request.max_norm;
-    pass.options.skip_nonfinite = request.skip_nonfinite;
-    pass.options.measure = true;
-    pass.options.only_scales = true;
+  std::vector<DeviceTensors>& devices = collector.lay_out(backend);
+  std::vector<StepParams> passes;
+  for (DeviceTensors& device_tensors : devices) {
+    if (request.total_norm.has_value()) set_norm(device_tensors, *request.total_norm);
+    StepParams step = device_tensors.step();
+    step.options.max_grad_norm = request.max_norm;
+    step.options.skip_nonfinite = request.skip_nonfinite;
+    step.options.measure = true;
+    step.options.only_scales = true;
     const bool squares = !request.total_norm.has_value() && request.norm_type == 2;
-    pass.options.norm_type = squares ? NormType::kL2 : NormType::kInf;
-    passes.push_back(pass);
+    step.options.norm_type = squares ? NormType::kL2 : NormType::kInf;
+    passes.push_back(step);
   }
   static const RuleInfo& rule = find_rule("clip_grads");
-  run(rule, partitions, passes, request.total_norm.has_value() ? Phases::kUpdate : Phases::kBoth,
-      [&] {
-        std::vector<c10::Storage> memory;
-        for (const at::Tensor& grad : *grads) memory.push_back(grad.storage());
-        return memory;
-      });
+  run(rule, devices, passes, request.total_norm.has_value() ? Phases::kUpdate : Phases::kBoth, [&] {
+    std::vector<c10::Storage> memory;
+    for (const at::Tensor& grad : *grads) memory.push_back(grad.storage());
+    return memory;
+  });
   collector.store_dense_grads();
-  return ClipResult{control_slot(partitions[0], offsetof(StepControl, grad_norm)).squeeze(), wide};
+  return ClipResult{control_slot(devices[0], offsetof(StepControl, grad_norm)).squeeze(), wide};
 }
 
 }  // namespace fusedopt

@@ -16,8 +16,8 @@ namespace fusedopt {
 namespace {
 
 // The emulator has one device's memory, and its own idea of which tensors lie apart.
-#if !defined(FUSEDOPT_PLACE_OF)
-#define FUSEDOPT_PLACE_OF(tensor) (tensor).device()
+#if !defined(FUSEDOPT_DEVICE_KEY)
+#define FUSEDOPT_DEVICE_KEY(tensor) (tensor).device()
 #endif
 
 // A table in the memory that kernels read: the CPU's, or (without a wait for it) a GPU's.
@@ -55,7 +55,7 @@ DeviceTables::DeviceTables(const std::vector<TensorEntry>& tensors,
   bytes_ = upload(host.data(), host.size(), device, true);
 }
 
-void Partition::lay_out(size_t num_groups, bool runs_on_cuda) {
+void DeviceTensors::lay_out(size_t num_groups, bool runs_on_cuda) {
   for (size_t t = 0; t < tensors.size(); ++t) {
     first_chunk.push_back(static_cast<int64_t>(chunks.size()));
     for (int64_t i = 0; i * kChunkSize < tensors[t].numel; ++i) {
@@ -83,28 +83,28 @@ void Partition::lay_out(size_t num_groups, bool runs_on_cuda) {
   }
 }
 
-Pass Partition::pass() {
-  Pass pass{};
-  pass.tensors = on_cuda ? tables.tensors() : tensors.data();
-  pass.chunks = on_cuda ? tables.chunks() : chunks.data();
-  pass.groups = groups.data();
-  pass.grads = grads.data();
-  pass.chunk_sums = chunk_sums.data_ptr<double>();
-  pass.control = static_cast<StepControl*>(control.data_ptr());
-  pass.num_tensors = static_cast<int64_t>(tensors.size());
-  pass.num_chunks = static_cast<int64_t>(chunks.size());
-  pass.num_groups = static_cast<int64_t>(groups.size());
+StepParams DeviceTensors::step() {
+  StepParams step{};
+  step.tensors = on_cuda ? tables.tensors() : tensors.data();
+  step.chunks = on_cuda ? tables.chunks() : chunks.data();
+  step.groups = groups.data();
+  step.grads = grads.data();
+  step.chunk_sums = chunk_sums.data_ptr<double>();
+  step.control = static_cast<StepControl*>(control.data_ptr());
+  step.num_tensors = static_cast<int64_t>(tensors.size());
+  step.num_chunks = static_cast<int64_t>(chunks.size());
+  step.num_groups = static_cast<int64_t>(groups.size());
   if (param_ring.defined()) {
-    pass.first_chunks = on_cuda ? tables.first_chunks() : first_chunk.data();
-    pass.telemetry.chunks = static_cast<ChunkMeasures*>(chunk_measures.data_ptr());
-    pass.telemetry.params = static_cast<ParamRow*>(param_ring.data_ptr());
-    pass.telemetry.rows = param_ring.size(0);
-    if (step_ring.defined()) pass.telemetry.steps = step_ring.data_ptr<double>();
+    step.first_chunks = on_cuda ? tables.first_chunks() : first_chunk.data();
+    step.telemetry.chunks = static_cast<ChunkMeasures*>(chunk_measures.data_ptr());
+    step.telemetry.params = static_cast<ParamRow*>(param_ring.data_ptr());
+    step.telemetry.rows = param_ring.size(0);
+    if (step_ring.defined()) step.telemetry.steps = step_ring.data_ptr<double>();
   }
-  return pass;
+  return step;
 }
 
-OwnClips Partition::clips_for(ClipKind kind) {
+OwnClips DeviceTensors::clips_for(ClipKind kind) {
   if (kind != ClipKind::kPerTensor && kind != ClipKind::kUnit) return {};
   const auto doubles = at::TensorOptions(device).dtype(at::kDouble);
   const int64_t num_tensors = static_cast<int64_t>(tensors.size());
@@ -130,7 +130,7 @@ OwnClips Partition::clips_for(ClipKind kind) {
   return clips;
 }
 
-void Partition::make_units() {
+void DeviceTensors::make_units() {
   std::vector<Units> units;
   int64_t num_units = 0;
   for (size_t t = 0; t < tensors.size(); ++t) {
@@ -140,15 +140,16 @@ void Partition::make_units() {
   own_clips.units = upload(units.data(), units.size() * sizeof(Units), device, on_cuda);
 }
 
-size_t partition_for(const at::Tensor& tensor, std::vector<Partition>& partitions) {
-  const c10::Device place = FUSEDOPT_PLACE_OF(tensor);
-  const auto found = std::find_if(partitions.begin(), partitions.end(),
-                                  [&](const Partition& it) { return it.place == place; });
-  if (found != partitions.end()) return found - partitions.begin();
-  Partition& partition = partitions.emplace_back();
-  partition.device = tensor.device();
-  partition.place = place;
-  return partitions.size() - 1;
+size_t device_tensors_for(const at::Tensor& tensor, std::vector<DeviceTensors>& devices) {
+  const c10::Device device_key = FUSEDOPT_DEVICE_KEY(tensor);
+  const auto found = std::find_if(devices.begin(), devices.end(), [&](const DeviceTensors& it) {
+    return it.device_key == device_key;
+  });
+  if (found != devices.end()) return found - devices.begin();
+  DeviceTensors& device_tensors = devices.emplace_back();
+  device_tensors.device = tensor.device();
+  device_tensors.device_key = device_key;
+  return devices.size() - 1;
 }
 
 }  // namespace fusedopt

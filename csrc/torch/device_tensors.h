@@ -43,14 +43,14 @@ class DeviceTables {
 };
 
 // What clips that look at every tensor or unit by itself need, on the device.
-struct OwnClipMemory {
+struct SegmentMemory {
   at::Tensor units, tensor_norms, unit_sums, coefs, chunk_coefs;
 };
 
 // The tensors of one device: what one pass walks over.
-struct Partition {
+struct DeviceTensors {
   c10::Device device = at::kCPU;
-  c10::Device place = at::kCPU;  // the same one, if not for tests; see partition_for
+  c10::Device device_key = at::kCPU;  // the same one, if not for tests; see partition_for
   std::vector<TensorEntry> tensors;
   std::vector<Chunk> chunks;
   std::vector<int64_t> first_chunk;  // of each tensor, and the end of the last
@@ -64,18 +64,19 @@ struct Partition {
   at::Tensor chunk_sums;
   at::Tensor chunk_measures, step_ring, param_ring;  // telemetry, if it was asked for
   at::Tensor control;                                // a StepControl
-  OwnClipMemory own_clips;
-  DeviceTables tables;              // CUDA only
-  at::Tensor moving;                // CUDA only: what doesn't fit in a kernel's arguments
-  std::optional<c10::Stream> home;  // CUDA only: the stream that was current at the first pass
-  at::Tensor clip_state;            // of an adaptive limit, at this step
+  SegmentMemory own_clips;
+  DeviceTables tables;   // CUDA only
+  at::Tensor step_args;  // CUDA only: what doesn't fit in a kernel's arguments
+  std::optional<c10::Stream>
+      alloc_stream;       // CUDA only: the stream that was current at the first pass
+  at::Tensor clip_state;  // of an adaptive limit, at this step
   bool on_cuda = false;
 
   // Once all tensors are known: the chunks, and memory for what the passes write.
   void lay_out(size_t num_groups, bool runs_on_cuda);
 
   // A pass over these tensors; its options are the caller's.
-  Pass pass();
+  StepParams step();
 
   // What a clip of that kind needs beside.
   OwnClips clips_for(ClipKind kind);
@@ -85,6 +86,6 @@ struct Partition {
 };
 
 // Which of the partitions is that of the tensor's device: a new one for the first tensor on it.
-size_t partition_for(const at::Tensor& tensor, std::vector<Partition>& partitions);
+size_t device_tensors_for(const at::Tensor& tensor, std::vector<DeviceTensors>& devices);
 
 }  // namespace fusedopt

@@ -10,7 +10,7 @@
 namespace fusedopt {
 
 // Before kernels that use the partition's memory are launched on the current stream.
-void keep_for_current_stream(Partition& partition, cudaStream_t stream);
+void keep_for_current_stream(DeviceTensors& device_tensors, cudaStream_t stream);
 
 }  // namespace fusedopt
 

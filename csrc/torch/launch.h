@@ -13,15 +13,15 @@
 namespace fusedopt {
 
 // What keeps the memory that a run reads and writes.
-using Owners = c10::function_ref<std::vector<c10::Storage>()>;
+using KeepAlive = c10::function_ref<std::vector<c10::Storage>()>;
 
 // `passes`: one per partition. `owners` is called where other Python threads may run beside the
 // passes.
-void run(const RuleInfo& rule, std::vector<Partition>& partitions, const std::vector<Pass>& passes,
-         Phases phases, Owners owners);
+void run(const RuleInfo& rule, std::vector<DeviceTensors>& devices,
+         const std::vector<StepParams>& passes, Phases phases, KeepAlive keep_alive);
 
 // The double at that offset in the partition's StepControl, shape (1,).
-at::Tensor control_slot(const Partition& partition, size_t offset);
+at::Tensor control_slot(const DeviceTensors& device_tensors, size_t offset);
 
 // CUDA kernels are in this build. Whether there is a device to run them is torch's to say.
 bool built_with_cuda();

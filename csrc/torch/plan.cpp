@@ -53,12 +53,13 @@ at::ScalarType grad_dtype_for(at::ScalarType param, at::ScalarType grad) {
 }
 
 // Anything else is for Python to refuse by name, or for a plan that knows it.
-bool is_ordinary(const at::Tensor& grad, const Source& source) {
+bool is_ordinary(const at::Tensor& grad, const PlanParam& plan_param) {
   const at::ScalarType dtype = grad.scalar_type();
-  return (dtype == source.grad_dtype ||
-          (has_kernels(dtype) && grad_dtype_for(source.dtype, dtype) == source.grad_dtype)) &&
-         grad.layout() == at::kStrided && grad.device() == source.device &&
-         equal(grad.unsafeGetTensorImpl()->sizes(), source.sizes);
+  return (dtype == plan_param.grad_dtype ||
+          (has_kernels(dtype) &&
+           grad_dtype_for(plan_param.dtype, dtype) == plan_param.grad_dtype)) &&
+         grad.layout() == at::kStrided && grad.device() == plan_param.device &&
+         equal(grad.unsafeGetTensorImpl()->sizes(), plan_param.sizes);
 }
 
 // How many tensors ahead to prefetch: as many as are looked at while one comes from memory.
@@ -66,11 +67,11 @@ constexpr size_t kAhead = 6;
 
 }  // namespace
 
-bool StateItem::laid_out_as(const Source* source) const {
-  if (seen.impl->storage_offset() != storage_offset || seen.impl->dtype() != dtype) return false;
+bool StateItem::laid_out_as(const PlanParam* plan_param) const {
+  if (guard.impl->storage_offset() != storage_offset || guard.impl->dtype() != dtype) return false;
   if (!is_tensor) return true;
-  return equal(seen.impl->sizes(), source->sizes) &&
-         equal(seen.impl->strides(), source->dense_strides);
+  return equal(guard.impl->sizes(), plan_param->sizes) &&
+         equal(guard.impl->strides(), plan_param->dense_strides);
 }
 
 Plan::Plan(const std::string& rule, const std::string& backend, const py::list& param_groups,
@@ -87,84 +88,86 @@ Plan::Plan(const std::string& rule, const std::string& backend, const py::list& 
     states_used_.push_back(read_group(rule_, names_, group.ptr(), device).states_used);
     listed_.emplace_back();
     for (const py::handle& param : params) {
-      const auto [found, is_new] = known.try_emplace(param.ptr(), sources_.size());
+      const auto [found, is_new] = known.try_emplace(param.ptr(), params_.size());
       listed_.back().push_back(found->second);
-      if (is_new) add_source(param.ptr(), index);  // else listed before: updated once
+      if (is_new) add_param(param.ptr(), index);  // else listed before: updated once
     }
   }
   PyObject *key, *value;
   for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &value);) {
     const int first_item = static_cast<int>(items_.size());
     const auto found = known.find(key);
-    if (found != known.end()) add_state(sources_[found->second], value);
-    const Source* source = found == known.end() ? nullptr : &sources_[found->second];
-    state_entries_.push_back({key, value, 0, source, first_item, static_cast<int>(items_.size())});
+    if (found != known.end()) add_state(params_[found->second], value);
+    const PlanParam* plan_param = found == known.end() ? nullptr : &params_[found->second];
+    state_entries_.push_back(
+        {key, value, 0, plan_param, first_item, static_cast<int>(items_.size())});
   }
-  for (Source& source : sources_) {
-    PyObject* counter = find(counters.ptr(), source.seen.object);
-    if (counter != nullptr) add_counter(source, counter);
-    const int states = __builtin_popcount(states_used_[source.group]);
-    source.complete = source.items == static_cast<int>(rule_.scalars.size()) + states;
+  for (PlanParam& plan_param : params_) {
+    PyObject* counter = find(counters.ptr(), plan_param.guard.object);
+    if (counter != nullptr) add_counter(plan_param, counter);
+    const int states = __builtin_popcount(states_used_[plan_param.group]);
+    plan_param.complete = plan_param.items == static_cast<int>(rule_.scalars.size()) + states;
   }
-  for (size_t i = 0; i < partitions_.size(); ++i) {
-    Partition& partition = partitions_[i];
-    if (!rings.empty()) partition.param_ring = rings.at(1 + i);
-    if (i == 0 && !rings.empty()) partition.step_ring = rings[0];
-    partition.lay_out(listed_.size(), backend == "cuda" || partition.device.is_cuda());
+  for (size_t i = 0; i < devices_.size(); ++i) {
+    DeviceTensors& device_tensors = devices_[i];
+    if (!rings.empty()) device_tensors.param_ring = rings.at(1 + i);
+    if (i == 0 && !rings.empty()) device_tensors.step_ring = rings[0];
+    device_tensors.lay_out(listed_.size(), backend == "cuda" || device_tensors.device.is_cuda());
   }
 }
 
-void Plan::add_source(PyObject* object, uint32_t group) {
+void Plan::add_param(PyObject* object, uint32_t group) {
   const at::Tensor& param = unpack(object);
   const at::ScalarType dtype = param.scalar_type();
-  Source source;
-  source.seen = Sighting::of(object);
-  source.autograd_meta = source.seen.impl->autograd_meta();
-  source.group = group;
-  source.device = param.device();
-  source.dtype = dtype;
+  PlanParam plan_param;
+  plan_param.guard = TensorGuard::of(object);
+  plan_param.autograd_meta = plan_param.guard.impl->autograd_meta();
+  plan_param.group = group;
+  plan_param.device = param.device();
+  plan_param.dtype = dtype;
   const at::Tensor& grad = param.grad();
-  source.grad_dtype = grad_dtype_for(dtype, grad.defined() ? grad.scalar_type() : dtype);
-  source.storage_offset = param.storage_offset();
-  source.sizes = param.sizes();
-  source.strides = source.dense_strides = param.strides();
+  plan_param.grad_dtype = grad_dtype_for(dtype, grad.defined() ? grad.scalar_type() : dtype);
+  plan_param.storage_offset = param.storage_offset();
+  plan_param.sizes = param.sizes();
+  plan_param.strides = plan_param.dense_strides = param.strides();
   if (!param.is_non_overlapping_and_dense()) {
-    source.dense_strides = at::infer_dense_strides(param.sizes(), param.strides());
+    plan_param.dense_strides = at::infer_dense_strides(param.sizes(), param.strides());
   }
-  source.partition = static_cast<int>(partition_for(param, partitions_));
-  Partition& partition = partitions_[source.partition];
-  source.index = static_cast<int>(partition.tensors.size());
+  plan_param.device_tensors = static_cast<int>(device_tensors_for(param, devices_));
+  DeviceTensors& device_tensors = devices_[plan_param.device_tensors];
+  plan_param.index = static_cast<int>(device_tensors.tensors.size());
 
   TensorEntry entry{};
   entry.param = param.data_ptr();
   entry.numel = param.numel();
   entry.group = group;
   entry.param_dtype = entry.state_dtype = to_dtype(dtype);
-  entry.grad_dtype = to_dtype(source.grad_dtype);
-  partition.numbers.push_back(static_cast<int64_t>(sources_.size()));
+  entry.grad_dtype = to_dtype(plan_param.grad_dtype);
+  device_tensors.numbers.push_back(static_cast<int64_t>(params_.size()));
   const int64_t units = param.dim() > 1 ? std::max<int64_t>(1, param.size(0)) : 1;
-  partition.unit_sizes.push_back(std::max<int64_t>(1, param.numel() / units));
-  if (!same_layout(param.sizes(), param.strides(), source.dense_strides) || param.is_neg()) {
-    at::Tensor dense = at::empty_strided(param.sizes(), source.dense_strides, param.options());
+  device_tensors.unit_sizes.push_back(std::max<int64_t>(1, param.numel() / units));
+  if (!same_layout(param.sizes(), param.strides(), plan_param.dense_strides) || param.is_neg()) {
+    at::Tensor dense = at::empty_strided(param.sizes(), plan_param.dense_strides, param.options());
     entry.param = dense.data_ptr();
-    partition.dense_params.push_back({param.unsafeGetTensorImpl(), source.index, dense, {}});
+    device_tensors.dense_params.push_back(
+        {param.unsafeGetTensorImpl(), plan_param.index, dense, {}});
   }
-  partition.tensors.push_back(entry);
-  sources_.push_back(std::move(source));
+  device_tensors.tensors.push_back(entry);
+  params_.push_back(std::move(plan_param));
 }
 
-void Plan::add_state(Source& source, PyObject* state) {
-  TensorEntry& entry = partitions_[source.partition].tensors[source.index];
-  const uint32_t states_used = states_used_[source.group];
+void Plan::add_state(PlanParam& plan_param, PyObject* state) {
+  TensorEntry& entry = devices_[plan_param.device_tensors].tensors[plan_param.index];
+  const uint32_t states_used = states_used_[plan_param.group];
   PyObject *key, *value;
   for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
     items_.push_back({key, {}, 0, {}, false});
     const std::string name = py::cast<std::string>(py::str(py::handle(key)));
     const auto use = [&] {
-      items_.back().seen = Sighting::of(value);
+      items_.back().guard = TensorGuard::of(value);
       items_.back().storage_offset = unpack(value).storage_offset();
       items_.back().dtype = unpack(value).dtype();
-      ++source.items;
+      ++plan_param.items;
       return unpack(value).data_ptr();
     };
     for (size_t k = 0; k < rule_.scalars.size(); ++k) {
@@ -180,22 +183,22 @@ void Plan::add_state(Source& source, PyObject* state) {
 }
 
 // It is the first of the rule's scalars. Nobody else has it, so that it stays where it is.
-void Plan::add_counter(Source& source, PyObject* counter) {
-  TensorEntry& entry = partitions_[source.partition].tensors[source.index];
+void Plan::add_counter(PlanParam& plan_param, PyObject* counter) {
+  TensorEntry& entry = devices_[plan_param.device_tensors].tensors[plan_param.index];
   entry.scalars[0] = static_cast<float*>(unpack(counter).data_ptr());
-  ++source.items;
+  ++plan_param.items;
 }
 
 bool Plan::refresh(const py::list& param_groups, const py::dict& state) {
   if (!same_lists(param_groups) || !same_state(state) || !same_groups(param_groups)) return false;
-  for (Partition& partition : partitions_) partition.dense_grads.clear();
-  for (size_t i = 0; i < sources_.size(); ++i) {
-    if (i + kAhead < sources_.size()) {
-      sources_[i + kAhead].seen.prefetch();
-      __builtin_prefetch(sources_[i + kAhead].autograd_meta);
-      sources_[i + kAhead].grad_seen.prefetch();
+  for (DeviceTensors& device_tensors : devices_) device_tensors.dense_grads.clear();
+  for (size_t i = 0; i < params_.size(); ++i) {
+    if (i + kAhead < params_.size()) {
+      params_[i + kAhead].guard.prefetch();
+      __builtin_prefetch(params_[i + kAhead].autograd_meta);
+      params_[i + kAhead].grad_guard.prefetch();
     }
-    if (!same_param(sources_[i]) || !gather_grad(sources_[i])) return false;
+    if (!same_param(params_[i]) || !gather_grad(params_[i])) return false;
   }
   return true;
 }
@@ -209,7 +212,7 @@ bool Plan::same_lists(const py::list& param_groups) const {
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(params);
     if (count != static_cast<Py_ssize_t>(listed_[g].size())) return false;
     for (Py_ssize_t i = 0; i < count; ++i) {
-      if (PySequence_Fast_GET_ITEM(params, i) != sources_[listed_[g][i]].seen.object) return false;
+      if (PySequence_Fast_GET_ITEM(params, i) != params_[listed_[g][i]].guard.object) return false;
     }
   }
   return true;
@@ -224,7 +227,7 @@ bool Plan::same_state(const py::dict& state) {
     if (e + kAhead < state_entries_.size()) {
       const StateEntry& next = state_entries_[e + kAhead];
       __builtin_prefetch(next.value);
-      for (int i = next.first_item; i < next.last_item; ++i) items_[i].seen.prefetch();
+      for (int i = next.first_item; i < next.last_item; ++i) items_[i].guard.prefetch();
     }
     StateEntry& entry = state_entries_[e];
     if (entry.first_item == entry.last_item) continue;
@@ -234,8 +237,8 @@ bool Plan::same_state(const py::dict& state) {
     }
     for (int i = entry.first_item; i < entry.last_item; ++i) {
       const StateItem& item = items_[i];
-      if (item.seen.object == nullptr) continue;
-      if (!item.seen.is_unchanged() || !item.laid_out_as(entry.source)) return false;
+      if (item.guard.object == nullptr) continue;
+      if (!item.guard.is_unchanged() || !item.laid_out_as(entry.plan_param)) return false;
     }
   }
   return true;
@@ -260,90 +263,92 @@ bool Plan::same_items(const StateEntry& entry) const {
   Py_ssize_t at = 0;
   for (int i = entry.first_item; i < entry.last_item; ++i) {
     if (!PyDict_Next(entry.value, &at, &name, &tensor) || name != items_[i].key) return false;
-    if (items_[i].seen.object != nullptr && !items_[i].seen.is_of(tensor)) return false;
+    if (items_[i].guard.object != nullptr && !items_[i].guard.is_of(tensor)) return false;
   }
   return true;
 }
 
 bool Plan::same_groups(const py::list& param_groups) {
-  for (Partition& partition : partitions_) {
+  for (DeviceTensors& device_tensors : devices_) {
     for (size_t g = 0; g < listed_.size(); ++g) {
       PyObject* group = PyList_GET_ITEM(param_groups.ptr(), g);
       try {
-        partition.groups[g] = read_group(rule_, names_, group, partition.device);
+        device_tensors.groups[g] = read_group(rule_, names_, group, device_tensors.device);
       } catch (const std::exception&) {
         return false;  // Python says what is wrong with it, and where
       }
-      if (partition.groups[g].states_used != states_used_[g]) return false;
+      if (device_tensors.groups[g].states_used != states_used_[g]) return false;
     }
   }
   return true;
 }
 
-bool Plan::same_param(const Source& source) const {
-  if (!source.seen.is_of(source.seen.object) || !source.seen.is_unchanged()) return false;
-  const c10::TensorImpl* impl = source.seen.impl;
-  return equal(impl->sizes(), source.sizes) && equal(impl->strides(), source.strides) &&
-         impl->storage_offset() == source.storage_offset &&
-         impl->dtype() == c10::scalarTypeToTypeMeta(source.dtype);
+bool Plan::same_param(const PlanParam& plan_param) const {
+  if (!plan_param.guard.is_of(plan_param.guard.object) || !plan_param.guard.is_unchanged())
+    return false;
+  const c10::TensorImpl* impl = plan_param.guard.impl;
+  return equal(impl->sizes(), plan_param.sizes) && equal(impl->strides(), plan_param.strides) &&
+         impl->storage_offset() == plan_param.storage_offset &&
+         impl->dtype() == c10::scalarTypeToTypeMeta(plan_param.dtype);
 }
 
 // Finds a parameter's gradient, if it has one, as the kernels are to see it.
-bool Plan::gather_grad(Source& source) {
-  Partition& partition = partitions_[source.partition];
-  const TensorEntry& entry = partition.tensors[source.index];
-  const at::Tensor& param = unpack(source.seen.object);
+bool Plan::gather_grad(PlanParam& plan_param) {
+  DeviceTensors& device_tensors = devices_[plan_param.device_tensors];
+  const TensorEntry& entry = device_tensors.tensors[plan_param.index];
+  const at::Tensor& param = unpack(plan_param.guard.object);
   const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
-  const void*& slot = partition.grads[source.index];
+  const void*& slot = device_tensors.grads[plan_param.index];
   slot = nullptr;
   if (!grad.defined()) return true;
-  source.grad_seen.impl = grad.unsafeGetTensorImpl();
-  source.grad_seen.storage = source.grad_seen.impl->unsafe_storage().unsafeGetStorageImpl();
-  if (!source.complete || !is_ordinary(grad, source)) return false;
+  plan_param.grad_guard.impl = grad.unsafeGetTensorImpl();
+  plan_param.grad_guard.storage =
+      plan_param.grad_guard.impl->unsafe_storage().unsafeGetStorageImpl();
+  if (!plan_param.complete || !is_ordinary(grad, plan_param)) return false;
   // Autograd learns of the update as of any other in-place operation.
   if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
-  const bool direct =
-      grad.scalar_type() == source.grad_dtype && !grad.is_neg() &&
-      same_layout(source.sizes, source.grad_seen.impl->strides(), source.dense_strides);
+  const bool direct = grad.scalar_type() == plan_param.grad_dtype && !grad.is_neg() &&
+                      same_layout(plan_param.sizes, plan_param.grad_guard.impl->strides(),
+                                  plan_param.dense_strides);
   static const char kEmpty = 0;  // an empty gradient is one all the same
   if (direct) {
     slot = entry.numel == 0 ? &kEmpty : grad.unsafeGetTensorImpl()->data();
     return slot != nullptr;
   }
-  at::Tensor dense = at::empty_strided(grad.sizes(), source.dense_strides,
-                                       grad.options().dtype(source.grad_dtype));
+  at::Tensor dense = at::empty_strided(grad.sizes(), plan_param.dense_strides,
+                                       grad.options().dtype(plan_param.grad_dtype));
   dense.copy_(grad.detach());
   slot = entry.numel == 0 ? &kEmpty : dense.data_ptr();
-  partition.dense_grads.push_back(std::move(dense));
+  device_tensors.dense_grads.push_back(std::move(dense));
   return true;
 }
 
-std::vector<c10::Storage> Plan::memory_in_use() const {
+std::vector<c10::Storage> Plan::keep_alive() const {
   std::vector<c10::Storage> result;
-  for (const Source& source : sources_) {
-    const at::Tensor& param = unpack(source.seen.object);
+  for (const PlanParam& plan_param : params_) {
+    const at::Tensor& param = unpack(plan_param.guard.object);
     result.push_back(param.storage());
     if (param.grad().defined()) result.push_back(param.grad().storage());
   }
   for (const StateItem& item : items_) {
-    if (item.seen.object != nullptr) result.push_back(unpack(item.seen.object).storage());
+    if (item.guard.object != nullptr) result.push_back(unpack(item.guard.object).storage());
   }
   return result;
 }
 
 std::vector<std::pair<int, int>> Plan::nonfinite() const {
   std::vector<at::Tensor> sums;
-  for (const Partition& partition : partitions_) {
-    sums.push_back(partition.chunk_sums.to(at::kCPU).contiguous());
+  for (const DeviceTensors& device_tensors : devices_) {
+    sums.push_back(device_tensors.chunk_sums.to(at::kCPU).contiguous());
   }
   std::vector<std::pair<int, int>> result;
   for (size_t g = 0; g < listed_.size(); ++g) {
     for (size_t i = 0; i < listed_[g].size(); ++i) {
-      const Source& source = sources_[listed_[g][i]];
-      const std::vector<int64_t>& first = partitions_[source.partition].first_chunk;
-      const double* sum = sums[source.partition].data_ptr<double>();
+      const PlanParam& plan_param = params_[listed_[g][i]];
+      const std::vector<int64_t>& first = devices_[plan_param.device_tensors].first_chunk;
+      const double* sum = sums[plan_param.device_tensors].data_ptr<double>();
       bool finite = true;
-      for (int64_t c = first[source.index]; c < first[source.index + 1]; ++c) {
+      for (int64_t c = first[plan_param.index]; c < first[plan_param.index + 1]; ++c) {
         finite = finite && std::isfinite(sum[c]);
       }
       if (!finite) result.emplace_back(static_cast<int>(g), static_cast<int>(i));

@@ -18,15 +18,15 @@
 namespace fusedopt {
 
 // One parameter.
-struct Source {
-  Sighting seen;
-  Sighting grad_seen;                   // at the last step; often it is there again
+struct PlanParam {
+  TensorGuard guard;
+  TensorGuard grad_guard;               // at the last step; often it is there again
   const void* autograd_meta = nullptr;  // which holds the gradient; only to prefetch it
   uint32_t group = 0;
-  int partition = 0;      // which of the devices
-  int index = 0;          // in the partition
-  int items = 0;          // of its state that were found
-  bool complete = false;  // all of them: else its first gradient asks for a new plan
+  int device_tensors = 0;  // which of the devices
+  int index = 0;           // in the partition
+  int items = 0;           // of its state that were found
+  bool complete = false;   // all of them: else its first gradient asks for a new plan
   c10::Device device = at::kCPU;
   at::ScalarType dtype = at::kFloat;
   at::ScalarType grad_dtype = at::kFloat;  // as the kernels read it
@@ -38,12 +38,12 @@ struct Source {
 // One item of a parameter's state: a scalar such as `step`, or a tensor shaped as the parameter.
 struct StateItem {
   PyObject* key;
-  Sighting seen;  // of nothing, where it is somebody else's and may change as it likes
+  TensorGuard guard;  // of nothing, where it is somebody else's and may change as it likes
   int64_t storage_offset;
   caffe2::TypeMeta dtype;
   bool is_tensor;
 
-  bool laid_out_as(const Source* source) const;
+  bool laid_out_as(const PlanParam* plan_param) const;
 };
 
 class Plan {
@@ -60,10 +60,10 @@ class Plan {
   bool refresh(const py::list& param_groups, const py::dict& state);
 
   const RuleInfo& rule() const { return rule_; }
-  std::vector<Partition>& partitions() { return partitions_; }
+  std::vector<DeviceTensors>& devices() { return devices_; }
   // Owners of all that a pass reads and writes, for as long as Python may run beside it. Not the
   // tensors: another thread may give one of them other memory.
-  std::vector<c10::Storage> memory_in_use() const;
+  std::vector<c10::Storage> keep_alive() const;
 
   // (group, index in the group) of the parameters whose gradients' squares don't sum up to a finite
   // number. Waits for the device.
@@ -74,32 +74,32 @@ class Plan {
   struct StateEntry {
     PyObject* key;
     PyObject* value;
-    uint64_t version;           // of the dict, when its items were looked at
-    const Source* source;       // null where the key is not one of the parameters
-    int first_item, last_item;  // of items_
+    uint64_t version;             // of the dict, when its items were looked at
+    const PlanParam* plan_param;  // null where the key is not one of the parameters
+    int first_item, last_item;    // of items_
   };
 
-  void add_source(PyObject* param, uint32_t group);
-  void add_state(Source& source, PyObject* state);
-  void add_counter(Source& source, PyObject* counter);
+  void add_param(PyObject* param, uint32_t group);
+  void add_state(PlanParam& plan_param, PyObject* state);
+  void add_counter(PlanParam& plan_param, PyObject* counter);
 
   bool same_lists(const py::list& param_groups) const;
   bool same_state(const py::dict& state);
   bool same_entries(const py::dict& state) const;
   bool same_items(const StateEntry& entry) const;
   bool same_groups(const py::list& param_groups);
-  bool same_param(const Source& source) const;
-  bool gather_grad(Source& source);
+  bool same_param(const PlanParam& plan_param) const;
+  bool gather_grad(PlanParam& plan_param);
 
   const RuleInfo& rule_;
   std::vector<PyObject*> names_;          // of the hyperparameters
   std::vector<std::vector<int>> listed_;  // by group: the sources, in the order of its list
   std::vector<uint32_t> states_used_;     // by group
-  std::vector<Source> sources_;           // each parameter once
+  std::vector<PlanParam> params_;         // each parameter once
   std::vector<StateEntry> state_entries_;
   uint64_t state_version_ = 0;    // of optimizer.state, when its entries were looked at
   std::vector<StateItem> items_;  // of all entries, in the order of their dicts
-  std::vector<Partition> partitions_;
+  std::vector<DeviceTensors> devices_;
 };
 
 }  // namespace fusedopt

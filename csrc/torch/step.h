@@ -29,7 +29,7 @@ struct StepRequest {
 };
 
 // Of tensors and gradients as the plan has just found them.
-void step(const RuleInfo& rule, std::vector<Partition>& partitions, const StepRequest& request,
-          Owners owners);
+void step(const RuleInfo& rule, std::vector<DeviceTensors>& devices, const StepRequest& request,
+          KeepAlive keep_alive);
 
 }  // namespace fusedopt

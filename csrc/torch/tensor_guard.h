@@ -6,19 +6,19 @@
 namespace fusedopt {
 
 // Nothing is owned: the addresses are compared with what is there now, and serve to prefetch it.
-struct Sighting {
+struct TensorGuard {
   PyObject* object = nullptr;
   const c10::TensorImpl* impl = nullptr;
   const c10::StorageImpl* storage = nullptr;
   const void* base = nullptr;  // of the storage
 
-  static Sighting of(PyObject* tensor) {
-    Sighting sighting;
-    sighting.object = tensor;
-    sighting.impl = THPVariable_Unpack(tensor).unsafeGetTensorImpl();
-    sighting.storage = sighting.impl->unsafe_storage().unsafeGetStorageImpl();
-    sighting.base = base_of(sighting.storage);
-    return sighting;
+  static TensorGuard of(PyObject* tensor) {
+    TensorGuard guard;
+    guard.object = tensor;
+    guard.impl = THPVariable_Unpack(tensor).unsafeGetTensorImpl();
+    guard.storage = guard.impl->unsafe_storage().unsafeGetStorageImpl();
+    guard.base = base_of(guard.storage);
+    return guard;
   }
 
   void prefetch() const {

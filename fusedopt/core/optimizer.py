@@ -17,7 +17,7 @@ from fusedopt.core import backends, checkpoint, checks, state
 from fusedopt.core.readings import Readings
 from fusedopt.core.settings import NonFinite
 from fusedopt.core.skip_limit import SkipLimit, TooManySkipsError
-from fusedopt.reference import Control, Group, Request, Rule, norms
+from fusedopt.reference import Control, Group, Rule, StepOptions, norms
 from fusedopt.reference.groups import name_of
 from fusedopt.reference.limits import AdaptiveClip
 from fusedopt.telemetry import Rings, explain
@@ -88,8 +88,8 @@ class FusedOptimizer(Readings):
         self._backend = checks.check_choice("backend", backend, checks.BACKENDS)
         backends.choose(self._backend, [])
         self._plan = None
-        self._counters: dict[Tensor, Tensor] = {}  # by parameter: see `Rule.counts_apart`
-        self._perhaps_unused: list[Tensor] = []
+        self._counters: dict[Tensor, Tensor] = {}  # by parameter: see `Rule.hidden_step`
+        self._provisional_state: list[Tensor] = []
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -103,13 +103,13 @@ class FusedOptimizer(Readings):
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Waits for the device where that has not yet said whether it used a state."""
         with self._lock:
-            self._perhaps_unused = [
+            self._provisional_state = [
                 param
-                for param in dict.fromkeys(self._perhaps_unused)
+                for param in dict.fromkeys(self._provisional_state)
                 if param in self.state and self._count_of(param) == 0
             ]
             # They come back: a captured graph may use them.
-            unused = {param: self.state.pop(param) for param in self._perhaps_unused}
+            unused = {param: self.state.pop(param) for param in self._provisional_state}
             try:
                 state_dict = super().state_dict()
             finally:
@@ -122,7 +122,7 @@ class FusedOptimizer(Readings):
 
     def _count_of(self, param: Tensor) -> Tensor | None:
         """How many steps a parameter's state has been through."""
-        if self.rule.counts_apart:
+        if self.rule.hidden_step:
             return self._counters.get(param)
         return self.state.get(param, {}).get(self.rule.counter)
 
@@ -174,45 +174,45 @@ class FusedOptimizer(Readings):
         if torch.compiler.is_compiling():
             _untraced_step(self)
         else:
-            self._step_alone()
+            self._locked_step()
         return loss
 
-    def _step_alone(self) -> None:
+    def _locked_step(self) -> None:
         """While a large step lets other threads run, none of them enters this optimizer."""
         with self._lock:
             self._fused_step()
 
     def _fused_step(self) -> None:
         mode = self._nonfinite_mode()
-        request = self._request(mode)
+        options = self._step_options(mode)
         control = self._readings()
         new_states: list[Tensor] = []
         if self._plan is None or not self._plan.step(
-            self.param_groups, self.state, *request.for_kernels(), control=control
+            self.param_groups, self.state, *options.for_kernels(), control=control
         ):
             self._plan, new_states = self._prepare()
-            request = self._request(mode)  # a limit's state may have moved
+            options = self._step_options(mode)  # a limit's state may have moved
             if self._plan is None:
                 reference.step(
                     self.rule,
                     self.param_groups,
                     self.state,
                     self._counters,
-                    request,
+                    options,
                     control,
                     self._rings,
                 )
             elif not self._plan.step(
-                self.param_groups, self.state, *request.for_kernels(), control=control
+                self.param_groups, self.state, *options.for_kernels(), control=control
             ):
                 raise RuntimeError("fusedopt: a new plan doesn't fit its parameters; please report")
         raises = mode == "raise"
         # State comes with a parameter's first step that was not skipped, as far as the host knows.
         if new_states and not (raises or control.device.type == "cpu"):
-            self._perhaps_unused += new_states
+            self._provisional_state += new_states
         elif new_states and self.step_skipped:
-            self._forget(new_states)
-        if raises and self._met_nonfinite(request, control):
+            self._drop_state(new_states)
+        if raises and self._met_nonfinite(options, control):
             raise self._nonfinite_error()
         limit: SkipLimit | None = self._own["skip_limit"]
         if limit is not None and limit.exceeded(control):
@@ -221,14 +221,14 @@ class FusedOptimizer(Readings):
                 f"{self.explain()}"
             )
 
-    def _request(self, mode: NonFinite) -> Request:
+    def _step_options(self, mode: NonFinite) -> StepOptions:
         """What this step is to do. A scaler sets `grad_scale` and `found_inf`, as torch's do."""
         scaled = self.grad_scale is not None or self.found_inf is not None
         limit = self.max_grad_norm
         clip = None
         if isinstance(limit, AdaptiveClip):
             limit, clip = limit.max_norm, (limit, self._clip_state(limit))
-        return Request(
+        return StepOptions(
             max_grad_norm=math.inf if limit is None else limit,
             measure=self.max_grad_norm is not None or mode != "propagate" or scaled,
             skip_nonfinite=mode != "propagate",
@@ -243,7 +243,7 @@ class FusedOptimizer(Readings):
         device = self._readings().device
         num_params = sum(len(group["params"]) for group in self.param_groups)
         before = self._own["clip_state"]
-        state = clip.fit(before, num_params, device)
+        state = clip.resize(before, num_params, device)
         if state is not before and state.numel() > 0:
             checks.check_new_state(str(clip), "a step with this max_grad_norm")
         self._own["clip_state"] = state
@@ -260,7 +260,7 @@ class FusedOptimizer(Readings):
         if isinstance(limit, AdaptiveClip) and state is not None and before is not None:
             same = len(before) == len(params) and all(map(operator.is_, before, params))
             if not same:
-                self._own["clip_state"] = limit.moved(state, before, params)
+                self._own["clip_state"] = limit.reorder(state, before, params)
         self._own["clip_params"] = params
 
     def _nonfinite_mode(self) -> NonFinite:
@@ -297,18 +297,18 @@ class FusedOptimizer(Readings):
         ]
         self._move_clip_state()
         if self._rings is not None:
-            self._rings.fit(self.param_groups)
+            self._rings.resize(self.param_groups)
         rings = [] if self._rings is None else self._rings.tensors()
         try:
             plan = backends.new_plan(
                 backend, self.rule, self.param_groups, self.state, self._counters, rings
             )
         except Exception:
-            self._forget(new_states)
+            self._drop_state(new_states)
             raise
         return plan, new_states
 
-    def _forget(self, params: list[Tensor]) -> None:
+    def _drop_state(self, params: list[Tensor]) -> None:
         if params:
             self._plan = None
         for param in params:
@@ -316,10 +316,10 @@ class FusedOptimizer(Readings):
             self._counters.pop(param, None)
 
     @staticmethod
-    def _met_nonfinite(request: Request, control: Tensor) -> bool:
+    def _met_nonfinite(options: StepOptions, control: Tensor) -> bool:
         """Whether the step was skipped for its gradients, not because a scaler asked for it."""
         finite = math.isfinite(control[Control.SUM_OF_SQUARES].item())
-        return not finite and not request.asks_for_skip()
+        return not finite and not options.asks_for_skip()
 
     def _nonfinite_error(self) -> checks.NonFiniteGradientError:
         places = self._nonfinite_places()
@@ -380,18 +380,18 @@ class FusedOptimizer(Readings):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"_own": dict(self._own)}
-        kept = ("_backend", "_counters", "_perhaps_unused", "_rings")
+        kept = ("_backend", "_counters", "_provisional_state", "_rings")
         return {**super().__getstate__(), **own, **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # load_state_dict comes here too: everything has moved, and no loaded state is a new one.
         self._plan = None
         self._counters = {}
-        self._perhaps_unused = []
+        self._provisional_state = []
         if "_lock" not in self.__dict__:
             self._lock = threading.RLock()
         super().__setstate__(state)
 
 
 # Where torch.compile meets a step, it breaks the graph instead of looking for one inside.
-_untraced_step = _disable_dynamo(FusedOptimizer._step_alone)
+_untraced_step = _disable_dynamo(FusedOptimizer._locked_step)

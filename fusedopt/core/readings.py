@@ -77,7 +77,7 @@ class Readings(Settings):
             )
         with self._lock:
             if self._plan is None:
-                self._rings.fit(self.param_groups)
+                self._rings.resize(self.param_groups)
             pending = PendingTelemetry(self._rings, self._readings(), self.param_groups)
         return pending if non_blocking else pending.result()
 

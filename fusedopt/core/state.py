@@ -30,7 +30,7 @@ def complete(
     is_new = state is None or is_empty(state)
     if is_new and param.grad is None:
         return False
-    if rule.counts_apart:
+    if rule.hidden_step:
         known = 0 if is_new else counters.get(param, 1)
         counters[param] = _scalar_in_place(known, param)
     if is_new:

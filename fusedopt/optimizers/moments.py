@@ -1,4 +1,4 @@
-"""What Adam and its kin share: weight decay, then the averages of the gradient and its square."""
+"""Shared by Adam and its family: weight decay, then the averages of grad and of grad squared."""
 
 from __future__ import annotations
 

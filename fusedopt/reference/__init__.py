@@ -9,7 +9,7 @@ from fusedopt.reference.clip_grads import clip_grads, total_norm
 from fusedopt.reference.decision import (
     Control,
     Decision,
-    Request,
+    StepOptions,
     clip_coefficient,
     decide,
     smaller,
@@ -22,8 +22,8 @@ __all__ = [
     "Control",
     "Decision",
     "Group",
-    "Request",
     "Rule",
+    "StepOptions",
     "clip_coefficient",
     "clip_grads",
     "count_step",

@@ -37,6 +37,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def as_read(grad: Tensor, param: Tensor) -> Tensor:
+def cast_grad(grad: Tensor, param: Tensor) -> Tensor:
     """A gradient in the dtype that it is read in: its parameter's, or the one computed in."""
     return grad if grad.dtype == param.dtype else grad.to(compute_dtype(param.dtype))

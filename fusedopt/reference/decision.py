@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fusedopt.reference.limits import AdaptiveClip
 
 
-class Request(NamedTuple):
+class StepOptions(NamedTuple):
     """What one call of `step()` asks for, beside the hyperparameters in the groups."""
 
     max_grad_norm: float  # infinity: never clip
@@ -58,23 +58,23 @@ def clip_coefficient(max_norm: float, norm: float) -> float:
     return 1.0 if coef > 1.0 else coef  # nan stays nan
 
 
-def decide(request: Request, sum_of_squares: float) -> Decision:
+def decide(options: StepOptions, sum_of_squares: float) -> Decision:
     """Unscaling and clipping, or a skip.
 
     A float32 squared is exact in float64 and can't overflow: the sum is finite exactly when all
     gradients are (float64 gradients above 1e154 count as overflow).
     """
     inv_scale = 1.0
-    if request.grad_scale is not None:  # in a tensor, as Python's floats refuse to divide by zero
-        inv_scale = request.grad_scale.float().double().reciprocal().item()
+    if options.grad_scale is not None:  # in a tensor, as Python's floats refuse to divide by zero
+        inv_scale = options.grad_scale.float().double().reciprocal().item()
     grad_norm = math.sqrt(sum_of_squares) * inv_scale
-    limit = request.max_grad_norm
-    if request.clip is not None:
-        clip, clip_state = request.clip
+    limit = options.max_grad_norm
+    if options.clip is not None:
+        clip, clip_state = options.clip
         limit = min(limit, clip.limit(clip_state, grad_norm))
     clip_coef = clip_coefficient(limit, grad_norm)
-    nonfinite = request.skip_nonfinite and not math.isfinite(sum_of_squares)
-    skip = nonfinite or request.asks_for_skip()
+    nonfinite = options.skip_nonfinite and not math.isfinite(sum_of_squares)
+    skip = nonfinite or options.asks_for_skip()
     return Decision(inv_scale, grad_norm, clip_coef, inv_scale * clip_coef, skip)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.reference import norms
-from fusedopt.reference.arithmetic import as_read
+from fusedopt.reference.arithmetic import cast_grad
 from fusedopt.reference.decision import Decision, clip_coefficient, smaller
 
 _COUNT, _MEAN, _VARIANCE, _NORMS = range(4)  # of a state, and where the norms begin
@@ -47,7 +47,7 @@ class AdaptiveClip:
         """Of a run that begins."""
         return torch.zeros(self._state_shape(num_params), dtype=torch.float64, device=device)
 
-    def fit(self, state: Tensor | None, num_params: int, device: torch.device) -> Tensor:
+    def resize(self, state: Tensor | None, num_params: int, device: torch.device) -> Tensor:
         """What is known, for at least so many parameters on that device; new ones learn anew."""
         if state is None:
             return self.new_state(num_params, device)
@@ -58,7 +58,7 @@ class AdaptiveClip:
         new[: len(state)] = state
         return new
 
-    def moved(self, state: Tensor, before: list[Tensor], now: list[Tensor]) -> Tensor:
+    def reorder(self, state: Tensor, before: list[Tensor], now: list[Tensor]) -> Tensor:
         """What is known, when the parameters have other places than before."""
         return state
 
@@ -268,7 +268,7 @@ class PerTensor(AdaptiveClip):
                 average = clipped
             state[index] = state.new_tensor((count + 1, average))
 
-    def moved(self, state: Tensor, before: list[Tensor], now: list[Tensor]) -> Tensor:
+    def reorder(self, state: Tensor, before: list[Tensor], now: list[Tensor]) -> Tensor:
         rows = {id(param): row for param, row in zip(before, state, strict=False)}
         new = self.new_state(len(now), state.device)
         for place, param in enumerate(now):
@@ -326,7 +326,7 @@ class Unit(AdaptiveClip):
         assert param.grad is not None
         weights = norms.unit_norms(param, param)
         limits = self.clipping * weights.where(weights > self.eps, self.eps)
-        grad_norms = norms.unit_norms(as_read(param.grad, param), param) * decision.inv_scale
+        grad_norms = norms.unit_norms(cast_grad(param.grad, param), param) * decision.inv_scale
         coefs = torch.where(grad_norms > limits, limits / grad_norms, 1.0)
         return coefs.view(-1, *[1] * (param.dim() - 1)) if param.dim() > 1 else coefs.view(())
 

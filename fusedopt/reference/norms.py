@@ -27,7 +27,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fusedopt.reference.arithmetic import as_read, sqrt
+from fusedopt.reference.arithmetic import cast_grad, sqrt
 
 CHUNK_SIZE = 16384
 ROW_BYTES = 4096
@@ -69,7 +69,7 @@ def chunk_sums(param: Tensor, grad: Tensor | None) -> Tensor:
     chunks = -(-param.numel() // CHUNK_SIZE)
     if grad is None or chunks == 0:
         return torch.zeros(chunks, dtype=torch.float64, device=param.device)
-    return sums_of_squares(as_read(grad, param), param)
+    return sums_of_squares(cast_grad(grad, param), param)
 
 
 def sums_of_squares(values: Tensor, param: Tensor) -> Tensor:

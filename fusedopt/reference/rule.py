@@ -34,7 +34,7 @@ class Rule:
     counter: str = "step"
 
     @property
-    def counts_apart(self) -> bool:
+    def hidden_step(self) -> bool:
         return self.counter not in self.scalars
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fusedopt.reference import norms
-from fusedopt.reference.arithmetic import as_read, compute_dtype
-from fusedopt.reference.decision import Control, Decision, Request, decide, least, smaller
+from fusedopt.reference.arithmetic import cast_grad, compute_dtype
+from fusedopt.reference.decision import Control, Decision, StepOptions, decide, least, smaller
 from fusedopt.reference.groups import Group, distinct_params
 from fusedopt.reference.rule import Rule
 
@@ -29,28 +29,28 @@ def step(
     param_groups: list[Group],
     state: dict[Tensor, dict[str, Tensor]],
     counters: dict[Tensor, Tensor],
-    request: Request,
+    options: StepOptions,
     control: Tensor,
     rings: Rings | None,
 ) -> None:
     """One whole step. `control` (float64, shape (7,)) takes the readings; see `Control`."""
     pairs = list(distinct_params(param_groups))
     total = norms.sum_of_squares((param, param.grad) for _, param in pairs)
-    decision = decide(request, total if request.measure else 0.0)
+    decision = decide(options, total if options.measure else 0.0)
     before = None if rings is None else [param.clone() for _, param in pairs]
     coefs = []
     if not decision.skip:
-        coefs = [coef_of(request, index, param, decision) for index, (_, param) in enumerate(pairs)]
+        coefs = [coef_of(options, index, param, decision) for index, (_, param) in enumerate(pairs)]
     for (group, param), coef in zip(pairs, coefs, strict=False):
         if param.grad is not None:
             kept = dict(state.get(param, {}))
-            if rule.counts_apart:
+            if rule.hidden_step:
                 kept[rule.counter] = counters[param]
             update(rule, group, param, kept, coef * decision.inv_scale)
-    if not request.measure:
-        decision = decide(request, total)
-    if request.clip is not None and not decision.skip:
-        clip, clip_state = request.clip
+    if not options.measure:
+        decision = decide(options, total)
+    if options.clip is not None and not decision.skip:
+        clip, clip_state = options.clip
         if math.isfinite(decision.grad_norm) and decision.grad_norm > 0:
             clip.observe(clip_state, [param for _, param in pairs], decision)
         for coef in coefs:
@@ -64,14 +64,14 @@ def step(
     control.copy_(control.new_tensor((*readings, consecutive, steps)))
 
 
-def coef_of(request: Request, index: int, param: Tensor, decision: Decision) -> float | Tensor:
+def coef_of(options: StepOptions, index: int, param: Tensor, decision: Decision) -> float | Tensor:
     """What a parameter's gradient is clipped by, in float64: the smaller of two coefficients.
 
     A tensor stands for a coefficient per row, in a shape that broadcasts.
     """
-    if request.clip is None or param.grad is None:
+    if options.clip is None or param.grad is None:
         return decision.clip_coef
-    clip, clip_state = request.clip
+    clip, clip_state = options.clip
     own = clip.own_coef(clip_state, index, param, decision)
     if isinstance(own, Tensor):
         return own.where(own < decision.clip_coef, decision.clip_coef)
@@ -97,7 +97,7 @@ def measures(param: Tensor, before: Tensor, decision: Decision) -> Tensor:
     """What telemetry keeps of a parameter (`telemetry.PARAM_COLUMNS`): shape (6,), float64."""
     if param.grad is None:
         return torch.full((6,), math.nan, dtype=torch.float64, device=param.device)
-    grad = as_read(param.grad, param)
+    grad = cast_grad(param.grad, param)
     largest = (
         grad.abs().max().double() if grad.numel() > 0 else grad.new_zeros((), dtype=torch.float64)
     )
@@ -141,7 +141,7 @@ def update(
         {**group, "lr": float(group["lr"])},
         scalars,
         param.to(dtype),
-        as_read(param.grad, param).to(dtype) * factor,
+        cast_grad(param.grad, param).to(dtype) * factor,
         {name: state[name].to(dtype) for name in rule.states(group)},
     )
     param.copy_(new_param)

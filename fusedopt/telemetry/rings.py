@@ -29,7 +29,7 @@ class Rings:
         self.params: dict[torch.device, Tensor] = {}
         self._owners: dict[torch.device, list[Tensor]] = {}
 
-    def fit(self, param_groups: list[Group]) -> None:
+    def resize(self, param_groups: list[Group]) -> None:
         """Makes room for these parameters. What is known of them stays; what is not is nan."""
         owners: dict[torch.device, list[Tensor]] = {}
         for _, param in distinct_params(param_groups):

@@ -62,7 +62,7 @@ def build(variant: str) -> None:
             *extra,
             *setup["BINDING_INCLUDES"],
             "-include",
-            str(include / "places.h"),
+            str(include / "device_key.h"),
         ],
         extra_objects=setup["compile_objects"](commands),
         extra_link_args=["-fopenmp", *extra],

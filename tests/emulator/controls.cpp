@@ -1,13 +1,13 @@
 // For tests, by way of ctypes: how many kernels have been launched so far, how many bytes of the
 // tensors the n-th of them loaded and stored, and (from then on) how many devices there are.
 #include "cuda_runtime.h"
-#include "places.h"
+#include "device_key.h"
 
 namespace {
 int devices = 1;
 }
 
-c10::Device fusedopt_emulator_place(const at::Tensor& tensor) {
+c10::Device fusedopt_emulator_device_key(const at::Tensor& tensor) {
   return {c10::kCUDA, static_cast<c10::DeviceIndex>(tensor.numel() % devices)};
 }
 

@@ -4,6 +4,6 @@
 
 #include <ATen/core/Tensor.h>
 
-c10::Device fusedopt_emulator_place(const at::Tensor& tensor);
+c10::Device fusedopt_emulator_device_key(const at::Tensor& tensor);
 
-#define FUSEDOPT_PLACE_OF fusedopt_emulator_place
+#define FUSEDOPT_DEVICE_KEY fusedopt_emulator_device_key

@@ -31,16 +31,16 @@ class Outcome:
     skipped: dict[str, str]
     bytes: dict[str, int] = field(default_factory=dict)
 
-    def rows(self, suite: str, contest: Contest, threads: int) -> list[results.Row]:
+    def rows(self, suite: str, comparison: Comparison, threads: int) -> list[results.Row]:
         """For a report: a row a side."""
         return [
-            {"suite": suite, **contest.facts(), "threads": threads, "side": side,
+            {"suite": suite, **comparison.facts(), "threads": threads, "side": side,
              "bytes": self.bytes.get(side), "samples_ns": results.kept(samples)}
             for side, samples in self.samples.items()
         ]  # fmt: skip
 
 
-class Contest(Protocol):
+class Comparison(Protocol):
     """Something that several sides do, with every number of threads or only the largest."""
 
     @property
@@ -55,7 +55,7 @@ class Contest(Protocol):
 
 
 @dataclass(frozen=True)
-class StepContest:
+class StepComparison:
     """A step of an optimizer, between sides that share parameters and gradients.
 
     Ours comes first, the ceiling last. The state is each side's own. Where the tensors don't fit
