@@ -1,4 +1,6 @@
-"""Builds fusedopt._C: the CPU kernels always, the CUDA kernels where there is an nvcc.
+"""Builds the kernels' library, and fusedopt._C, torch's binding to it.
+
+The CPU kernels are always built, the CUDA kernels where there is an nvcc.
 
 Environment:
     FUSEDOPT_CUDA=0 or 1      leave the CUDA kernels out, or insist on them
@@ -172,7 +174,11 @@ def jobs_at_once() -> int:
 
 
 def binding_sources() -> list[Path]:
-    return [*CSRC.glob("*.cpp"), *CSRC.glob("torch/*.cpp")]
+    return [*CSRC.glob("torch/*.cpp")]
+
+
+def kernel_sources() -> list[Path]:
+    return [*CSRC.glob("*.cpp"), *CSRC.glob("core/*.cpp"), *CSRC.glob("cpu/*.cpp")]
 
 
 def make_extension():
@@ -188,27 +194,47 @@ def make_extension():
     return extension
 
 
+def link_library(
+    folder: Path, commands: dict[Path, list[str]], libraries: list[str]
+) -> tuple[Path, list[str]]:
+    """The kernels as a shared library of their own, and the arguments that link to it."""
+    # A process takes two libraries of one name for the same: a build beside another has a suffix.
+    name = f"fusedopt_kernels{os.environ.get('FUSEDOPT_LIBRARY_SUFFIX', '')}"
+    library = folder.absolute() / f"lib{name}.so"
+    command = [*cxx(), "-shared", "-fopenmp", *compile_objects(commands), *libraries]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    return library, [f"-L{library.parent}", f"-l{name}", "-Wl,-rpath,$ORIGIN"]
+
+
 def make_build_ext():
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildWithKernels(BuildExtension):
-        """Torch's build, with the kernels compiled beforehand and linked in."""
+        """Torch's build of the binding, which links to the kernels' library beside it."""
 
         def build_extensions(self) -> None:
             nvcc = find_nvcc()
             print(f"fusedopt: CUDA kernels: {f'built with {nvcc}' if nvcc else 'left out'}")
             folder = Path(self.build_temp)
-            commands = objects(folder, [*CSRC.glob("cpu/*.cpp")], [*cxx(), *KERNEL_FLAGS])
-            (extension,) = self.extensions
-            extension.define_macros.append(("FUSEDOPT_WITH_CUDA", "1" if nvcc else "0"))
+            compiler = [*cxx(), *KERNEL_FLAGS, f"-DFUSEDOPT_WITH_CUDA={int(nvcc is not None)}"]
+            libraries = []
+            if nvcc:
+                root = cuda_root(nvcc)
+                compiler.append(f"-I{root / 'include'}")
+                libraries = [static_runtime(root), "-ldl", "-lrt", "-lpthread"]
+            commands = objects(folder, kernel_sources(), compiler)
             if nvcc:
                 commands |= objects(folder, [*CSRC.glob("cuda/*.cu")], nvcc_command(nvcc))
-                root = cuda_root(nvcc)
-                extension.include_dirs.append(str(root / "include"))
-                extension.extra_link_args += [static_runtime(root), "-ldl", "-lrt", "-lpthread"]
-            extension.extra_objects += compile_objects(commands)
-            extension.depends += extension.extra_objects
+            library, arguments = link_library(folder, commands, libraries)
+            (extension,) = self.extensions
+            extension.extra_link_args += arguments
+            extension.depends.append(str(library))
             super().build_extensions()
+            self.library = shutil.copy(library, Path(self.build_lib) / "fusedopt")
+
+        def copy_extensions_to_source(self) -> None:  # where it is built in place
+            super().copy_extensions_to_source()
+            shutil.copy(self.library, ROOT / "fusedopt")
 
     return BuildWithKernels
 

@@ -39,7 +39,8 @@ def build(limit: float) -> dict[str, Any]:
     def build_variant(name: str) -> dict[str, Any]:
         folder = variant_folder(name)
         return call([*command, f"--build-lib={folder}", f"--build-temp={folder / 'temp'}"],
-                    limit, **shared, NVCC_APPEND_FLAGS=VARIANTS[name])  # fmt: skip
+                    limit, **shared, NVCC_APPEND_FLAGS=VARIANTS[name],
+                    FUSEDOPT_LIBRARY_SUFFIX=f"_{name.replace(' ', '_')}")  # fmt: skip
 
     with ThreadPoolExecutor() as pool:
         shipped = pool.submit(call, [*command, "--inplace"], limit, **shared)

@@ -1,29 +1,72 @@
 #include "kernels.h"
 
+#include <cstring>
 #include <iterator>
 #include <stdexcept>
 
-#include "core/dispatch.h"
+#include "core/coefficients.h"
+#include "cpu/isa.h"
+#include "cpu/passes.h"
 #include "rules/all.h"
+#if FUSEDOPT_WITH_CUDA
+#include "cuda/passes.h"
+#endif
 
 namespace fusedopt {
 
 namespace {
 
+#if FUSEDOPT_WITH_CUDA
+cuda::Launch launch_on(const Device& device) {
+  return {device.index, static_cast<cudaStream_t>(device.stream)};
+}
+#endif
+
+template <class Rule>
+int update_with(const StepParams& step, const Device& device) {
+#if FUSEDOPT_WITH_CUDA
+  if (device.is_cuda) return cuda::update<Rule>(step, launch_on(device));
+#endif
+  cpu::update<Rule>(step, device.threads);
+  return 0;
+}
+
+template <class Rule>
+int run_step_with(const StepParams& step, const Device& device) {
+#if FUSEDOPT_WITH_CUDA
+  if (device.is_cuda) return cuda::run_step<Rule>(step, launch_on(device));
+#endif
+  cpu::run_step<Rule>(step, device.threads);
+  return 0;
+}
+
+template <class Rule>
+std::vector<OptionInfo> options_of() {
+  std::vector<OptionInfo> options;
+  if constexpr (num_hyperparameters<Rule> > 0) {
+    typename Rule::Hyperparameters h{};
+    const double* const begin = reinterpret_cast<const double*>(&h);
+    for (const auto& option : Rule::kHyperparameters) {
+      const int first = static_cast<int>(&(h.*option.first) - begin);
+      options.push_back({option.name, first, option.count, option.on_host});
+    }
+  }
+  return options;
+}
+
 template <class Rule>
 RuleInfo describe() {
   RuleInfo info;
   info.name = Rule::kName;
-  info.hyperparameters.assign(std::begin(Rule::kHyperparameters), std::end(Rule::kHyperparameters));
+  info.options = options_of<Rule>();
   info.scalars.assign(std::begin(Rule::kScalars), std::end(Rule::kScalars));
   info.states.assign(std::begin(Rule::kStates), std::end(Rule::kStates));
-  info.states_used = [](const Group& group) {
-    return Rule::states_used(hyperparameters<Rule>(group));
+  info.num_hyperparameters = num_hyperparameters<Rule>;
+  info.states_used = [](const double* values) {
+    return Rule::states_used(hyperparameters<Rule>(values, Group{}));
   };
-  info.run_cpu = cpu::run<Rule>;
-#if FUSEDOPT_WITH_CUDA
-  info.run_cuda = cuda::run<Rule>;
-#endif
+  info.update = update_with<Rule>;
+  info.run_step = run_step_with<Rule>;
   return info;
 }
 
@@ -38,5 +81,62 @@ const RuleInfo& find_rule(const std::string& name) {
   }
   throw std::invalid_argument("no rule is called " + name);
 }
+
+int measure(const StepParams& step, const Device& device) {
+#if FUSEDOPT_WITH_CUDA
+  if (device.is_cuda) return cuda::measure(step, launch_on(device));
+#endif
+  cpu::measure(step, device.threads);
+  return 0;
+}
+
+int reduce(const StepParams& step, [[maybe_unused]] const Device& device) {
+#if FUSEDOPT_WITH_CUDA
+  if (device.is_cuda) return cuda::reduce(step, launch_on(device));
+#endif
+  cpu::reduce(step);
+  return 0;
+}
+
+int update(const RuleInfo& rule, const StepParams& step, const Device& device) {
+  return rule.update(step, device);
+}
+
+int run_step(const RuleInfo& rule, const StepParams& step, const Device& device) {
+  return rule.run_step(step, device);
+}
+
+int upload([[maybe_unused]] const Device& device, void* to, const void* from, size_t bytes) {
+#if FUSEDOPT_WITH_CUDA
+  if (device.is_cuda) return cuda::upload(launch_on(device), to, from, bytes);
+#endif
+  if (bytes > 0) memcpy(to, from, bytes);
+  return 0;
+}
+
+bool built_with_cuda() { return FUSEDOPT_WITH_CUDA != 0; }
+
+#if FUSEDOPT_WITH_CUDA
+
+bool is_capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  return cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) == cudaSuccess &&
+         status != cudaStreamCaptureStatusNone;
+}
+
+std::string error_name(int status) {
+  const cudaError_t error = static_cast<cudaError_t>(status);
+  return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+}
+
+#else
+
+bool is_capturing(void*) { return false; }
+
+std::string error_name(int status) { return "error " + std::to_string(status); }
+
+#endif
+
+const char* cpu_isa() { return cpu::isa_name(cpu::best_isa()); }
 
 }  // namespace fusedopt

@@ -1,30 +1,67 @@
-// The rules by name, for code that learns only at run time which one it is to apply.
+// The only door to the kernels. What lies behind it knows neither torch nor Python, and is compiled
+// into a library of its own.
+//
+// A front end lays out its tensors (Layout), copies the tables into a workspace, and then calls
+// run_step() for every step. Where something stands between the norm and the update, such as other
+// devices' norms, it calls measure(), reduce() and update() instead.
 #pragma once
 
+#include <cstddef>
 #include <string>
 #include <vector>
 
+#include "core/layout.h"
 #include "core/params.h"
-#include "cpu/passes.h"
 #include "rules/rule.h"
-#if FUSEDOPT_WITH_CUDA
-#include "cuda/passes.h"
-#endif
 
 namespace fusedopt {
 
-struct RuleInfo {
-  std::string name;
-  std::vector<HyperparameterName> hyperparameters;  // in a param group
-  std::vector<std::string> scalars;                 // in a parameter's state, 0-d float32
-  std::vector<std::string> states;  // in a parameter's state, shaped as the parameter
-  unsigned (*states_used)(const Group&);
-  void (*run_cpu)(const StepParams&, const cpu::Schedule&, Phases);
-#if FUSEDOPT_WITH_CUDA
-  cudaError_t (*run_cuda)(const StepParams&, cuda::Launch, Phases);
-#endif
+// Where a step runs.
+struct Device {
+  bool is_cuda = false;
+  int index = 0;           // CUDA only
+  void* stream = nullptr;  // CUDA only: a cudaStream_t
+  int threads = 1;         // CPU only
 };
 
-const RuleInfo& find_rule(const std::string& name);
+// An option of a param group, and which of the rule's hyperparameters it fills.
+struct OptionInfo {
+  std::string name;
+  int first, count;
+  double (*on_host)(double);  // null, or what the host makes of the number
+};
+
+// A rule as a front end sees it.
+struct RuleInfo {
+  std::string name;
+  std::vector<OptionInfo> options;
+  std::vector<StateName> scalars;  // 0-d float32 each; the first one counts the steps
+  std::vector<StateName> states;   // shaped as the parameter
+  int num_hyperparameters;
+  unsigned (*states_used)(const double* hyperparameters);  // bit k: states[k] is there
+  int (*update)(const StepParams&, const Device&);
+  int (*run_step)(const StepParams&, const Device&);
+};
+
+// Throws std::invalid_argument for a name that no rule has.
+FUSEDOPT_API const RuleInfo& find_rule(const std::string& name);
+
+// On CUDA all of these are enqueued on the stream and return at once. They return 0, or the
+// cudaError_t of the launch.
+FUSEDOPT_API int measure(const StepParams& step,
+                         const Device& device);  // gradients -> step.chunk_sums
+FUSEDOPT_API int reduce(const StepParams& step,
+                        const Device& device);  // step.chunk_sums -> step.control
+FUSEDOPT_API int update(const RuleInfo& rule, const StepParams& step, const Device& device);
+// The three at once, the first two only if step.options.measure.
+FUSEDOPT_API int run_step(const RuleInfo& rule, const StepParams& step, const Device& device);
+
+// Copies a table from host memory to the device's, without a wait. `bytes` is a multiple of 8.
+FUSEDOPT_API int upload(const Device& device, void* to, const void* from, size_t bytes);
+
+FUSEDOPT_API bool built_with_cuda();
+FUSEDOPT_API bool is_capturing(void* stream);     // whether a CUDA graph is being captured
+FUSEDOPT_API std::string error_name(int status);  // of what the calls above return
+FUSEDOPT_API const char* cpu_isa();               // the instruction set that the CPU kernels use
 
 }  // namespace fusedopt

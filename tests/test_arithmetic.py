@@ -11,7 +11,7 @@ from test_build import ROOT
 PROGRAM = """
 #include <initializer_list>
 
-#include "params.h"
+#include "core/params.h"
 using fusedopt::Chunk;
 using fusedopt::kChunkSize;
 

@@ -1,4 +1,4 @@
-// What a step does with its gradients: the global norm, the clip coefficient, update or skip.
+// The decision of a step: from the sum of squares to the clip coefficient, or to a skip.
 #pragma once
 
 #include <cmath>
@@ -8,13 +8,14 @@
 
 namespace fusedopt {
 
-// What the norm pass measures: the sum of squares, or the norm itself (the largest magnitude).
+// kL2: the norm pass adds up squares. kInf: it takes the largest magnitude, which is the norm
+// itself.
 enum class NormType { kL2, kInf };
 
 // What the caller asks of a step, the same for every tensor.
 struct StepOptions {
   double max_grad_norm;     // infinity: never clip
-  AdaptiveClip clip;        // a limit below it, unless its kind is kFixed
+  Limit limit;              // a limit below it, unless its kind is kFixed
   bool skip_nonfinite;      // leave everything as it was when a gradient holds inf or nan
   bool measure;             // the norm is known before the update (else the update pass sums it up)
   const float* grad_scale;  // null, or what the loss was multiplied by
@@ -28,7 +29,7 @@ struct StepOptions {
 struct StepControl {
   double sum_of_squares;     // of the gradients as they are, before unscaling (or their inf norm)
   double grad_norm;          // after unscaling, before clipping
-  double clip_coef;          // the smallest, where tensors or units have their own
+  double clip_coef;          // the smallest one, where segments have their own
   double step_skipped;       // 0 or 1
   double skipped_steps;      // how many so far
   double consecutive_skips;  // up to the last step
@@ -53,8 +54,8 @@ FUSEDOPT_INLINE Decision decide(const StepOptions& options, double sum_of_square
       options.norm_type == NormType::kL2 ? std::sqrt(sum_of_squares) : sum_of_squares;
   decision.grad_norm = norm * decision.inv_scale;
   double limit = options.max_grad_norm;
-  if (options.clip.kind != ClipKind::kFixed) {
-    const double adaptive = adaptive_limit(options.clip, decision.grad_norm);
+  if (options.limit.kind != LimitKind::kFixed) {
+    const double adaptive = adaptive_limit(options.limit, decision.grad_norm);
     limit = adaptive < limit ? adaptive : limit;
   }
   decision.clip_coef = clip_coefficient(limit, decision.grad_norm);
@@ -66,27 +67,11 @@ FUSEDOPT_INLINE Decision decide(const StepOptions& options, double sum_of_square
   return decision;
 }
 
-// What one tensor's gradient is clipped by. `tensor` counts over all devices; its norm is that of
-// the gradient as it is.
-FUSEDOPT_INLINE double coef_of_tensor(const StepOptions& options, const Decision& decision,
-                                      int64_t tensor, double norm) {
-  const PerTensor clip(options.clip);
-  const double own = clip.coef(tensor, norm * decision.inv_scale, decision.grad_norm);
-  return smaller(own, decision.clip_coef);
-}
-
-// What one unit's gradient is clipped by, from the sums of squares over its elements.
-FUSEDOPT_INLINE double coef_of_unit(const StepOptions& options, const Decision& decision,
-                                    double grad_squares, double param_squares) {
-  const double norm = std::sqrt(grad_squares) * decision.inv_scale;
-  return smaller(Unit(options.clip).coef(norm, std::sqrt(param_squares)), decision.clip_coef);
-}
-
-// Whether the norm of this step is one that an adaptive clip may learn from. Not 0: the limit would
-// be 0, and so would all norms that it learns from then.
+// Whether an adaptive limit learns from the norm of this step. A norm of 0 teaches nothing: the
+// limit would become 0, and clip every later norm to 0.
 FUSEDOPT_INLINE bool is_to_be_observed(const StepOptions& options, const Decision& decision) {
   const bool finite = decision.grad_norm - decision.grad_norm == 0.0;
-  return options.clip.kind != ClipKind::kFixed && !decision.skip && finite &&
+  return options.limit.kind != LimitKind::kFixed && !decision.skip && finite &&
          decision.grad_norm > 0.0;
 }
 

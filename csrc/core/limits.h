@@ -1,6 +1,7 @@
-// Limits of the gradient norm that adapt themselves: of the global one from the steps before, of
-// every tensor's from its own, of every unit's (a row, a filter) from its weights. fusedopt/clip.py
-// says where each comes from.
+// Limits of the gradient norm that adapt themselves. Percentile and ZScore limit the global norm by
+// the norms of earlier steps, PerTensor limits each tensor's norm by its own earlier norms, and
+// Unit limits each row's norm by the norm of the row's weights. fusedopt/reference/limits.py names
+// the papers.
 #pragma once
 
 #include <cmath>
@@ -10,22 +11,21 @@
 
 namespace fusedopt {
 
-// fusedopt/clip.py has the same numbers, and hands the arguments over in its fields' order.
-enum class ClipKind : int { kFixed, kPercentile, kZScore, kPerTensor, kUnit };
+// Arguments come in the order of the fields of the Python class. kernels.h exports the kinds.
+enum class LimitKind : int { kFixed, kPercentile, kZScore, kPerTensor, kUnit };
 
-inline constexpr int kMaxClipArguments = 4;
+inline constexpr int kMaxLimitArguments = 4;
 
-// What a step is to do, and what it knows of earlier ones. The state lies on the first device; the
-// others get a copy of it for a step.
-struct AdaptiveClip {
-  ClipKind kind;
-  double arguments[kMaxClipArguments];
-  // count, mean or limit, variance; then the norms that a percentile is taken of. kPerTensor: count
-  // and average of every tensor.
+// The state lies on the first device; every other device gets a copy of it for a step.
+struct Limit {
+  LimitKind kind;
+  double arguments[kMaxLimitArguments];
+  // kPercentile and kZScore: the count, the mean or the limit, the variance; then the norms that a
+  // percentile is taken of. kPerTensor: the count and the average of every tensor.
   double* state;
 };
 
-// A norm that is clipped to a limit: what it is multiplied by. nan is left to the global limit.
+// What a norm is multiplied by to keep the limit. A norm of nan is left to the global limit.
 FUSEDOPT_INLINE double coefficient_to(double limit, double norm) {
   return norm > limit ? limit / norm : 1.0;
 }
@@ -37,19 +37,19 @@ FUSEDOPT_INLINE double clip_coefficient(double limit, double norm) {
   return coef > 1.0 ? 1.0 : coef;
 }
 
-// Of a tensor's or a unit's own coefficient and that of all gradients.
+// The smaller of a segment's own coefficient and the one that all gradients share.
 FUSEDOPT_INLINE double smaller(double own, double shared) { return own < shared ? own : shared; }
 
 struct ZScore {
   double alpha, threshold, warmup, eps;
   double* state;
 
-  explicit FUSEDOPT_INLINE ZScore(const AdaptiveClip& clip)
-      : alpha(clip.arguments[0]),
-        threshold(clip.arguments[1]),
-        warmup(clip.arguments[2]),
-        eps(clip.arguments[3]),
-        state(clip.state) {}
+  explicit FUSEDOPT_INLINE ZScore(const Limit& limit)
+      : alpha(limit.arguments[0]),
+        threshold(limit.arguments[1]),
+        warmup(limit.arguments[2]),
+        eps(limit.arguments[3]),
+        state(limit.state) {}
   FUSEDOPT_INLINE double& count() const { return state[0]; }
   FUSEDOPT_INLINE double& mean() const { return state[1]; }
   FUSEDOPT_INLINE double& variance() const { return state[2]; }  // times count, while warming up
@@ -84,11 +84,11 @@ struct Percentile {
   double percentile, window, warmup;
   double* state;
 
-  explicit FUSEDOPT_INLINE Percentile(const AdaptiveClip& clip)
-      : percentile(clip.arguments[0]),
-        window(clip.arguments[1]),
-        warmup(clip.arguments[2]),
-        state(clip.state) {}
+  explicit FUSEDOPT_INLINE Percentile(const Limit& limit)
+      : percentile(limit.arguments[0]),
+        window(limit.arguments[1]),
+        warmup(limit.arguments[2]),
+        state(limit.state) {}
   FUSEDOPT_INLINE double& count() const { return state[0]; }
   FUSEDOPT_INLINE double& known_limit() const { return state[1]; }
   FUSEDOPT_INLINE double* norms() const { return state + 3; }
@@ -117,12 +117,12 @@ struct PerTensor {
   double threshold, beta, warmup, warmup_norm;
   double* state;
 
-  explicit FUSEDOPT_INLINE PerTensor(const AdaptiveClip& clip)
-      : threshold(clip.arguments[0]),
-        beta(clip.arguments[1]),
-        warmup(clip.arguments[2]),
-        warmup_norm(clip.arguments[3]),
-        state(clip.state) {}
+  explicit FUSEDOPT_INLINE PerTensor(const Limit& limit)
+      : threshold(limit.arguments[0]),
+        beta(limit.arguments[1]),
+        warmup(limit.arguments[2]),
+        warmup_norm(limit.arguments[3]),
+        state(limit.state) {}
   FUSEDOPT_INLINE double& count(int64_t tensor) const { return state[2 * tensor]; }
   FUSEDOPT_INLINE double& average(int64_t tensor) const { return state[2 * tensor + 1]; }
 
@@ -146,17 +146,17 @@ struct PerTensor {
 struct Unit {
   double clipping, eps;
 
-  explicit FUSEDOPT_INLINE Unit(const AdaptiveClip& clip)
-      : clipping(clip.arguments[0]), eps(clip.arguments[1]) {}
+  explicit FUSEDOPT_INLINE Unit(const Limit& limit)
+      : clipping(limit.arguments[0]), eps(limit.arguments[1]) {}
   FUSEDOPT_INLINE double coef(double norm, double weights) const {
     return coefficient_to(clipping * (weights > eps ? weights : eps), norm);
   }
 };
 
-// Of the global norm.
-FUSEDOPT_INLINE double adaptive_limit(const AdaptiveClip& clip, double norm) {
-  if (clip.kind == ClipKind::kPercentile) return Percentile(clip).limit();
-  return clip.kind == ClipKind::kZScore ? ZScore(clip).limit(norm) : HUGE_VAL;
+// The limit of the global norm; infinity: there is none.
+FUSEDOPT_INLINE double adaptive_limit(const Limit& limit, double norm) {
+  if (limit.kind == LimitKind::kPercentile) return Percentile(limit).limit();
+  return limit.kind == LimitKind::kZScore ? ZScore(limit).limit(norm) : HUGE_VAL;
 }
 
 }  // namespace fusedopt

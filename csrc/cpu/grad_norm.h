@@ -1,17 +1,16 @@
-// A chunk's sum of squares or largest magnitude, and that of all chunks: both in lanes.
+// Sums of squares, or largest magnitudes, in lanes: of a chunk, and of a tensor's chunks.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
-#include "core/dispatch.h"
 #include "core/params.h"
 #include "math/convert.h"
 #include "math/norm.h"
 
 namespace fusedopt::cpu {
 
-// Every result is that of two neighboring terms.
+// Combines neighboring terms: half as many results.
 template <class Norm>
 FUSEDOPT_INLINE void combine_neighbors(const double* __restrict terms, double* __restrict results,
                                        int64_t count) {
@@ -35,15 +34,6 @@ class Lanes {
     for (int64_t lane = 0; lane < count; ++lane) {
       lanes_[lane] = Norm::combine(lanes_[lane], term(first + lane));
     }
-  }
-
-  // The lanes that a row's terms are combined with, of which `first` is the first: as add_row does.
-  FUSEDOPT_INLINE double* of_row(int64_t first, int64_t count) {
-    if (first == 0) {
-      used_ = count;
-      for (int64_t lane = 0; lane < count; ++lane) lanes_[lane] = 0;
-    }
-    return lanes_;
   }
 
   template <class Term>
@@ -95,44 +85,26 @@ struct Term {
   FUSEDOPT_INLINE double operator()(int64_t i) const { return Norm::term(widen(grads[i])); }
 };
 
+// The lanes of a chunk whose parameter is stored as param_t.
 template <class param_t>
 inline constexpr int64_t kNormLanes = kRowBytes / sizeof(param_t);
 
-template <class Norm, class param_t, class grad_t>
+template <class Norm, int64_t kLanes, class grad_t>
 struct ChunkNorm {
   static FUSEDOPT_INLINE void run(const grad_t* grads, int64_t count, double* result) {
-    Lanes<Norm, kNormLanes<param_t>> lanes;
+    Lanes<Norm, kLanes> lanes;
     lanes.add(Term<Norm, grad_t>{grads}, count);
     *result = lanes.fold();
   }
 };
 
-template <class Norm>
-double total(const double* chunk_sums, int64_t num_chunks) {
-  Lanes<Norm, kTotalLanes> lanes;
-  lanes.add([=](int64_t i) { return chunk_sums[i]; }, num_chunks);
-  return lanes.fold();
-}
-
-// Of what `of(i)` says of so many neighbors, from the first.
+// The total of term(first), term(first + 1), ... in the lanes of a tensor.
 template <class Norm, class Of>
-double total_of(int64_t first, int64_t count, Of of) {
-  if (count == 1) return of(first);
+double total_of(int64_t first, int64_t count, Of term) {
+  if (count == 1) return term(first);
   Lanes<Norm, kTensorLanes> lanes;
-  lanes.add([&](int64_t i) { return of(first + i); }, count);
+  lanes.add([&](int64_t i) { return term(first + i); }, count);
   return lanes.fold();
-}
-
-// Calls body(Types<...>{}, the first of a chunk's gradients, their number).
-template <class Body>
-void visit_grads(const StepParams& step, int64_t index, Body body) {
-  const Chunk chunk = step.chunks[index];
-  const TensorEntry& tensor = step.tensors[chunk.tensor];
-  visit_types(tensor, [&](auto types) {
-    using grad_t = typename decltype(types)::grad_t;
-    const auto* grads = static_cast<const grad_t*>(step.grads[chunk.tensor]) + chunk.begin();
-    body(types, grads, chunk.size(tensor.numel));
-  });
 }
 
 }  // namespace fusedopt::cpu

@@ -1,13 +1,17 @@
-// The two passes on the CPU: the norm of the gradients, and the update.
+// The three calls of a step on the CPU. All is done on return.
 #pragma once
 
 #include "core/params.h"
-#include "cpu/schedule.h"
 
 namespace fusedopt::cpu {
 
-// All is done on return.
+void measure(const StepParams& step, int threads);
+void reduce(const StepParams& step);
 template <class Rule>
-void run(const StepParams& step, const Schedule& schedule, Phases phases);
+void update(const StepParams& step, int threads);
+
+// All of them, in one parallel region.
+template <class Rule>
+void run_step(const StepParams& step, int threads);
 
 }  // namespace fusedopt::cpu

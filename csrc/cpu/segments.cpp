@@ -6,11 +6,10 @@ namespace fusedopt::cpu {
 
 namespace {
 
-// A piece of a unit.
 template <class param_t, class grad_t>
-struct PieceMeasure {
+struct PartMeasure {
   static FUSEDOPT_INLINE void run(const param_t* params, const grad_t* grads, int64_t count,
-                                  UnitSums* sums) {
+                                  SegmentSums* sums) {
     Lanes<SumOfSquares, kTensorLanes> of_grads, of_params;
     of_grads.add(Term<SumOfSquares, grad_t>{grads}, count);
     of_params.add(Term<SumOfSquares, param_t>{params}, count);
@@ -19,7 +18,7 @@ struct PieceMeasure {
 };
 
 template <class grad_t>
-struct PieceScale {
+struct PartScale {
   using T = opmath_t<grad_t>;
   static FUSEDOPT_INLINE void run(const grad_t* grads, int64_t count, T factor, T* scaled) {
     for (int64_t i = 0; i < count; ++i) scaled[i] = widen(grads[i]) * factor;
@@ -28,60 +27,91 @@ struct PieceScale {
 
 }  // namespace
 
-void measure_units(const StepParams& step, Isa isa, int64_t index) {
+void measure_parts(const StepParams& step, Isa isa, int64_t index) {
   const Chunk chunk = step.chunks[index];
-  const TensorEntry& tensor = step.tensors[chunk.tensor];
-  const Units& units = step.own_clips.units[chunk.tensor];
-  visit_grads(step, index, [&](auto types, const auto* grads, int64_t count) {
-    using param_t = typename decltype(types)::param_t;
-    using grad_t = typename decltype(types)::grad_t;
-    const auto* params = static_cast<const param_t*>(tensor.param) + chunk.begin();
-    for (Piece piece(units, chunk.begin(), count); piece.is_there(); piece.next()) {
-      run_best<PieceMeasure<param_t, grad_t>>(
-          isa, params + piece.first, grads + piece.first, piece.last - piece.first,
-          &step.own_clips.unit_sums[units.first + piece.unit + chunk.index]);
-    }
+  const TensorShape& shape = step.shapes[chunk.tensor];
+  const Segments segments(step, chunk.tensor, SegmentKind::kRows);
+  visit_storage(shape.param, [&](auto param) {
+    using param_t = type_of<decltype(param)>;
+    visit_storage_beside<param_t>(shape.grad, [&](auto grad) {
+      using grad_t = type_of<decltype(grad)>;
+      const void* const data = step.pointers[chunk.tensor * step.num_pointers];
+      const auto* params = static_cast<const param_t*>(data) + chunk.begin();
+      const auto* grads = static_cast<const grad_t*>(step.grads[chunk.tensor]) + chunk.begin();
+      PartWalk part(segments, chunk.begin(), chunk.size(shape.numel));
+      for (; part.is_there(); part.next()) {
+        run_best<PartMeasure<param_t, grad_t>>(
+            isa, params + part.first, grads + part.first, part.last - part.first,
+            &step.part_sums[segments.part(part.segment, chunk.index)]);
+      }
+    });
   });
 }
 
-UnitScaler::UnitScaler(const StepParams& step, Isa isa, const Decision& decision)
+SegmentCoefs::SegmentCoefs(const StepParams& step, Isa isa, const Decision& decision)
     : step_(step),
       isa_(isa),
       decision_(decision),
-      scaled_(step.own_clips.coefs == nullptr ? 0 : kChunkSize) {}
+      kind_(segment_kind(step.options.limit.kind)),
+      scaled_(kind_ == SegmentKind::kRows ? kChunkSize : 0) {}
 
-const void* UnitScaler::scale(int64_t index) {
+Segments SegmentCoefs::segments_of(uint32_t tensor) const { return Segments(step_, tensor, kind_); }
+
+bool SegmentCoefs::is_shared(int64_t index) const {
+  if (kind_ != SegmentKind::kRows) return true;
   const Chunk chunk = step_.chunks[index];
-  const Units& units = step_.own_clips.units[chunk.tensor];
-  visit_grads(step_, index, [&](auto types, const auto* grads, int64_t count) {
-    using grad_t = typename decltype(types)::grad_t;
-    using T = typename decltype(types)::compute_t;
+  const Segments segments = segments_of(chunk.tensor);
+  const int64_t last = chunk.begin() + chunk.size(step_.shapes[chunk.tensor].numel) - 1;
+  return segments.at(chunk.begin()) == segments.at(last);
+}
+
+double SegmentCoefs::shared_factor(int64_t index) {
+  if (kind_ == SegmentKind::kNone) return decision_.grad_factor;
+  const Chunk chunk = step_.chunks[index];
+  const double coef = coef_of(chunk.tensor, segments_of(chunk.tensor).at(chunk.begin()));
+  step_.chunk_coefs[index] = coef;
+  return decision_.inv_scale * coef;
+}
+
+const void* SegmentCoefs::scaled_grads(int64_t index) {
+  const Chunk chunk = step_.chunks[index];
+  const TensorShape& shape = step_.shapes[chunk.tensor];
+  const Segments segments = segments_of(chunk.tensor);
+  visit_storage(shape.grad, [&](auto grad) {
+    using grad_t = type_of<decltype(grad)>;
+    using T = opmath_t<grad_t>;
+    const auto* grads = static_cast<const grad_t*>(step_.grads[chunk.tensor]) + chunk.begin();
     T* const scaled = reinterpret_cast<T*>(scaled_.data());
     double smallest = decision_.clip_coef;
-    for (Piece piece(units, chunk.begin(), count); piece.is_there(); piece.next()) {
-      const double coef = coef_of(chunk.tensor, piece.unit);
+    PartWalk part(segments, chunk.begin(), chunk.size(shape.numel));
+    for (; part.is_there(); part.next()) {
+      const double coef = coef_of(chunk.tensor, part.segment);
       smallest = smaller(coef, smallest);
-      const double factor = decision_.inv_scale * coef;
-      run_best<PieceScale<grad_t>>(isa_, grads + piece.first, piece.last - piece.first,
-                                   static_cast<T>(factor), scaled + piece.first);
+      run_best<PartScale<grad_t>>(isa_, grads + part.first, part.last - part.first,
+                                  static_cast<T>(decision_.inv_scale * coef), scaled + part.first);
     }
-    step_.own_clips.chunk_coefs[index] = smallest;
+    step_.chunk_coefs[index] = smallest;
   });
   return scaled_.data();
 }
 
-double UnitScaler::coef_of(uint32_t tensor, int64_t unit) {
-  if (tensor == tensor_ && unit == unit_) return coef_;
+double SegmentCoefs::coef_of(uint32_t tensor, int64_t segment) {
+  if (tensor == tensor_ && segment == segment_) return coef_;
   tensor_ = tensor;
-  unit_ = unit;
-  const Units& units = step_.own_clips.units[tensor];
-  const int64_t first = units.first_chunk_of(unit), count = units.chunks_of(unit);
-  const UnitSums* const sums = step_.own_clips.unit_sums + units.first + unit;
-  const auto total = [&](double UnitSums::* field) {
-    return total_of<SumOfSquares>(first, count, [=](int64_t i) { return sums[i].*field; });
-  };
-  return coef_ = coef_of_unit(step_.options, decision_, total(&UnitSums::grads),
-                              total(&UnitSums::params));
+  segment_ = segment;
+  return coef_ = segment_coef(step_, decision_, step_.shapes[tensor], sums_of(tensor, segment));
+}
+
+SegmentSums SegmentCoefs::sums_of(uint32_t tensor, int64_t segment) const {
+  const Segments segments = segments_of(tensor);
+  const int64_t first = segments.part(segment, segments.first_chunk(segment));
+  const int64_t count = segments.num_chunks(segment);
+  const auto total = [&](auto of) { return total_of<SumOfSquares>(first, count, of); };
+  if (kind_ == SegmentKind::kTensors) {
+    return {total([&](int64_t part) { return step_.chunk_sums[part]; }), 0};
+  }
+  return {total([&](int64_t part) { return step_.part_sums[part].grads; }),
+          total([&](int64_t part) { return step_.part_sums[part].params; })};
 }
 
 }  // namespace fusedopt::cpu

@@ -1,37 +1,42 @@
-// Clips of single units (a row, a filter) on the CPU.
+// Limits of single segments on the CPU.
 #pragma once
 
 #include <vector>
 
-#include "core/params.h"
+#include "core/segments.h"
 #include "cpu/isa.h"
 
 namespace fusedopt::cpu {
 
-// The squares of a chunk's units, of gradients and parameters.
-void measure_units(const StepParams& step, Isa isa, int64_t chunk);
+// The squares of gradients and of parameters, of every part of a chunk.
+void measure_parts(const StepParams& step, Isa isa, int64_t chunk);
 
-// A thread's copies of gradients, each unit's multiplied by its own factor.
-class UnitScaler {
+// A thread's coefficients of segments.
+class SegmentCoefs {
  public:
-  UnitScaler(const StepParams& step, Isa isa, const Decision& decision);
+  SegmentCoefs(const StepParams& step, Isa isa, const Decision& decision);
 
-  // A chunk's gradients, unscaled and clipped, until the next call.
-  const void* scale(int64_t chunk);
-  // Their dtype: the one that the tensor is computed in.
-  static Dtype dtype_of(const TensorEntry& tensor) {
-    return tensor.param_dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
-  }
+  // What all gradients of a chunk are multiplied by, where they lie in one segment.
+  bool is_shared(int64_t chunk) const;
+  double shared_factor(int64_t chunk);
+
+  // Elsewhere: the chunk's gradients, unscaled and clipped, until the next call. They are of the
+  // type that the parameter is computed in.
+  const void* scaled_grads(int64_t chunk);
 
  private:
-  double coef_of(uint32_t tensor, int64_t unit);
+  double coef_of(uint32_t tensor, int64_t segment);
+  SegmentSums sums_of(uint32_t tensor, int64_t segment) const;
+  Segments segments_of(uint32_t tensor) const;
 
   const StepParams& step_;
   const Isa isa_;
   const Decision decision_;
+  const SegmentKind kind_;
   std::vector<double> scaled_;
-  uint32_t tensor_ = UINT32_MAX;  // of which the coefficient of a unit is known: a long one has
-  int64_t unit_ = -1;             // many chunks
+  // The last segment's coefficient: a long segment has many chunks.
+  uint32_t tensor_ = UINT32_MAX;
+  int64_t segment_ = -1;
   double coef_ = 0;
 };
 

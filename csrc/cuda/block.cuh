@@ -72,7 +72,7 @@ __device__ void visit_tensors(const StepParams& step, Alone alone, Together toge
   for (int64_t first = threadIdx.x - lane; first < step.num_tensors; first += kThreads) {
     const int64_t mine = first + lane;
     const bool is_there = mine < step.num_tensors;
-    const bool is_alone = is_there && chunks_of(step.tensors[mine].numel) == 1;
+    const bool is_alone = is_there && chunks_of(step.shapes[mine].numel) == 1;
     if (is_alone) alone(mine);
     unsigned others = __ballot_sync(kAllLanes, is_there && !is_alone);
     for (; others != 0; others &= others - 1) together(first + __ffs(others) - 1);

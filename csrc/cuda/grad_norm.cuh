@@ -1,5 +1,5 @@
-// The norm pass: every chunk's sum of squares or largest magnitude; the last block to finish adds
-// them up, or takes the largest.
+// The norm pass: the sum of squares of every chunk, or its largest magnitude. The last block to
+// finish adds them up, or takes the largest.
 #pragma once
 
 #include "core/dispatch.h"
@@ -42,37 +42,48 @@ __device__ GradMeasures measure_chunk(const void* grad, Chunk chunk, int size, F
 template <class Norm, bool detailed>
 __device__ void measure_chunk(const StepParams& step, int64_t index) {
   const Chunk chunk = step.chunks[index];
-  const TensorEntry& tensor = step.tensors[chunk.tensor];
+  const TensorShape& shape = step.shapes[chunk.tensor];
   const void* grad = step.grads[chunk.tensor];
   if (grad == nullptr) {
     if (threadIdx.x == 0) step.chunk_sums[index] = 0;
     return;
   }
   GradMeasures mine{};
-  visit_sizes(tensor, [&](auto types) {
-    using param_t = typename decltype(types)::param_t;
-    using grad_t = typename decltype(types)::grad_t;
-    const int size = static_cast<int>(chunk.size(tensor.numel));
-    mine = measure_chunk<Norm, detailed, param_t, grad_t>(grad, chunk, size, Format(tensor));
+  visit_array(shape.param, [&](auto param) {
+    using param_t = type_of<decltype(param)>;
+    visit_storage_beside<param_t>(shape.grad, [&](auto stored) {
+      const int size = static_cast<int>(chunk.size(shape.numel));
+      mine = measure_chunk<Norm, detailed, param_t, type_of<decltype(stored)>>(grad, chunk, size,
+                                                                               Format(shape));
+    });
   });
-  leave_grad_measures<Norm>(step, index, mine, detailed && step.telemetry.chunks != nullptr);
-  if (detailed && step.own_clips.coefs != nullptr) measure_units(step, index);
+  leave_grad_measures<Norm>(step, index, mine, detailed && step.chunk_measures != nullptr);
+  if (detailed && step.part_sums != nullptr) measure_parts(step, index);
 }
 
-// For telemetry, and clips of single tensors or units, it is a kernel of its own: without, it has
-// no register to spare.
-template <class Norm, bool detailed, size_t kBytes>
+// By one block, once all chunks are measured.
+template <class Norm>
+__device__ void reduce_chunks(const StepParams& step) {
+  const double sum = total<Norm>(step.chunk_sums, step.num_chunks);
+  if (threadIdx.x == 0) step.control->sum_of_squares = sum;
+}
+
+// For telemetry and for limits of rows it is a kernel of its own: without these, it has no register
+// to spare.
+template <class Norm, bool detailed, int64_t kBytes>
 __global__ void __launch_bounds__(kThreads, detailed ? 3 : 4)
     grad_norm_kernel(const __grid_constant__ Arguments<kBytes> arguments) {
-  arguments.leave();  // for the update pass
+  arguments.spill_args();
   const StepParams step = arguments.on_device();
   for (int64_t i = blockIdx.x; i < step.num_chunks; i += gridDim.x) {
     measure_chunk<Norm, detailed>(step, i);
   }
-  if (!is_last_block(arguments.ticket)) return;
-  if (detailed && step.own_clips.tensor_norms != nullptr) measure_tensors(step);
-  const double sum = total<Norm>(step.chunk_sums, step.num_chunks);
-  if (threadIdx.x == 0) step.control->sum_of_squares = sum;
+  if (arguments.reduces && is_last_block(&step.tickets[0])) reduce_chunks<Norm>(step);
+}
+
+template <class Norm>
+__global__ void __launch_bounds__(kThreads) reduce_kernel(const __grid_constant__ StepParams step) {
+  reduce_chunks<Norm>(step);
 }
 
 }  // namespace fusedopt::cuda

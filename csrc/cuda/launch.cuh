@@ -58,23 +58,38 @@ cudaError_t launch_kernel(void (*kernel)(Argument), unsigned blocks, cudaStream_
 }
 
 // A launch of one block per chunk, as far as they fit the device.
-template <auto kernel, size_t kBytes>
-cudaError_t launch_pass(const Launch& launch, const Arguments<kBytes>& arguments) {
+template <auto kernel, int64_t kBytes>
+cudaError_t launch_pass(const StepParams& step, const Launch& launch,
+                        const Arguments<kBytes>& arguments) {
   int blocks = 0;
   FUSEDOPT_RETURN_IF_ERROR(grid_size<kernel>(launch.device, &blocks));
-  const int64_t wanted = std::clamp<int64_t>(arguments.step.num_chunks, 1, blocks);
+  const int64_t wanted = std::clamp<int64_t>(step.num_chunks, 1, blocks);
   return launch_kernel(kernel, static_cast<unsigned>(wanted), launch.stream, arguments);
 }
 
-template <size_t kBytes>
-Arguments<kBytes> make_arguments(const StepParams& step, unsigned* ticket, void* step_args,
-                                 void* keep) {
+// Bytes [offset, offset + size) of the step's arguments: gradient pointers, groups,
+// hyperparameters.
+void copy_step_args(const StepParams& step, int64_t offset, int64_t size, void* to);
+
+template <int64_t kBytes>
+Arguments<kBytes> inlined_arguments(const StepParams& step, bool reduces, void* spill) {
   Arguments<kBytes> arguments;
   arguments.step = step;
-  arguments.ticket = ticket;
-  arguments.step_args = step_args;
-  arguments.keep = static_cast<unsigned char*>(keep);
-  if (step_args == nullptr) copy_step_args(step, 0, total_bytes(step), arguments.inlined);
+  arguments.reduces = reduces;
+  arguments.is_inlined = true;
+  arguments.spill = spill;
+  copy_step_args(step, 0, StepArgs(step).bytes(), arguments.inlined);
+  return arguments;
+}
+
+// Where there is room in the workspace for the step's arguments, they are there by now.
+inline Arguments<kInlinedArgs> make_arguments(const StepParams& step, bool reduces) {
+  if (step.step_args == nullptr) return inlined_arguments<kInlinedArgs>(step, reduces, nullptr);
+  Arguments<kInlinedArgs> arguments;
+  arguments.step = step;
+  arguments.reduces = reduces;
+  arguments.is_inlined = false;
+  arguments.spill = nullptr;
   return arguments;
 }
 

@@ -9,25 +9,44 @@ namespace fusedopt::cuda {
 namespace {
 
 template <class Norm, bool detailed>
-cudaError_t measure_as(const StepParams& step, const Launch& launch) {
-  unsigned* ticket = launch.tickets;
-  const size_t size = total_bytes(step);
-  if (size > kSmall && size <= kLarge) {
-    return launch_pass<grad_norm_kernel<Norm, detailed, kLarge>>(
-        launch, make_arguments<kLarge>(step, ticket, nullptr, launch.step_args));
+cudaError_t launch_norm(const StepParams& step, const Launch& launch, bool reduces) {
+  const int64_t size = StepArgs(step).bytes();
+  if (size > kInlinedArgs && size <= kLargeArgs) {
+    return launch_pass<grad_norm_kernel<Norm, detailed, kLargeArgs>>(
+        step, launch, inlined_arguments<kLargeArgs>(step, reduces, step.step_args));
   }
-  if (size > kLarge) FUSEDOPT_RETURN_IF_ERROR(upload_step_args(step, launch));
-  return launch_pass<grad_norm_kernel<Norm, detailed, kSmall>>(
-      launch, make_arguments<kSmall>(step, ticket, launch.step_args, nullptr));
+  if (size > kLargeArgs) FUSEDOPT_RETURN_IF_ERROR(upload_step_args(step, launch));
+  return launch_pass<grad_norm_kernel<Norm, detailed, kInlinedArgs>>(step, launch,
+                                                                     make_arguments(step, reduces));
+}
+
+cudaError_t launch_norm(const StepParams& step, const Launch& launch, bool reduces) {
+  const DeviceScope scope(launch.device);
+  FUSEDOPT_RETURN_IF_ERROR(scope.error);
+  if (step.options.norm_type == NormType::kInf) {
+    return launch_norm<MaxAbs, false>(step, launch, reduces);
+  }
+  const bool detailed = step.chunk_measures != nullptr || step.part_sums != nullptr;
+  return detailed ? launch_norm<SumOfSquares, true>(step, launch, reduces)
+                  : launch_norm<SumOfSquares, false>(step, launch, reduces);
 }
 
 }  // namespace
 
-cudaError_t measure(const StepParams& step, const Launch& launch) {
-  if (step.options.norm_type == NormType::kInf) return measure_as<MaxAbs, false>(step, launch);
-  const bool detailed = step.telemetry.chunks != nullptr || step.own_clips.units != nullptr;
-  return detailed ? measure_as<SumOfSquares, true>(step, launch)
-                  : measure_as<SumOfSquares, false>(step, launch);
+cudaError_t measure_and_reduce(const StepParams& step, const Launch& launch) {
+  return launch_norm(step, launch, true);
+}
+
+cudaError_t measure(const StepParams& step, Launch launch) {
+  return launch_norm(step, launch, false);
+}
+
+cudaError_t reduce(const StepParams& step, Launch launch) {
+  const DeviceScope scope(launch.device);
+  FUSEDOPT_RETURN_IF_ERROR(scope.error);
+  return visit_norm(step.options.norm_type, [&](auto norm) {
+    return launch_kernel(reduce_kernel<decltype(norm)>, 1, launch.stream, step);
+  });
 }
 
 }  // namespace fusedopt::cuda

@@ -5,7 +5,8 @@
 
 namespace fusedopt::cuda {
 
-// Leaves in launch.moving, if there is any, what the update pass needs.
-cudaError_t measure(const StepParams& step, const Launch& launch);
+// measure() and reduce() in one launch. It leaves in step.step_args, if they are there, what the
+// update pass needs.
+cudaError_t measure_and_reduce(const StepParams& step, const Launch& launch);
 
 }  // namespace fusedopt::cuda

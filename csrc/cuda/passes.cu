@@ -1,4 +1,4 @@
-// Compiled once per rule of ../rules.h: each is an object of its own.
+// Compiled once per rule of rules/all.h: each is an object of its own.
 #include "cuda/passes.h"
 
 #include "cuda/launch.cuh"
@@ -12,27 +12,30 @@ namespace fusedopt::cuda {
 namespace {
 
 template <class Rule>
-cudaError_t update(const StepParams& step, const Launch& launch) {
-  if (launch.step_args != nullptr && !launch.step_args_are_there) {
-    FUSEDOPT_RETURN_IF_ERROR(upload_step_args(step, launch));
-  }
-  return launch_pass<update_kernel<Rule>>(
-      launch, make_arguments<kSmall>(step, launch.tickets + 1, launch.step_args, nullptr));
+cudaError_t launch_update(const StepParams& step, const Launch& launch) {
+  return launch_pass<update_kernel<Rule>>(step, launch, make_arguments(step, false));
 }
 
 }  // namespace
 
 template <class Rule>
-cudaError_t run(const StepParams& step, Launch launch, Phases phases) {
+cudaError_t update(const StepParams& step, Launch launch) {
   const DeviceScope scope(launch.device);
   FUSEDOPT_RETURN_IF_ERROR(scope.error);
-  if (phases != Phases::kUpdate && step.options.measure) {
-    FUSEDOPT_RETURN_IF_ERROR(measure(step, launch));
-    launch.step_args_are_there = true;
-  }
-  return phases == Phases::kMeasure ? cudaSuccess : update<Rule>(step, launch);
+  if (step.step_args != nullptr) FUSEDOPT_RETURN_IF_ERROR(upload_step_args(step, launch));
+  return launch_update<Rule>(step, launch);
 }
 
-template cudaError_t run<FUSEDOPT_RULE>(const StepParams&, Launch, Phases);
+template <class Rule>
+cudaError_t run_step(const StepParams& step, Launch launch) {
+  if (!step.options.measure) return update<Rule>(step, launch);
+  const DeviceScope scope(launch.device);
+  FUSEDOPT_RETURN_IF_ERROR(scope.error);
+  FUSEDOPT_RETURN_IF_ERROR(measure_and_reduce(step, launch));
+  return launch_update<Rule>(step, launch);
+}
+
+template cudaError_t update<FUSEDOPT_RULE>(const StepParams&, Launch);
+template cudaError_t run_step<FUSEDOPT_RULE>(const StepParams&, Launch);
 
 }  // namespace fusedopt::cuda

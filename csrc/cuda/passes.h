@@ -1,4 +1,4 @@
-// The two passes on CUDA: enqueued on a stream, never waited for.
+// The three calls of a step on CUDA: enqueued on a stream, never waited for.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,26 +9,26 @@
 
 namespace fusedopt::cuda {
 
-// Where the kernels run, and what they need of the device's memory beside the tables in the pass.
+// Where kernels are launched.
 struct Launch {
   int device;
   cudaStream_t stream;
-  unsigned* tickets;  // one per pass, zero: counts the blocks that are done, and ends at zero again
-  void* step_args;    // moving_bytes(pass) of them, or null where 0 are needed
-  bool step_args_are_there;  // left by this step's norm pass
 };
 
-// What moves from step to step (gradient pointers, hyperparameters) travels in the kernels'
-// arguments: there is no copy to wait for, and a captured graph keeps its own. Up to about 450
-// tensors it stays there; more need this many bytes of device memory, where the first launch leaves
-// it for the second. Beyond about 4,000 tensors one more launch per 4,000 carries it.
-size_t step_args_bytes(const StepParams& step);
-
-// Of the pass, `groups` and `grads` lie in host memory, all else on the device.
+// What changes from step to step (core/layout.h, StepArgs) travels in the kernels' arguments: there
+// is no copy to wait for, and a captured graph keeps its own. Up to about 450 tensors it stays
+// there. More of it is left in step.step_args by the first kernel that has it. Beyond about 4,000
+// tensors one more launch per 4,000 carries it there.
+cudaError_t measure(const StepParams& step, Launch launch);
+cudaError_t reduce(const StepParams& step, Launch launch);
 template <class Rule>
-cudaError_t run(const StepParams& step, Launch launch, Phases phases);
+cudaError_t update(const StepParams& step, Launch launch);
 
-// A copy of host memory, in kernels' arguments as above: 32 KB a launch. `size` is a multiple of 8.
-cudaError_t upload(int device, cudaStream_t stream, void* to, const void* from, size_t size);
+// All of them, in two launches: the last block of the norm pass reduces.
+template <class Rule>
+cudaError_t run_step(const StepParams& step, Launch launch);
+
+// A copy of host memory, in kernels' arguments as above: 32 KB a launch.
+cudaError_t upload(Launch launch, void* to, const void* from, size_t bytes);
 
 }  // namespace fusedopt::cuda

@@ -1,193 +1,174 @@
-// Clips that look at every tensor, or every unit (a row, a filter), by itself.
+// Limits of single segments on CUDA.
 #pragma once
 
-#include <algorithm>
-
+#include "core/segments.h"
 #include "cuda/block.cuh"
 #include "cuda/vector.cuh"
+#include "cuda/workers.cuh"
 
 namespace fusedopt::cuda {
 
-// Calls body(a Slice of the parameter, a Slice of its gradient).
-template <class Body>
-__device__ __forceinline__ void visit_both(const TensorEntry& tensor, const void* grad, Chunk chunk,
-                                           Body&& body) {
-  const int64_t begin = chunk.begin();
-  if (tensor.param_dtype == Dtype::kFloat32) {
-    return body(Slice<float>(tensor.param, begin), Slice<float>(grad, begin));
-  }
-  if (tensor.param_dtype == Dtype::kFloat64) {
-    return body(Slice<double>(tensor.param, begin), Slice<double>(grad, begin));
-  }
-  const Slice<raw16> params(tensor.param, begin);
-  if (tensor.grad_dtype == Dtype::kFloat32) return body(params, Slice<float>(grad, begin));
-  body(params, Slice<raw16>(grad, begin));
-}
-
-// The squares of a chunk's units: a warp for each.
-__device__ inline void measure_units(const StepParams& step, int64_t index) {
+// The squares of gradients and of parameters, of every part of a chunk: a warp for each part.
+__device__ inline void measure_parts(const StepParams& step, int64_t index) {
   const Chunk chunk = step.chunks[index];
-  const TensorEntry& tensor = step.tensors[chunk.tensor];
-  const void* grad = step.grads[chunk.tensor];
-  if (grad == nullptr) return;
-  const Units units = step.own_clips.units[chunk.tensor];
-  const Format format(tensor);
+  const TensorShape& shape = step.shapes[chunk.tensor];
+  const Segments segments(step, chunk.tensor, SegmentKind::kRows);
+  const Format format(shape);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  visit_both(tensor, grad, chunk, [&](const auto& params, const auto& grads) {
-    int turn = 0;
-    for (Piece piece(units, chunk.begin(), chunk.size(tensor.numel)); piece.is_there();
-         piece.next(), ++turn) {
+  const auto measure = [&](const auto& params, const auto& grads) {
+    PartWalk part(segments, chunk.begin(), chunk.size(shape.numel));
+    for (int turn = 0; part.is_there(); part.next(), ++turn) {
       if (turn % (kThreads / kWarpSize) != warp) continue;
-      UnitSums sums{};
+      SegmentSums sums{};
 #pragma unroll 4
-      for (int i = static_cast<int>(piece.first) + lane; i < piece.last; i += kWarpSize) {
+      for (int i = static_cast<int>(part.first) + lane; i < part.last; i += kWarpSize) {
         sums.grads = SumOfSquares::add(sums.grads, format.widen(grads.template load<1>(i).at[0]));
         sums.params =
             SumOfSquares::add(sums.params, format.widen(params.template load<1>(i).at[0]));
       }
       sums = {warp_total<SumOfSquares>(sums.grads), warp_total<SumOfSquares>(sums.params)};
-      if (lane == 0) step.own_clips.unit_sums[units.first + piece.unit + chunk.index] = sums;
+      if (lane == 0) step.part_sums[segments.part(part.segment, chunk.index)] = sums;
     }
+  };
+  visit_array(shape.param, [&](auto param) {
+    using param_t = type_of<decltype(param)>;
+    visit_storage_beside<param_t>(shape.grad, [&](auto grad) {
+      measure(Slice<param_t>(step.pointers[chunk.tensor * step.num_pointers], chunk.begin()),
+              Slice<type_of<decltype(grad)>>(step.grads[chunk.tensor], chunk.begin()));
+    });
   });
 }
 
-// The norms of all tensors, by a block, once all chunks are measured. The sums come from other
-// blocks: past the L1 cache.
-__device__ inline void measure_tensors(const StepParams& step) {
-  double* const norms = step.own_clips.tensor_norms;
-  const auto sums_of = [&](int64_t t) {
-    return step.chunk_sums + step.own_clips.units[t].first_chunk;
-  };
-  visit_tensors(
-      step, [&](int64_t t) { norms[t] = sqrt(__ldcg(sums_of(t))); },
-      [&](int64_t t) {
-        const int64_t count = chunks_of(step.tensors[t].numel);
-        double sum = 0;
-        for (int64_t i = threadIdx.x % kWarpSize; i < count; i += kWarpSize) {
-          sum += __ldcg(sums_of(t) + i);
-        }
-        sum = warp_total<SumOfSquares>(sum);
-        if (threadIdx.x % kWarpSize == 0) norms[t] = sqrt(sum);
-      });
-}
+// What a block knows of a chunk's segments, in shared memory.
+struct ChunkSegments {
+  bool is_shared;       // all elements lie in one segment
+  double factor;        // what the gradients are multiplied by then
+  int64_t size;         // else: elements of each segment
+  int64_t begun;        // elements of the first segment that lie before the chunk
+  const double* coefs;  // from the first segment on
 
-struct Smallest {
-  __device__ static double combine(double a, double b) { return smaller(a, b); }
-};
+  // The last segment of the block, as long segments have many chunks.
+  uint32_t known_tensor;
+  int64_t known_segment;
+  double known_coef;
 
-// The smallest coefficient of a step, in thread 0 of a block, once all chunks are updated.
-__device__ inline double smallest_coef(const StepParams& step, const Decision& decision) {
-  double smallest = decision.clip_coef;
-  if (step.own_clips.tensor_norms != nullptr) {
-    for (int64_t t = threadIdx.x; t < step.num_tensors; t += kThreads) {
-      smallest = coef_with_tensor(step, decision, t, smallest);
-    }
+  // By one thread, before the first chunk.
+  __device__ void begin(const Decision& decision) {
+    is_shared = true;
+    factor = decision.grad_factor;
+    known_tensor = UINT32_MAX;
   }
-  if (step.own_clips.coefs != nullptr) {
-    for (int64_t i = threadIdx.x; i < step.num_chunks; i += kThreads) {
-      if (step.grads[step.chunks[i].tensor] == nullptr) continue;
-      smallest = smaller(__ldcg(step.own_clips.chunk_coefs + i), smallest);
-    }
-  }
-  return block_total<Smallest>(smallest);
-}
 
-// What a block knows of a chunk's units, in shared memory.
-struct ChunkUnits {
-  int64_t size;         // elements of each
-  int64_t begun;        // elements of the first that lie before the chunk
-  const double* coefs;  // from the first on
-  int64_t known;        // the unit that the block has met last, from Units::first on; -1: none
-  double known_coef;    // a long one has many chunks
-
-  // The coefficient of the unit that an element of the chunk lies in.
+  // The coefficient of the segment that an element of the chunk lies in.
   __device__ __forceinline__ double coef_of(int i) const {
-    constexpr int64_t kLongest = INT32_MAX;  // a chunk meets at most two units of that length
+    constexpr int64_t kLongest = INT32_MAX;  // a chunk meets at most two segments of that length
     const int64_t place = begun + i;
     return coefs[size > kLongest ? (place < size ? 0 : 1)
                                  : static_cast<uint32_t>(place) / static_cast<uint32_t>(size)];
   }
 };
 
-// The coefficients of a chunk's units, by a block. Two chunks that share a unit have a copy each,
-// so that no block reads what another one writes.
-class UnitCoefs {
+// The coefficients of a chunk's segments, by a block. Two chunks that share a segment have a copy
+// each, so that no block reads what another one writes.
+class SegmentCoefs {
  public:
-  __device__ UnitCoefs(const StepParams& step, const Decision& decision, Chunk chunk)
+  __device__ SegmentCoefs(const StepParams& step, const Decision& decision, int64_t index)
       : step_(step),
         decision_(decision),
-        units_(step.own_clips.units[chunk.tensor]),
-        begin_(chunk.begin()),
-        coefs_(step.own_clips.coefs + units_.first + chunk.index) {
-    const int64_t numel = step.tensors[chunk.tensor].numel;
-    first_ = begin_ / units_.size;
-    last_ = (begin_ + chunk.size(numel) - 1) / units_.size;
-  }
+        index_(index),
+        chunk_(step.chunks[index]),
+        shape_(step.shapes[chunk_.tensor]),
+        kind_(segment_kind(step.options.limit.kind)),
+        segments_(step, chunk_.tensor, kind_),
+        first_(segments_.at(chunk_.begin())),
+        last_(segments_.at(chunk_.begin() + chunk_.size(shape_.numel) - 1)) {}
 
-  // Of a chunk, the smallest is left as well.
-  __device__ void leave(ChunkUnits& shared, int64_t index) const {
-    if (units_.size <= kChunkSize) {
-      for (int64_t unit = first_ + threadIdx.x; unit <= last_; unit += kThreads) {
-        coefs_[unit] = coef_of_short(unit);
+  // The chunk's smallest coefficient is left as well.
+  __device__ void leave(ChunkSegments& shared) const {
+    if (first_ == last_) return leave_one(shared);
+    double* const coefs = step_.part_coefs + segments_.part(0, chunk_.index);
+    if (segments_.size() <= kChunkSize) {
+      for (int64_t segment = first_ + threadIdx.x; segment <= last_; segment += kThreads) {
+        coefs[segment] = coef_of_short(segment);
       }
-    } else {  // one or two, by a warp each
-      const int64_t unit = first_ + threadIdx.x / kWarpSize;
-      if (unit <= last_) {
-        const bool known = shared.known == units_.first + unit;
-        const double coef = known ? shared.known_coef : coef_of_long(unit);
-        if (threadIdx.x % kWarpSize == 0) coefs_[unit] = coef;
+    } else {  // two, by a warp each
+      const int64_t segment = first_ + threadIdx.x / kWarpSize;
+      if (segment <= last_) {
+        const double coef = coef_of_long(segment);
+        if (threadIdx.x % kWarpSize == 0) coefs[segment] = coef;
       }
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-      shared = {units_.size, begin_ - first_ * units_.size, coefs_ + first_, units_.first + last_,
-                coefs_[last_]};
-    }
     double smallest = decision_.clip_coef;
-    for (int64_t unit = first_ + threadIdx.x; unit <= last_; unit += kThreads) {
-      smallest = smaller(coefs_[unit], smallest);
+    for (int64_t segment = first_ + threadIdx.x; segment <= last_; segment += kThreads) {
+      smallest = smaller(coefs[segment], smallest);
     }
     smallest = block_total<Smallest>(smallest);
-    if (threadIdx.x == 0) step_.own_clips.chunk_coefs[index] = smallest;
+    if (threadIdx.x != 0) return;
+    step_.chunk_coefs[index_] = smallest;
+    shared.is_shared = false;
+    shared.size = segments_.size();
+    shared.begun = chunk_.begin() - segments_.begin(first_);
+    shared.coefs = coefs + first_;
   }
 
  private:
-  // Parts of it are in one chunk or in two.
-  __device__ double coef_of_short(int64_t unit) const {
-    const UnitSums* const parts = parts_of(unit);
-    UnitSums sums{__ldcg(&parts->grads), __ldcg(&parts->params)};
-    if (units_.chunks_of(unit) > 1) {
-      sums.grads += __ldcg(&parts[1].grads);
-      sums.params += __ldcg(&parts[1].params);
+  __device__ void leave_one(ChunkSegments& shared) const {
+    const bool is_known = shared.known_tensor == chunk_.tensor && shared.known_segment == first_;
+    double coef = shared.known_coef;
+    __syncthreads();
+    if (!is_known && threadIdx.x < kWarpSize) coef = coef_of_long(first_);
+    if (threadIdx.x != 0) return;
+    step_.chunk_coefs[index_] = coef;
+    shared.is_shared = true;
+    shared.factor = decision_.inv_scale * coef;
+    shared.known_tensor = chunk_.tensor;
+    shared.known_segment = first_;
+    shared.known_coef = coef;
+  }
+
+  // Its parts are in one chunk or in two.
+  __device__ double coef_of_short(int64_t segment) const {
+    const int64_t part = first_part(segment);
+    SegmentSums sums = load(part);
+    if (segments_.num_chunks(segment) > 1) {
+      const SegmentSums second = load(part + 1);
+      sums.grads += second.grads;
+      sums.params += second.params;
     }
-    return coef_of(sums);
+    return segment_coef(step_, decision_, shape_, sums);
   }
 
   // By a warp.
-  __device__ double coef_of_long(int64_t unit) const {
-    const UnitSums* const parts = parts_of(unit);
-    const int64_t count = units_.chunks_of(unit);
-    UnitSums sums{};
+  __device__ double coef_of_long(int64_t segment) const {
+    const int64_t part = first_part(segment), count = segments_.num_chunks(segment);
+    SegmentSums sums{};
     for (int64_t i = threadIdx.x % kWarpSize; i < count; i += kWarpSize) {
-      sums.grads += __ldcg(&parts[i].grads);
-      sums.params += __ldcg(&parts[i].params);
+      const SegmentSums next = load(part + i);
+      sums.grads += next.grads;
+      sums.params += next.params;
     }
-    return coef_of({warp_total<SumOfSquares>(sums.grads), warp_total<SumOfSquares>(sums.params)});
+    sums = {warp_total<SumOfSquares>(sums.grads), warp_total<SumOfSquares>(sums.params)};
+    return segment_coef(step_, decision_, shape_, sums);
   }
 
-  __device__ const UnitSums* parts_of(int64_t unit) const {
-    return step_.own_clips.unit_sums + units_.first + unit + units_.first_chunk_of(unit);
+  __device__ int64_t first_part(int64_t segment) const {
+    return segments_.part(segment, segments_.first_chunk(segment));
   }
-  __device__ double coef_of(const UnitSums& sums) const {
-    return coef_of_unit(step_.options, decision_, sums.grads, sums.params);
+
+  __device__ SegmentSums load(int64_t part) const {
+    if (kind_ == SegmentKind::kTensors) return {__ldcg(step_.chunk_sums + part), 0};
+    return {__ldcg(&step_.part_sums[part].grads), __ldcg(&step_.part_sums[part].params)};
   }
 
   const StepParams& step_;
   const Decision& decision_;
-  const Units units_;
-  const int64_t begin_;
-  double* const coefs_;  // by the units' numbers in the tensor
-  int64_t first_, last_;
+  const int64_t index_;
+  const Chunk chunk_;
+  const TensorShape& shape_;
+  const SegmentKind kind_;
+  const Segments segments_;
+  const int64_t first_, last_;
 };
 
 }  // namespace fusedopt::cuda

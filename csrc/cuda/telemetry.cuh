@@ -1,4 +1,4 @@
-// What a block finds out about a chunk, and the last block about every tensor.
+// What a block measures of a chunk.
 #pragma once
 
 #include <algorithm>
@@ -8,8 +8,6 @@
 #include "cuda/vector.cuh"
 
 namespace fusedopt::cuda {
-
-static_assert(kWarpSize == kTensorLanes, "a warp folds the lanes of a tensor");
 
 // What one thread has seen of a chunk's gradients.
 struct GradMeasures {
@@ -48,14 +46,6 @@ __device__ void count_nonfinite(const Slice<grad_t>& grads, int size, Format for
   nans = block_total<SumOfSquares>(nans);
 }
 
-template <class Body>
-__device__ __forceinline__ void visit_grads(const TensorEntry& tensor, const void* grad,
-                                            Chunk chunk, Body&& body) {
-  if (tensor.grad_dtype == Dtype::kFloat32) return body(Slice<float>(grad, chunk.begin()));
-  if (tensor.grad_dtype == Dtype::kFloat64) return body(Slice<double>(grad, chunk.begin()));
-  body(Slice<raw16>(grad, chunk.begin()));
-}
-
 // Of a chunk that has gradients, from what each thread has seen of them.
 template <class Norm>
 __device__ void leave_grad_measures(const StepParams& step, int64_t index, const GradMeasures& mine,
@@ -68,14 +58,15 @@ __device__ void leave_grad_measures(const StepParams& step, int64_t index, const
   // Hardly ever is a chunk read again.
   if (__syncthreads_or(mine.largest - mine.largest != 0) != 0) {
     const Chunk chunk = step.chunks[index];
-    const TensorEntry& tensor = step.tensors[chunk.tensor];
-    const int size = static_cast<int>(chunk.size(tensor.numel));
-    visit_grads(tensor, step.grads[chunk.tensor], chunk, [&](const auto& grads) {
-      count_nonfinite(grads, size, Format(tensor), infs, nans);
+    const TensorShape& shape = step.shapes[chunk.tensor];
+    const int size = static_cast<int>(chunk.size(shape.numel));
+    visit_array(shape.grad, [&](auto grad) {
+      const Slice<type_of<decltype(grad)>> grads(step.grads[chunk.tensor], chunk.begin());
+      count_nonfinite(grads, size, Format(shape), infs, nans);
     });
   }
   if (threadIdx.x == 0) {
-    ChunkMeasures& measures = step.telemetry.chunks[index];
+    ChunkMeasures& measures = step.chunk_measures[index];
     measures.grad_max = grad_max;
     measures.infs = infs;
     measures.nans = nans;
@@ -144,64 +135,11 @@ struct LanesOf {
 __device__ inline void leave_update_measures(const StepParams& step, int64_t index,
                                              UpdateLanes& lanes) {
   const Chunk chunk = step.chunks[index];
-  const TensorEntry& tensor = step.tensors[chunk.tensor];
-  ChunkMeasures& measures = step.telemetry.chunks[index];
+  const TensorShape& shape = step.shapes[chunk.tensor];
+  ChunkMeasures& measures = step.chunk_measures[index];
   __syncthreads();
-  if (tensor.param_dtype == Dtype::kFloat64) {
-    LanesOf<double>(lanes).leave_totals(measures);
-  } else if (tensor.param_dtype == Dtype::kFloat32) {
-    LanesOf<float>(lanes).leave_totals(measures);
-  } else {
-    LanesOf<raw16>(lanes).leave_totals(measures);
-  }
-}
-
-// What a chunk adds to its tensor's row. Other blocks have written it: past the L1 cache.
-__device__ inline ChunkMeasures load_measures(const ChunkMeasures& measures, bool skipped) {
-  // A step that is skipped leaves none of its updates.
-  return {__ldcg(&measures.grad_max), __ldcg(&measures.infs), __ldcg(&measures.nans),
-          skipped ? 0 : __ldcg(&measures.update_squares),
-          skipped ? 0 : __ldcg(&measures.param_squares)};
-}
-
-// A tensor's row, from its chunks, in all threads of a warp.
-__device__ inline ParamRow param_row(const StepParams& step, int64_t tensor,
-                                     const Decision& decision) {
-  if (step.grads[tensor] == nullptr) return absent_row();
-  double grad_squares = 0;
-  ChunkMeasures sums{};
-  const int64_t first = step.first_chunks[tensor] + threadIdx.x % kWarpSize;
-  for (int64_t i = first; i < step.first_chunks[tensor + 1]; i += kWarpSize) {
-    const ChunkMeasures measures = load_measures(step.telemetry.chunks[i], decision.skip);
-    grad_squares += __ldcg(step.chunk_sums + i);
-    sums.grad_max = MaxAbs::combine(sums.grad_max, measures.grad_max);
-    sums.infs += measures.infs;
-    sums.nans += measures.nans;
-    sums.update_squares += measures.update_squares;
-    sums.param_squares += measures.param_squares;
-  }
-  const ChunkMeasures totals{warp_total<MaxAbs>(sums.grad_max), warp_total<SumOfSquares>(sums.infs),
-                             warp_total<SumOfSquares>(sums.nans),
-                             warp_total<SumOfSquares>(sums.update_squares),
-                             warp_total<SumOfSquares>(sums.param_squares)};
-  return fusedopt::param_row(warp_total<SumOfSquares>(grad_squares), totals, decision);
-}
-
-// All tensors' rows, by a block.
-__device__ inline void record_params(const StepParams& step, const Decision& decision) {
-  ParamRow* const rows = param_rows(step);
-  const auto alone = [&](int64_t t) {
-    const int64_t chunk = step.first_chunks[t];
-    rows[t] = step.grads[t] == nullptr
-                  ? absent_row()
-                  : fusedopt::param_row(__ldcg(step.chunk_sums + chunk),
-                                        load_measures(step.telemetry.chunks[chunk], decision.skip),
-                                        decision);
-  };
-  visit_tensors(step, alone, [&](int64_t t) {
-    const ParamRow row = param_row(step, t, decision);
-    if (threadIdx.x % kWarpSize == 0) rows[t] = row;
-  });
+  visit_array(shape.param,
+              [&](auto param) { LanesOf<type_of<decltype(param)>>(lanes).leave_totals(measures); });
 }
 
 }  // namespace fusedopt::cuda

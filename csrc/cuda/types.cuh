@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "core/dispatch.h"
+#include "core/params.h"
 
 namespace fusedopt {
 
@@ -24,8 +24,8 @@ namespace cuda {
 struct Format {
   bool is_bfloat16;
 
-  __device__ explicit Format(const TensorEntry& tensor)
-      : is_bfloat16(tensor.param_dtype == Dtype::kBFloat16) {}
+  __device__ explicit Format(const TensorShape& shape)
+      : is_bfloat16(shape.param == Storage::kBFloat16) {}
 
   // Calls body(bfloat16{}) or body(float16{}) if scalar_t is raw16, else body(scalar_t{}): one
   // question for as many elements as the body converts.
@@ -51,13 +51,31 @@ struct Format {
   }
 };
 
-// Calls body(Types<...>{}) for a tensor's dtypes.
+template <class Param, class Grad, class State>
+struct Types {
+  using param_t = Param;
+  using grad_t = Grad;
+  using state_t = State;
+  using compute_t = opmath_t<Param>;
+};
+
+// Calls body(Tag<scalar_t>{}) for an array's storage.
 template <class Body>
-__device__ __forceinline__ void visit_sizes(const TensorEntry& tensor, Body&& body) {
-  if (tensor.param_dtype == Dtype::kFloat32) return body(Types<float, float, float>{});
-  if (tensor.param_dtype == Dtype::kFloat64) return body(Types<double, double, double>{});
-  visit_16_bits<raw16>(tensor.grad_dtype != tensor.param_dtype,
-                       tensor.state_dtype != tensor.param_dtype, body);
+__device__ __forceinline__ void visit_array(Storage storage, Body&& body) {
+  visit_storage<raw16, raw16>(storage, body);
+}
+
+// Calls body(Types<...>{}) for a tensor's arrays. Its states have one storage, that of the first.
+template <class Body>
+__device__ __forceinline__ void visit_types(const TensorShape& shape, Body&& body) {
+  visit_array(shape.param, [&](auto param) {
+    using param_t = type_of<decltype(param)>;
+    visit_storage_beside<param_t>(shape.grad, [&](auto grad) {
+      visit_storage_beside<param_t>(shape.states[0], [&](auto state) {
+        body(Types<param_t, type_of<decltype(grad)>, type_of<decltype(state)>>{});
+      });
+    });
+  });
 }
 
 }  // namespace cuda

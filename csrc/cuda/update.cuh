@@ -3,13 +3,15 @@
 
 #include <utility>
 
-#include "core/dispatch.h"
+#include "core/coefficients.h"
+#include "core/finish.h"
 #include "cuda/arguments.cuh"
 #include "cuda/block.cuh"
-#include "cuda/limits.cuh"
 #include "cuda/segments.cuh"
 #include "cuda/telemetry.cuh"
 #include "cuda/vector.cuh"
+#include "cuda/workers.cuh"
+#include "rules/rule.h"
 
 namespace fusedopt::cuda {
 
@@ -27,20 +29,20 @@ class ChunkUpdate {
 
  public:
   __device__ ChunkUpdate(const StepParams& step, Chunk chunk, const Prepared<Rule>& prepared,
-                         const Decision& decision, const ChunkUnits& units, UpdateLanes& lanes)
+                         const Decision& decision, const ChunkSegments& segments,
+                         UpdateLanes& lanes)
       : decision_(decision),
-        units_(units),
-        tensor_(step.tensors[chunk.tensor]),
-        used_(step.groups[tensor_.group].states_used |
-              always_used<Rule>()),  // which spares most of the questions
-        size_(static_cast<int>(chunk.size(tensor_.numel))),
+        segments_(segments),
+        // What is always used needs no question.
+        used_(step.groups[step.shapes[chunk.tensor].group].states_used | always_used<Rule>()),
+        size_(static_cast<int>(chunk.size(step.shapes[chunk.tensor].numel))),
         measures_(!step.options.measure),
-        telemetry_(step.telemetry.chunks != nullptr),
-        by_units_(step.own_clips.coefs != nullptr),
-        format_(tensor_),
+        telemetry_(step.chunk_measures != nullptr),
+        by_segments_(!segments.is_shared),
+        format_(step.shapes[chunk.tensor]),
         coefficients_(rounded<Rule, T>(prepared.coefficients)),
         grad_factor_(static_cast<T>(prepared.grad_factor)),
-        arrays_(tensor_, step.grads[chunk.tensor], chunk, used_),
+        arrays_(Pointers<Rule>(step, chunk.tensor), step.grads[chunk.tensor], chunk, used_),
         squares_(lanes) {}
 
   // If no pass has measured the gradients before: returns what the thread has seen of them. With
@@ -70,10 +72,10 @@ class ChunkUpdate {
     Slice<state_t> state[state_slots<Rule>];
     unsigned used;  // bit k: state[k] is there
 
-    __device__ Arrays(const TensorEntry& tensor, const void* grad, Chunk chunk, unsigned used)
-        : param(tensor.param, chunk.begin()), grad(grad, chunk.begin()), used(used) {
+    __device__ Arrays(const Pointers<Rule>& tensor, const void* grad, Chunk chunk, unsigned used)
+        : param(tensor.param(), chunk.begin()), grad(grad, chunk.begin()), used(used) {
 #pragma unroll
-      for (int k = 0; k < kStates; ++k) state[k] = {tensor.state[k], chunk.begin()};
+      for (int k = 0; k < kStates; ++k) state[k] = {tensor.state(k), chunk.begin()};
     }
 
     __device__ bool has(int k) const { return (used >> k & 1) != 0; }
@@ -115,7 +117,7 @@ class ChunkUpdate {
     constexpr int kBytes = sizeof(Elements<kVector>) + sizeof(Lanes<SumOfSquares, kVector>);
     // Before the first use. For 128 registers: float64's divisions and roots need some themselves.
     constexpr int kRowsInFlight = kBytes <= 144 && sizeof(T) == sizeof(float) ? 2 : 1;
-    const int aligned_size = arrays_.aligned() && !by_units_ ? size_ : 0;
+    const int aligned_size = arrays_.aligned() && !by_segments_ ? size_ : 0;
     int done = 0;
 #pragma unroll 1
     for (; done + kRowsInFlight * kRow <= aligned_size; done += kRowsInFlight * kRow) {
@@ -171,9 +173,9 @@ class ChunkUpdate {
 
   // What the gradient of element i of the chunk is multiplied by.
   __device__ __forceinline__ T factor_of(int i) const {
-    if (!by_units_) return grad_factor_;
+    if (!by_segments_) return grad_factor_;
     if (i >= size_) return 0;
-    return static_cast<T>(decision_.inv_scale * units_.coef_of(i)) * grad_factor_;
+    return static_cast<T>(decision_.inv_scale * segments_.coef_of(i)) * grad_factor_;
   }
 
   // `factor(i)`: factor_of the i-th of the elements.
@@ -191,7 +193,8 @@ class ChunkUpdate {
       });
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
-        Rule::update(used_, coefficients_, grad[i] * factor(begin + i), param[i], state[k][i]...);
+        update_element<Rule>(used_, coefficients_, grad[i] * factor(begin + i), param[i],
+                             state[k][i]...);
       }
       format_.template visit<param_t>([&](auto half) {
         narrow<decltype(half)>(param, begin, elements.param);
@@ -203,11 +206,10 @@ class ChunkUpdate {
   static constexpr auto kAllStates = std::make_index_sequence<kStates>{};
 
   const Decision& decision_;
-  const ChunkUnits& units_;
-  const TensorEntry& tensor_;
+  const ChunkSegments& segments_;
   const unsigned used_;  // bit k: the rule's kStates[k] is there
   const int size_;
-  const bool measures_, telemetry_, by_units_;
+  const bool measures_, telemetry_, by_segments_;
   const Format format_;
   const Coefficients coefficients_;
   const T grad_factor_;
@@ -224,122 +226,84 @@ struct CoefficientCache {
   Prepared<Rule> prepared;
 
   // By thread 0, between two barriers.
-  __device__ void prepare_for(const TensorEntry& tensor, const Group& its_group, double factor) {
+  __device__ void prepare_for(const StepParams& step, uint32_t tensor, double factor) {
+    const TensorShape& shape = step.shapes[tensor];
+    const Pointers<Rule> pointers(step, tensor);
     float now[kMaxScalars] = {};
-    load_scalars<Rule>(tensor, now);
-    bool same = tensor.group == group && factor == grad_factor;
+    pointers.load_scalars(now);
+    bool same = shape.group == group && factor == grad_factor;
     for (int k = 0; k < num_scalars<Rule>; ++k) same = same && now[k] == scalars[k];
     if (!same) {
-      group = tensor.group;
+      group = shape.group;
       grad_factor = factor;
       for (int k = 0; k < num_scalars<Rule>; ++k) scalars[k] = now[k];
-      prepared = prepare<Rule>(its_group, now, factor);
+      prepared = prepare<Rule>(step, group, now, factor);
       for (int k = 0; k < num_scalars<Rule>; ++k) advanced[k] = now[k];
     }
-    if (!is_advanced_alone(tensor)) return;
-    for (int k = 0; k < num_scalars<Rule>; ++k) *tensor.scalars[k] = advanced[k];
-  }
-
-  // No other block reads the counters of a tensor of one chunk. Those of others advance when all
-  // blocks are done.
-  static __device__ bool is_advanced_alone(const TensorEntry& tensor) {
-    return chunks_of(tensor.numel) == 1;
+    if (!BlockWorkers::has_advanced(shape)) return;
+    for (int k = 0; k < num_scalars<Rule>; ++k) *pointers.scalar(k) = advanced[k];
   }
 };
 
-// A CoefficientCache with its constructor taken away, as shared memory has none.
 template <class Rule>
 struct Shared {
   Decision decision;
-  ChunkUnits units;
+  ChunkSegments segments;
   UpdateLanes lanes;
-  alignas(8) unsigned char memo[sizeof(CoefficientCache<Rule>)];
+  double values[2];  // of BlockWorkers
+  // Raw storage: __shared__ objects can't have constructors.
+  alignas(8) unsigned char cache[sizeof(CoefficientCache<Rule>)];
 };
 
 // With the gradients' squares, if no pass has measured them before.
 template <class Rule>
 __device__ __forceinline__ void update_chunk(const StepParams& step, int64_t index,
-                                             CoefficientCache<Rule>& memo, Shared<Rule>& shared) {
+                                             CoefficientCache<Rule>& cache, Shared<Rule>& shared) {
   const Chunk chunk = step.chunks[index];
-  const TensorEntry& tensor = step.tensors[chunk.tensor];
-  const Group& group = step.groups[tensor.group];
-  const void* grad = step.grads[chunk.tensor];
   const bool measures = !step.options.measure;
-  const bool telemetry = step.telemetry.chunks != nullptr;
-  if (grad == nullptr) {
+  const bool telemetry = step.chunk_measures != nullptr;
+  if (step.grads[chunk.tensor] == nullptr) {
     if (measures && threadIdx.x == 0) step.chunk_sums[index] = 0;
     return;
   }
-  GradMeasures mine{};
   __syncthreads();
-  const bool by_units = step.own_clips.coefs != nullptr;
+  if (step.chunk_coefs != nullptr)
+    SegmentCoefs(step, shared.decision, index).leave(shared.segments);
   if (threadIdx.x == 0) {
-    const double factor = by_units ? 1.0 : factor_of_tensor(step, shared.decision, chunk.tensor);
-    memo.prepare_for(tensor, group, factor);
+    const ChunkSegments& segments = shared.segments;
+    cache.prepare_for(step, chunk.tensor, segments.is_shared ? segments.factor : 1.0);
   }
   __syncthreads();
-  if (by_units) UnitCoefs(step, shared.decision, chunk).leave(shared.units, index);
-  visit_sizes(tensor, [&](auto types) {
-    ChunkUpdate<Rule, decltype(types)> update(step, chunk, memo.prepared, shared.decision,
-                                              shared.units, shared.lanes);
+  GradMeasures mine{};
+  visit_types(step.shapes[chunk.tensor], [&](auto types) {
+    ChunkUpdate<Rule, decltype(types)> update(step, chunk, cache.prepared, shared.decision,
+                                              shared.segments, shared.lanes);
     mine = update.run();
   });
   if (measures) leave_grad_measures<SumOfSquares>(step, index, mine, telemetry);
   if (telemetry) leave_update_measures(step, index, shared.lanes);
 }
 
-// What the last block does once all elements are updated, or none. `decision` is in shared memory.
-template <class Rule>
-__device__ void finish(const StepParams& step, Decision& decision) {
-  for (int64_t t = threadIdx.x; t < step.num_tensors && !decision.skip; t += kThreads) {
-    const TensorEntry& tensor = step.tensors[t];
-    if (CoefficientCache<Rule>::is_advanced_alone(tensor) || step.grads[t] == nullptr) continue;
-    advance<Rule>(tensor, step.groups[tensor.group]);
-  }
-  if (!step.options.measure) {
-    const double sum = total<SumOfSquares>(step.chunk_sums, step.num_chunks);
-    if (threadIdx.x == 0) {
-      step.control->sum_of_squares = sum;
-      decision = decide(step.options, sum);
-    }
-    __syncthreads();
-  }
-  const bool clips = !decision.skip && step.own_clips.units != nullptr;
-  const double smallest = clips ? smallest_coef(step, decision) : decision.clip_coef;
-  if (step.updates_limit && is_to_be_observed(step.options, decision)) {
-    observe(step, decision);
-  }
-  if (clips) {
-    __syncthreads();
-    if (threadIdx.x == 0) decision.clip_coef = smallest;
-    __syncthreads();
-  }
-  if (step.telemetry.chunks != nullptr) {
-    if (threadIdx.x == 0) record_step<Rule>(step, decision);
-    record_params(step, decision);
-  }
-  __syncthreads();  // the number of steps, which rows are found by, has been read
-  if (threadIdx.x == 0) record(*step.control, decision, step.control->sum_of_squares);
-}
-
 template <class Rule>
 __global__ void __launch_bounds__(kThreads, 2)
-    update_kernel(const __grid_constant__ Arguments<kSmall> arguments) {
+    update_kernel(const __grid_constant__ Arguments<kInlinedArgs> arguments) {
   __shared__ Shared<Rule> shared;
-  CoefficientCache<Rule>& memo = *reinterpret_cast<CoefficientCache<Rule>*>(shared.memo);
+  auto& cache = *reinterpret_cast<CoefficientCache<Rule>*>(shared.cache);
   const StepParams step = arguments.on_device();
   if (threadIdx.x == 0) {
     shared.decision = decide(step.options, step.options.measure ? step.control->sum_of_squares : 0);
-    memo.group = UINT32_MAX;
-    shared.units.known = -1;
+    shared.segments.begin(shared.decision);
+    cache.group = UINT32_MAX;
   }
   __syncthreads();
-  // In reverse: what the norm pass read last is still in the cache.
+  // In reverse: what the norm pass has read last is still in the cache.
   for (int64_t i = step.num_chunks - 1 - blockIdx.x; i >= 0 && !shared.decision.skip;
        i -= gridDim.x) {
-    update_chunk(step, i, memo, shared);
+    update_chunk(step, i, cache, shared);
   }
-  if (is_last_block(arguments.ticket)) finish<Rule>(step, shared.decision);
+  if (is_last_block(&step.tickets[1])) {
+    finish<Rule>(step, shared.decision, BlockWorkers{shared.values});
+  }
 }
 
 }  // namespace fusedopt::cuda

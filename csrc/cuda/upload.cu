@@ -10,53 +10,66 @@ namespace fusedopt::cuda {
 
 namespace {
 
-// A part of a table, on its way to the device's memory.
-struct Piece {
+// As much of a table as the arguments of one launch carry.
+struct Carried {
   uint64_t* to;
-  size_t words;
-  uint64_t from[kLarge / sizeof(uint64_t)];
+  int64_t words;
+  uint64_t from[kLargeArgs / sizeof(uint64_t)];
 };
 
 // Through arguments, as a copy from pageable memory would wait for the stream.
-__global__ void __launch_bounds__(kThreads) upload_kernel(const __grid_constant__ Piece piece) {
-  copy_words(piece.from, piece.to, piece.words);
+__global__ void __launch_bounds__(kThreads) upload_kernel(const __grid_constant__ Carried carried) {
+  copy_words(carried.from, carried.to, carried.words);
 }
 
 // `fill(offset, size, to)` copies that part of the table.
 template <class Fill>
-cudaError_t upload_pieces(void* to, size_t size, cudaStream_t stream, Fill fill) {
-  for (size_t offset = 0; offset < size; offset += kLarge) {
-    Piece piece;
-    const size_t part = std::min(kLarge, size - offset);
-    piece.to = reinterpret_cast<uint64_t*>(static_cast<unsigned char*>(to) + offset);
-    piece.words = part / sizeof(uint64_t);
-    fill(offset, part, reinterpret_cast<unsigned char*>(piece.from));
-    const unsigned blocks = static_cast<unsigned>((piece.words + kThreads - 1) / kThreads);
-    FUSEDOPT_RETURN_IF_ERROR(launch_kernel(upload_kernel, blocks, stream, piece));
+cudaError_t upload_table(void* to, int64_t bytes, cudaStream_t stream, Fill fill) {
+  constexpr int64_t kWord = sizeof(uint64_t);
+  for (int64_t offset = 0; offset < bytes; offset += kLargeArgs) {
+    Carried carried;
+    const int64_t size = std::min(kLargeArgs, bytes - offset);
+    carried.to = reinterpret_cast<uint64_t*>(static_cast<unsigned char*>(to) + offset);
+    carried.words = size / kWord;
+    fill(offset, size, carried.from);
+    const unsigned blocks = static_cast<unsigned>((carried.words + kThreads - 1) / kThreads);
+    FUSEDOPT_RETURN_IF_ERROR(launch_kernel(upload_kernel, blocks, stream, carried));
   }
   return cudaSuccess;
 }
 
 }  // namespace
 
+void copy_step_args(const StepParams& step, int64_t offset, int64_t size, void* to) {
+  const StepArgs args(step);
+  const struct {
+    const void* data;
+    int64_t begin, end;
+  } tables[] = {{step.grads, 0, args.groups_at()},
+                {step.groups, args.groups_at(), args.hyperparameters_at()},
+                {step.hyperparameters, args.hyperparameters_at(), args.bytes()}};
+  for (const auto& table : tables) {
+    const int64_t first = std::max(offset, table.begin);
+    const int64_t last = std::min(offset + size, table.end);
+    if (first >= last) continue;
+    memcpy(static_cast<unsigned char*>(to) + (first - offset),
+           static_cast<const unsigned char*>(table.data) + (first - table.begin), last - first);
+  }
+}
+
 cudaError_t upload_step_args(const StepParams& step, const Launch& launch) {
-  return upload_pieces(launch.step_args, total_bytes(step), launch.stream,
-                       [&](size_t offset, size_t size, unsigned char* to) {
-                         copy_step_args(step, offset, size, to);
-                       });
+  return upload_table(
+      step.step_args, StepArgs(step).bytes(), launch.stream,
+      [&](int64_t offset, int64_t size, void* to) { copy_step_args(step, offset, size, to); });
 }
 
-size_t step_args_bytes(const StepParams& step) {
-  const size_t size = total_bytes(step);
-  return size <= kSmall ? 0 : size;
-}
-
-cudaError_t upload(int device, cudaStream_t stream, void* to, const void* from, size_t size) {
-  const DeviceScope scope(device);
+cudaError_t upload(Launch launch, void* to, const void* from, size_t bytes) {
+  const DeviceScope scope(launch.device);
   FUSEDOPT_RETURN_IF_ERROR(scope.error);
-  return upload_pieces(to, size, stream, [&](size_t offset, size_t part, unsigned char* piece) {
-    memcpy(piece, static_cast<const unsigned char*>(from) + offset, part);
-  });
+  return upload_table(to, static_cast<int64_t>(bytes), launch.stream,
+                      [&](int64_t offset, int64_t size, void* part) {
+                        memcpy(part, static_cast<const unsigned char*>(from) + offset, size);
+                      });
 }
 
 }  // namespace fusedopt::cuda

@@ -7,35 +7,33 @@
 
 #include "math/inline.h"
 #include "math/power.h"
-#include "rules/moments.h"
 #include "rules/rule.h"
 
 namespace fusedopt {
 
-struct Adam {
+struct Adam : RuleDefaults {
   static constexpr const char* kName = "adam";
 
   struct Hyperparameters {
     double lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay;
   };
-  static constexpr HyperparameterName kHyperparameters[] = {{"lr"},
-                                                            {"betas", 2},
-                                                            {"eps"},
-                                                            {"weight_decay"},
-                                                            {"amsgrad"},
-                                                            {"maximize"},
-                                                            {"decoupled_weight_decay"}};
+  static constexpr Option<Hyperparameters> kHyperparameters[] = {
+      {"lr", &Hyperparameters::lr},
+      {"betas", &Hyperparameters::beta1, 2},
+      {"eps", &Hyperparameters::eps},
+      {"weight_decay", &Hyperparameters::weight_decay},
+      {"amsgrad", &Hyperparameters::amsgrad},
+      {"maximize", &Hyperparameters::maximize},
+      {"decoupled_weight_decay", &Hyperparameters::decoupled_weight_decay}};
 
-  static constexpr const char* kScalars[] = {"step"};
-  static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+  static constexpr StateName kScalars[] = {{"step"}};
+  static constexpr StateName kStates[] = {{"exp_avg"}, {"exp_avg_sq"}, {"max_exp_avg_sq"}};
   enum : unsigned { kMoments = 0b011, kMaxExpAvgSq = 0b100 };
   static constexpr unsigned kVariants[] = {kMoments, kMoments | kMaxExpAvgSq};
 
   static FUSEDOPT_INLINE unsigned states_used(const Hyperparameters& h) {
     return h.amsgrad != 0 ? kMoments | kMaxExpAvgSq : kMoments;
   }
-
-  static FUSEDOPT_INLINE void advance(const Hyperparameters&, float* scalars) { scalars[0] += 1; }
 
   template <class T>
   struct Coefficients {
@@ -62,16 +60,21 @@ struct Adam {
   }
 
   template <class T>
-  static FUSEDOPT_INLINE void update(unsigned used, const Coefficients<T>& c, T grad, T& param,
+  static FUSEDOPT_INLINE T direction(unsigned used, const Coefficients<T>& c, T grad, T param,
                                      T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq) {
-    update_moments(c, grad, param, exp_avg, exp_avg_sq);
+    update_moments(c, with_l2(grad, c.l2, param), exp_avg, exp_avg_sq);
     T second_moment = exp_avg_sq;
     if ((used & kMaxExpAvgSq) != 0) {
       max_exp_avg_sq = max_exp_avg_sq > exp_avg_sq ? max_exp_avg_sq : exp_avg_sq;
       second_moment = max_exp_avg_sq;
     }
     const T denom = std::sqrt(second_moment) * c.inv_sqrt_bias_correction2 + c.eps;
-    param = param - c.step_size * (exp_avg / denom);
+    return exp_avg / denom;
+  }
+
+  template <class T>
+  static FUSEDOPT_INLINE T apply(const Coefficients<T>& c, T param, T direction) {
+    return param * c.decay - c.step_size * direction;
   }
 };
 

@@ -1,4 +1,4 @@
-// The optimizers, each one math header, and clipping by itself. A new one is listed here and
+// The rules: optimizers, a header each, and scaling by itself. A new rule is listed here and
 // nowhere else in C++.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 #define FUSEDOPT_FOR_EACH_RULE(DO) \
   DO(Adam)                         \
-  DO(ClipGrads)                    \
   DO(NAdam)                        \
   DO(RMSprop)                      \
+  DO(Scale)                        \
   DO(SGD)

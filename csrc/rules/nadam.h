@@ -6,12 +6,11 @@
 
 #include "math/inline.h"
 #include "math/power.h"
-#include "rules/moments.h"
 #include "rules/rule.h"
 
 namespace fusedopt {
 
-struct NAdam {
+struct NAdam : RuleDefaults {
   static constexpr const char* kName = "nadam";
 
   struct Hyperparameters {
@@ -19,17 +18,18 @@ struct NAdam {
     double mu_base;  // 0.96 ** momentum_decay
     double maximize, decoupled_weight_decay;
   };
-  static constexpr HyperparameterName kHyperparameters[] = {
-      {"lr"},
-      {"betas", 2},
-      {"eps"},
-      {"weight_decay"},
-      {"momentum_decay", 1, [](double decay) { return std::pow(0.96, decay); }},
-      {"maximize"},
-      {"decoupled_weight_decay"}};
+  static constexpr Option<Hyperparameters> kHyperparameters[] = {
+      {"lr", &Hyperparameters::lr},
+      {"betas", &Hyperparameters::beta1, 2},
+      {"eps", &Hyperparameters::eps},
+      {"weight_decay", &Hyperparameters::weight_decay},
+      {"momentum_decay", &Hyperparameters::mu_base, 1,
+       [](double decay) { return std::pow(0.96, decay); }},
+      {"maximize", &Hyperparameters::maximize},
+      {"decoupled_weight_decay", &Hyperparameters::decoupled_weight_decay}};
 
-  static constexpr const char* kScalars[] = {"step", "mu_product"};
-  static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq"};
+  static constexpr StateName kScalars[] = {{"step"}, {"mu_product", 1}};
+  static constexpr StateName kStates[] = {{"exp_avg"}, {"exp_avg_sq"}};
   enum : unsigned { kMoments = 0b11 };
   static constexpr unsigned kVariants[] = {kMoments};
 
@@ -72,11 +72,17 @@ struct NAdam {
   }
 
   template <class T>
-  static FUSEDOPT_INLINE void update(unsigned, const Coefficients<T>& c, T grad, T& param,
+  static FUSEDOPT_INLINE T direction(unsigned, const Coefficients<T>& c, T grad, T param,
                                      T& exp_avg, T& exp_avg_sq) {
-    update_moments(c, grad, param, exp_avg, exp_avg_sq);
+    grad = with_l2(grad, c.l2, param);
+    update_moments(c, grad, exp_avg, exp_avg_sq);
     const T denom = std::sqrt(exp_avg_sq) * c.inv_sqrt_bias_correction2 + c.eps;
-    param = param - (c.grad_step_size * grad + c.exp_avg_step_size * exp_avg) / denom;
+    return (c.grad_step_size * grad + c.exp_avg_step_size * exp_avg) / denom;
+  }
+
+  template <class T>
+  static FUSEDOPT_INLINE T apply(const Coefficients<T>& c, T param, T direction) {
+    return param * c.decay - direction;
   }
 };
 

@@ -8,17 +8,23 @@
 
 namespace fusedopt {
 
-struct RMSprop {
+struct RMSprop : RuleDefaults {
   static constexpr const char* kName = "rmsprop";
 
   struct Hyperparameters {
     double lr, alpha, eps, weight_decay, momentum, centered, maximize;
   };
-  static constexpr HyperparameterName kHyperparameters[] = {
-      {"lr"}, {"alpha"}, {"eps"}, {"weight_decay"}, {"momentum"}, {"centered"}, {"maximize"}};
+  static constexpr Option<Hyperparameters> kHyperparameters[] = {
+      {"lr", &Hyperparameters::lr},
+      {"alpha", &Hyperparameters::alpha},
+      {"eps", &Hyperparameters::eps},
+      {"weight_decay", &Hyperparameters::weight_decay},
+      {"momentum", &Hyperparameters::momentum},
+      {"centered", &Hyperparameters::centered},
+      {"maximize", &Hyperparameters::maximize}};
 
-  static constexpr const char* kScalars[] = {"step"};
-  static constexpr const char* kStates[] = {"square_avg", "grad_avg", "momentum_buffer"};
+  static constexpr StateName kScalars[] = {{"step"}};
+  static constexpr StateName kStates[] = {{"square_avg"}, {"grad_avg"}, {"momentum_buffer"}};
   enum : unsigned { kSquareAvg = 0b001, kGradAvg = 0b010, kMomentumBuffer = 0b100 };
   static constexpr unsigned kVariants[] = {kSquareAvg, kSquareAvg | kGradAvg,
                                            kSquareAvg | kMomentumBuffer,
@@ -31,8 +37,6 @@ struct RMSprop {
     return used;
   }
 
-  static FUSEDOPT_INLINE void advance(const Hyperparameters&, float* scalars) { scalars[0] += 1; }
-
   template <class T>
   struct Coefficients {
     T lr, alpha, one_minus_alpha, eps, weight_decay, momentum;
@@ -43,9 +47,9 @@ struct RMSprop {
   }
 
   template <class T>
-  static FUSEDOPT_INLINE void update(unsigned used, const Coefficients<T>& c, T grad, T& param,
+  static FUSEDOPT_INLINE T direction(unsigned used, const Coefficients<T>& c, T grad, T param,
                                      T& square_avg, T& grad_avg, T& momentum_buffer) {
-    grad = c.weight_decay != 0 ? grad + c.weight_decay * param : grad;
+    grad = with_l2(grad, c.weight_decay, param);
     square_avg = c.alpha * square_avg + (c.one_minus_alpha * grad) * grad;
     T variance = square_avg;
     if ((used & kGradAvg) != 0) {
@@ -58,7 +62,12 @@ struct RMSprop {
       momentum_buffer = c.momentum * momentum_buffer + direction;
       direction = momentum_buffer;
     }
-    param = param - c.lr * direction;
+    return direction;
+  }
+
+  template <class T>
+  static FUSEDOPT_INLINE T apply(const Coefficients<T>& c, T param, T direction) {
+    return param - c.lr * direction;
   }
 };
 

@@ -1,4 +1,4 @@
-// Clipping by itself, for any optimizer: the "parameter" is the gradient, multiplied in place.
+// Scaling by itself: the "parameter" is the gradient, which clip_grad_norm_ multiplies in place.
 #pragma once
 
 #include <array>
@@ -8,13 +8,15 @@
 
 namespace fusedopt {
 
-struct ClipGrads {
-  static constexpr const char* kName = "clip_grads";
+struct Scale : RuleDefaults {
+  static constexpr const char* kName = "scale";
+  static constexpr bool kHasLr = false;
+  static constexpr bool kHasMaximize = false;
 
   struct Hyperparameters {};
-  static constexpr std::array<HyperparameterName, 0> kHyperparameters{};
-  static constexpr std::array<const char*, 0> kScalars{};
-  static constexpr std::array<const char*, 0> kStates{};
+  static constexpr std::array<Option<Hyperparameters>, 0> kHyperparameters{};
+  static constexpr std::array<StateName, 0> kScalars{};
+  static constexpr std::array<StateName, 0> kStates{};
   static constexpr unsigned kVariants[] = {0};
 
   static FUSEDOPT_INLINE unsigned states_used(const Hyperparameters&) { return 0; }
@@ -28,10 +30,14 @@ struct ClipGrads {
     return {};
   }
 
-  // `grad` has been multiplied by the clip coefficient.
   template <class T>
-  static FUSEDOPT_INLINE void update(unsigned, const Coefficients<T>&, T grad, T& param) {
-    param = grad;
+  static FUSEDOPT_INLINE T direction(unsigned, const Coefficients<T>&, T grad, T) {
+    return grad;
+  }
+
+  template <class T>
+  static FUSEDOPT_INLINE T apply(const Coefficients<T>&, T, T direction) {
+    return direction;
   }
 };
 

@@ -6,25 +6,28 @@
 
 namespace fusedopt {
 
-struct SGD {
+struct SGD : RuleDefaults {
   static constexpr const char* kName = "sgd";
 
   struct Hyperparameters {
     double lr, momentum, dampening, weight_decay, nesterov, maximize;
   };
-  static constexpr HyperparameterName kHyperparameters[] = {
-      {"lr"}, {"momentum"}, {"dampening"}, {"weight_decay"}, {"nesterov"}, {"maximize"}};
+  static constexpr Option<Hyperparameters> kHyperparameters[] = {
+      {"lr", &Hyperparameters::lr},
+      {"momentum", &Hyperparameters::momentum},
+      {"dampening", &Hyperparameters::dampening},
+      {"weight_decay", &Hyperparameters::weight_decay},
+      {"nesterov", &Hyperparameters::nesterov},
+      {"maximize", &Hyperparameters::maximize}};
 
-  static constexpr const char* kScalars[] = {"momentum_steps"};
-  static constexpr const char* kStates[] = {"momentum_buffer"};
+  static constexpr StateName kScalars[] = {{"momentum_steps"}};  // torch keeps no such state
+  static constexpr StateName kStates[] = {{"momentum_buffer"}};
   enum : unsigned { kNone = 0b0, kMomentumBuffer = 0b1 };
   static constexpr unsigned kVariants[] = {kNone, kMomentumBuffer};
 
   static FUSEDOPT_INLINE unsigned states_used(const Hyperparameters& h) {
     return h.momentum != 0 ? kMomentumBuffer : kNone;
   }
-
-  static FUSEDOPT_INLINE void advance(const Hyperparameters&, float* scalars) { scalars[0] += 1; }
 
   template <class T>
   struct Coefficients {
@@ -38,15 +41,20 @@ struct SGD {
   }
 
   template <class T>
-  static FUSEDOPT_INLINE void update(unsigned used, const Coefficients<T>& c, T grad, T& param,
+  static FUSEDOPT_INLINE T direction(unsigned used, const Coefficients<T>& c, T grad, T param,
                                      T& momentum_buffer) {
-    grad = c.weight_decay != 0 ? grad + c.weight_decay * param : grad;
+    grad = with_l2(grad, c.weight_decay, param);
     T direction = grad;
     if ((used & kMomentumBuffer) != 0) {
       momentum_buffer = c.momentum * momentum_buffer + c.grad_share * grad;
       direction = c.nesterov != 0 ? grad + c.momentum * momentum_buffer : momentum_buffer;
     }
-    param = param - c.lr * direction;
+    return direction;
+  }
+
+  template <class T>
+  static FUSEDOPT_INLINE T apply(const Coefficients<T>& c, T param, T direction) {
+    return param - c.lr * direction;
   }
 };
 

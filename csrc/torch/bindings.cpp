@@ -2,10 +2,10 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include "cpu/isa.h"
+#include "kernels.h"
 #include "torch/clip_grads.h"
+#include "torch/cuda_stream.h"
 #include "torch/huge_pages.h"
-#include "torch/launch.h"
 #include "torch/plan.h"
 #include "torch/step.h"
 
@@ -14,7 +14,7 @@ namespace fusedopt {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("built_with_cuda") = built_with_cuda();
   m.attr("cuda_device_type") = c10::DeviceTypeName(cuda_device_type(), true);
-  m.def("cpu_isa", [] { return cpu::isa_name(cpu::best_isa()); });
+  m.def("cpu_isa", &cpu_isa);
   m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("tensor"));
 
   m.def(
@@ -42,16 +42,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              const std::optional<at::Tensor>& found_inf,
              std::optional<std::tuple<int, std::vector<double>, at::Tensor>> clip,
              const at::Tensor& control) {
-            std::optional<AdaptiveClipRequest> adaptive;
+            std::optional<LimitTensors> limit;
             if (clip.has_value()) {
-              auto& [kind, arguments, clip_state] = *clip;
-              adaptive = AdaptiveClipRequest{kind, std::move(arguments), std::move(clip_state)};
+              auto& [kind, arguments, limit_state] = *clip;
+              limit = LimitTensors{kind, std::move(arguments), std::move(limit_state)};
             }
             const c10::NoGradGuard no_grad;
             if (!plan.refresh(param_groups, state)) return false;
             step(plan.rule(), plan.devices(),
-                 {max_grad_norm, std::move(adaptive), measure, skip_nonfinite, grad_scale,
-                  found_inf, control},
+                 {max_grad_norm, std::move(limit), measure, skip_nonfinite, grad_scale, found_inf,
+                  control},
                  [&] { return plan.keep_alive(); });
             return true;
           },

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <unordered_set>
 
+#include "torch/cuda_stream.h"
 #include "torch/launch.h"
 #include "torch/param_groups.h"
 
@@ -72,18 +73,21 @@ class Collector {
     } else if (writes_ && !grad.is_inference()) {
       grad.unsafeGetTensorImpl()->bump_version();  // autograd learns of it
     }
-    TensorEntry entry{};
-    entry.param = data;
-    entry.numel = grad.numel();
-    entry.param_dtype = entry.grad_dtype = entry.state_dtype = to_dtype(grad.scalar_type());
-    device_tensors.tensors.push_back(entry);
+    TensorInfo info{};
+    info.numel = grad.numel();
+    info.row_size = std::max<int64_t>(1, grad.numel());
+    info.param = info.grad = to_storage(grad.scalar_type());
+    for (Storage& state : info.states) state = info.param;
+    TensorPointers pointers{};
+    pointers.param = data;
+    device_tensors.add(info, pointers);
   }
 
-  std::vector<DeviceTensors>& lay_out(const std::string& backend) {
-    for (DeviceTensors& device_tensors : devices_) {
-      device_tensors.lay_out(1, backend == "cuda" || device_tensors.device.is_cuda());
-      for (size_t i = 0; i < device_tensors.tensors.size(); ++i) {
-        device_tensors.grads[i] = device_tensors.tensors[i].param;
+  std::vector<DeviceTensors>& begin(const RuleInfo& rule, const std::string& backend) {
+    for (DeviceTensors& tensors : devices_) {
+      tensors.begin(rule, 1, backend == "cuda" || tensors.device.is_cuda());
+      for (size_t i = 0; i < tensors.pointers.size(); ++i) {
+        tensors.grads[i] = tensors.pointers[i].param;
       }
     }
     return devices_;
@@ -117,9 +121,9 @@ void set_norm(const DeviceTensors& device_tensors,
 }  // namespace
 
 std::optional<ClipResult> clip_grads(const py::list& tensors, bool of_params, bool checked,
-                                     const std::string& backend, const ClipRequest& request) {
+                                     const std::string& backend, const ClipCall& call) {
   const c10::NoGradGuard no_grad;
-  const bool writes = request.max_norm != HUGE_VAL;
+  const bool writes = call.max_norm != HUGE_VAL;
   const auto grads = gather(tensors, of_params, backend);
   if (!grads.has_value()) return std::nullopt;
   if (grads->empty()) return ClipResult{};
@@ -131,25 +135,27 @@ std::optional<ClipResult> clip_grads(const py::list& tensors, bool of_params, bo
 
   Collector collector(writes);
   for (const at::Tensor& grad : *grads) collector.add(grad);
-  std::vector<DeviceTensors>& devices = collector.lay_out(backend);
-  std::vector<StepParams> passes;
-  for (DeviceTensors& device_tensors : devices) {
-    if (request.total_norm.has_value()) set_norm(device_tensors, *request.total_norm);
-    StepParams step = device_tensors.step();
-    step.options.max_grad_norm = request.max_norm;
-    step.options.skip_nonfinite = request.skip_nonfinite;
+  static const RuleInfo& rule = find_rule("scale");
+  std::vector<DeviceTensors>& devices = collector.begin(rule, backend);
+  std::vector<StepParams> steps;
+  for (DeviceTensors& tensors : devices) {
+    if (call.total_norm.has_value()) set_norm(tensors, *call.total_norm);
+    StepParams step = tensors.step_params(SegmentKind::kNone);
+    step.options.max_grad_norm = call.max_norm;
+    step.options.skip_nonfinite = call.skip_nonfinite;
     step.options.measure = true;
     step.options.only_scales = true;
-    const bool squares = !request.total_norm.has_value() && request.norm_type == 2;
+    const bool squares = !call.total_norm.has_value() && call.norm_type == 2;
     step.options.norm_type = squares ? NormType::kL2 : NormType::kInf;
-    passes.push_back(step);
+    steps.push_back(step);
   }
-  static const RuleInfo& rule = find_rule("clip_grads");
-  run(rule, devices, passes, request.total_norm.has_value() ? Phases::kUpdate : Phases::kBoth, [&] {
+  const auto keep_alive = [&] {
     std::vector<c10::Storage> memory;
     for (const at::Tensor& grad : *grads) memory.push_back(grad.storage());
     return memory;
-  });
+  };
+  const auto launch = call.total_norm.has_value() ? launch_update : launch_step;
+  launch(rule, devices, steps, keep_alive);
   collector.store_dense_grads();
   return ClipResult{control_slot(devices[0], offsetof(StepControl, grad_norm)).squeeze(), wide};
 }

@@ -11,7 +11,7 @@
 
 namespace fusedopt {
 
-struct ClipRequest {
+struct ClipCall {
   double max_norm;      // infinity: only measure
   double norm_type;     // 2 or infinity
   bool skip_nonfinite;  // leave the gradients as they are where the norm is inf or nan
@@ -29,6 +29,6 @@ using ClipResult = std::pair<std::optional<at::Tensor>, bool>;
 // Nothing: one of them is not for these kernels, or lies in memory in a way that Python is to look
 // at before it is written to (`checked`: it did), and nothing was done.
 std::optional<ClipResult> clip_grads(const py::list& tensors, bool of_params, bool checked,
-                                     const std::string& backend, const ClipRequest& request);
+                                     const std::string& backend, const ClipCall& call);
 
 }  // namespace fusedopt

@@ -1,21 +1,18 @@
-// What torch knows of a GPU and its kernels' launches need, asked without torch's CUDA headers.
+// What torch knows of a GPU and the kernels need, asked without torch's CUDA headers.
 #pragma once
 
-#if FUSEDOPT_WITH_CUDA
-
 #include <c10/core/Device.h>
-#include <cuda_runtime.h>
 
 namespace fusedopt {
 
-int device_index(c10::Device device);
+// The device type that backend "cuda" runs on: "cpu" where CUDA is emulated, for tests.
+c10::DeviceType cuda_device_type();
 
-// Torch's current stream there; null where the device is no GPU, as on the emulator.
-cudaStream_t current_stream(c10::Device device);
+// Torch's current stream there, a cudaStream_t; null where the device is no GPU, as on the
+// emulator.
+void* current_stream(c10::Device device);
 
 // Throws if launching on that device has failed.
-void check_launch(cudaError_t error, c10::Device device);
+void check_launch(int status, c10::Device device);
 
 }  // namespace fusedopt
-
-#endif

@@ -1,4 +1,4 @@
-// The tensors of one device, and the tables that one pass over them reads.
+// The tensors of one device: what the kernels are to see of them, and their workspace.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,85 +7,65 @@
 #include <optional>
 #include <vector>
 
-#include "core/params.h"
-#include "cpu/schedule.h"
+#include "kernels.h"
 
 namespace fusedopt {
 
 // A parameter with gaps between its elements, and the dense copy that the kernels see.
 struct DenseParam {
   c10::TensorImpl* param;  // not owned
-  int index;               // in the partition
+  int index;               // in the tensors of its device
   at::Tensor dense;
   at::Tensor original;  // the parameter, during a step
 };
 
-// The tables that don't change from step to step, in the device's memory.
-class DeviceTables {
- public:
-  DeviceTables() = default;
-  DeviceTables(const std::vector<TensorEntry>& tensors, const std::vector<Chunk>& chunks,
-               const std::vector<int64_t>& first_chunk, c10::Device device);
-  unsigned* tickets() const { return reinterpret_cast<unsigned*>(bytes_.data_ptr()); }
-  const TensorEntry* tensors() const { return at<TensorEntry>(kTicketBytes); }
-  const Chunk* chunks() const { return at<Chunk>(chunks_offset_); }
-  const int64_t* first_chunks() const { return at<int64_t>(first_chunks_offset_); }
-  const at::Tensor& memory() const { return bytes_; }
-
- private:
-  static constexpr int64_t kTicketBytes = 16;
-  template <class T>
-  const T* at(int64_t offset) const {
-    return reinterpret_cast<const T*>(static_cast<const char*>(bytes_.data_ptr()) + offset);
-  }
-  at::Tensor bytes_;
-  int64_t chunks_offset_ = 0, first_chunks_offset_ = 0;
-};
-
-// What clips that look at every tensor or unit by itself need, on the device.
-struct SegmentMemory {
-  at::Tensor units, tensor_norms, unit_sums, coefs, chunk_coefs;
-};
-
-// The tensors of one device: what one pass walks over.
 struct DeviceTensors {
   c10::Device device = at::kCPU;
-  c10::Device device_key = at::kCPU;  // the same one, if not for tests; see partition_for
-  std::vector<TensorEntry> tensors;
-  std::vector<Chunk> chunks;
-  std::vector<int64_t> first_chunk;  // of each tensor, and the end of the last
-  std::vector<int64_t> unit_sizes;   // of each tensor; see `Units`
-  std::vector<cpu::Span> spans;      // of chunks, for the CPU
-  std::vector<const void*> grads;    // null: no gradient at this step
+  c10::Device device_key = at::kCPU;  // tells devices apart: `device`, but for tests
+  bool on_cuda = false;
+  const RuleInfo* rule = nullptr;
+  std::vector<TensorInfo> infos;
+  std::vector<TensorPointers> pointers;
+  std::vector<const void*> grads;  // null: no gradient at this step
   std::vector<Group> groups;
-  std::vector<int64_t> numbers;  // of each tensor, counted over all devices
+  std::vector<double> hyperparameters;
   std::vector<DenseParam> dense_params;
   std::vector<at::Tensor> dense_grads;  // of gradients laid out otherwise, at this step
-  at::Tensor chunk_sums;
-  at::Tensor chunk_measures, step_ring, param_ring;  // telemetry, if it was asked for
-  at::Tensor control;                                // a StepControl
-  SegmentMemory own_clips;
-  DeviceTables tables;   // CUDA only
-  at::Tensor step_args;  // CUDA only: what doesn't fit in a kernel's arguments
-  std::optional<c10::Stream>
-      alloc_stream;       // CUDA only: the stream that was current at the first pass
-  at::Tensor clip_state;  // of an adaptive limit, at this step
-  bool on_cuda = false;
+  at::Tensor step_ring, param_ring;     // telemetry, if it was asked for
+  at::Tensor control;                   // a StepControl
+  at::Tensor limit_state;               // of an adaptive limit, at this step
 
-  // Once all tensors are known: the chunks, and memory for what the passes write.
-  void lay_out(size_t num_groups, bool runs_on_cuda);
+  std::optional<Layout> layout;
+  at::Tensor workspace;
+  bool tables_are_current = false;          // in the workspace; false: a pointer has moved
+  std::optional<c10::Stream> alloc_stream;  // CUDA only: the current one at the first step
 
-  // A pass over these tensors; its options are the caller's.
-  StepParams step();
+  // One more tensor; returns its index.
+  int add(const TensorInfo& info, const TensorPointers& pointers);
 
-  // What a clip of that kind needs beside.
-  OwnClips clips_for(ClipKind kind);
+  // Once all tensors are known.
+  void begin(const RuleInfo& its_rule, size_t num_groups, bool runs_on_cuda);
+
+  // The sum of every chunk, as the last step has left them: float64, shape (chunks,).
+  at::Tensor chunk_sums() const;
+
+  // All but the options, for a step whose limit looks at these segments.
+  StepParams step_params(SegmentKind segments);
 
  private:
-  void make_units();
+  void make_workspace(SegmentKind segments);
+  void upload_tables();
+
+  SegmentKind segments_ = SegmentKind::kNone;
 };
 
-// Which of the partitions is that of the tensor's device: a new one for the first tensor on it.
+// The device's index and its current stream.
+Device kernels_device(const DeviceTensors& tensors);
+
+// The double at that offset in the control of these tensors, shape (1,).
+at::Tensor control_slot(const DeviceTensors& tensors, size_t offset);
+
+// The entry of the tensor's device: a new one for the first tensor on it.
 size_t device_tensors_for(const at::Tensor& tensor, std::vector<DeviceTensors>& devices);
 
 }  // namespace fusedopt

@@ -1,8 +1,6 @@
 #include "torch/launch.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/where.h>
 #include <pthread.h>
 #include <pybind11/pybind11.h>
 
@@ -10,154 +8,110 @@
 #include <atomic>
 
 #include "torch/cuda_stream.h"
-#include "torch/keep_alive.h"
+#include "torch/exchange.h"
 
 namespace fusedopt {
 
 namespace {
 
-#if !defined(FUSEDOPT_CUDA_DEVICE)
-#define FUSEDOPT_CUDA_DEVICE c10::kCUDA
-#endif
-
-using Hold = c10::function_ref<void()>;
-
 // With fewer elements a thread costs more to wake than it saves; a chunk isn't divided anyway.
 constexpr int64_t kElementsPerThread = kChunkSize;
+
+// Above this many elements a step is long enough to let other Python threads run meanwhile.
+constexpr int64_t kElementsToReleaseGil = 1 << 20;
 
 // A forked child has none of its parent's threads, and GNU's OpenMP would wait for them forever.
 std::atomic<bool> in_forked_child{false};
 [[maybe_unused]] const int at_fork =
     pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
 
-// Above this many elements a step is long enough to let other Python threads run meanwhile.
-constexpr int64_t kElementsToReleaseGil = 1 << 20;
+int threads_for(int64_t elements) {
+  if (at::in_parallel_region() || in_forked_child) return 1;
+  const int64_t worthwhile = std::max<int64_t>(1, elements / kElementsPerThread);
+  return static_cast<int>(std::min<int64_t>(at::get_num_threads(), worthwhile));
+}
 
-int64_t num_elements(const DeviceTensors& device_tensors) {
+int64_t num_elements(const DeviceTensors& tensors) {
   int64_t count = 0;
-  for (size_t t = 0; t < device_tensors.tensors.size(); ++t) {
-    if (device_tensors.grads[t] != nullptr) count += device_tensors.tensors[t].numel;
+  for (size_t t = 0; t < tensors.infos.size(); ++t) {
+    if (tensors.grads[t] != nullptr) count += tensors.infos[t].numel;
   }
   return count;
 }
 
-// `hold`: keeps all that the run reads and writes until it ends.
-void run_on_cpu(const RuleInfo& rule, const DeviceTensors& device_tensors, const StepParams& step,
-                Phases phases, Hold hold) {
-  const int64_t elements = num_elements(device_tensors);
-  const int64_t worthwhile = std::max<int64_t>(1, elements / kElementsPerThread);
-  const int threads = at::in_parallel_region() || in_forked_child
-                          ? 1
-                          : static_cast<int>(std::min<int64_t>(at::get_num_threads(), worthwhile));
-  const cpu::Schedule schedule{device_tensors.spans, threads};
-  if (elements < kElementsToReleaseGil) return rule.run_cpu(step, schedule, phases);
-  hold();
-  const pybind11::gil_scoped_release release;
-  rule.run_cpu(step, schedule, phases);
-}
+// Makes the calls of one step.
+class Launcher {
+ public:
+  Launcher(std::vector<DeviceTensors>& devices, const std::vector<StepParams>& steps,
+           KeepAlive keep_alive)
+      : devices_(devices), steps_(steps), keep_alive_(keep_alive) {}
 
-#if FUSEDOPT_WITH_CUDA
-void run_on_cuda(const RuleInfo& rule, DeviceTensors& device_tensors, const StepParams& step,
-                 Phases phases) {
-  cuda::Launch launch{};
-  launch.device = device_index(device_tensors.device);
-  launch.stream = current_stream(device_tensors.device);
-  launch.tickets = device_tensors.tables.tickets();
-  keep_for_current_stream(device_tensors, launch.stream);
-  if (const size_t bytes = cuda::step_args_bytes(step); bytes > 0) {
-    launch.step_args_are_there = phases == Phases::kUpdate && device_tensors.step_args.defined();
-    if (!launch.step_args_are_there) {
-      device_tensors.step_args = at::empty(
-          {static_cast<int64_t>(bytes)}, at::TensorOptions(device_tensors.device).dtype(at::kByte));
+  // Makes one call on every device. call(step, device) returns a status.
+  template <class Call>
+  void on_all(Call call) {
+    for (size_t i = 0; i < devices_.size(); ++i) on_one(devices_[i], steps_[i], call);
+  }
+
+ private:
+  template <class Call>
+  void on_one(DeviceTensors& tensors, const StepParams& step, Call call) {
+    Device device = kernels_device(tensors);
+    if (tensors.on_cuda) {
+      keep_for_current_stream(tensors, device.stream);
+      return check_launch(call(step, device), tensors.device);
     }
-    launch.step_args = device_tensors.step_args.data_ptr();
+    const int64_t elements = num_elements(tensors);
+    device.threads = threads_for(elements);
+    if (elements < kElementsToReleaseGil) {
+      call(step, device);
+      return;
+    }
+    if (kept_.empty()) kept_ = keep_alive_();
+    const pybind11::gil_scoped_release release;
+    call(step, device);
   }
-  check_launch(rule.run_cuda(step, launch, phases), device_tensors.device);
-  if (phases != Phases::kMeasure) device_tensors.step_args.reset();
-}
-#endif
 
-void run_one(const RuleInfo& rule, DeviceTensors& device_tensors, const StepParams& step,
-             Phases phases, Hold hold) {
-#if FUSEDOPT_WITH_CUDA
-  if (device_tensors.on_cuda) return run_on_cuda(rule, device_tensors, step, phases);
-#endif
-  run_on_cpu(rule, device_tensors, step, phases, hold);
-}
+  std::vector<DeviceTensors>& devices_;
+  const std::vector<StepParams>& steps_;
+  KeepAlive keep_alive_;
+  // From the first time that other Python threads may run until the end of the step.
+  std::vector<c10::Storage> kept_;
+};
 
-at::Tensor sum_of(const DeviceTensors& device_tensors) {
-  return control_slot(device_tensors, offsetof(StepControl, sum_of_squares));
-}
-
-// What each device has measured becomes what all have, combined in the order of the devices.
-void combine_devices(std::vector<DeviceTensors>& devices, NormType norm_type) {
-  at::Tensor total = sum_of(devices[0]).clone();
-  for (size_t i = 1; i < devices.size(); ++i) {
-    const at::Tensor other = sum_of(devices[i]).to(total.device());
-    total = norm_type == NormType::kL2 ? total.add(other) : total.maximum(other);
-  }
-  for (DeviceTensors& device_tensors : devices) sum_of(device_tensors).copy_(total);
-}
-
-// Each device knows the smallest coefficient of its own tensors or units; readings are of all.
-void combine_coefs(std::vector<DeviceTensors>& devices) {
-  const at::Tensor smallest = control_slot(devices[0], offsetof(StepControl, clip_coef));
-  for (size_t i = 1; i < devices.size(); ++i) {
-    const at::Tensor other =
-        control_slot(devices[i], offsetof(StepControl, clip_coef)).to(smallest.device());
-    smallest.copy_(at::where(other.lt(smallest), other, smallest));
-  }
-  const at::Tensor& ring = devices[0].step_ring;
-  if (!ring.defined()) return;
-  const at::Tensor steps = control_slot(devices[0], offsetof(StepControl, steps));
-  const at::Tensor row = steps.sub(1).remainder(ring.size(0)).to(at::kLong);
-  ring.select(1, 1).index_copy_(0, row, smallest);
-}
-
-// The plan's own controls count from when it was made, and telemetry's rows from the first step.
-void share_step_number(std::vector<DeviceTensors>& devices) {
-  const at::Tensor steps = control_slot(devices[0], offsetof(StepControl, steps));
-  for (size_t i = 1; i < devices.size(); ++i) {
-    control_slot(devices[i], offsetof(StepControl, steps)).copy_(steps);
-  }
+void update_all(const RuleInfo& rule, Launcher& launcher) {
+  launcher.on_all(
+      [&](const StepParams& step, const Device& device) { return update(rule, step, device); });
 }
 
 }  // namespace
 
-void run(const RuleInfo& rule, std::vector<DeviceTensors>& devices,
-         const std::vector<StepParams>& passes, Phases phases, KeepAlive keep_alive) {
-  // From the first time that other Python threads may run, and between the phases as well.
-  std::vector<c10::Storage> alive;
-  const auto hold = [&] {
-    if (alive.empty()) alive = keep_alive();
-  };
-  if (devices.size() == 1) return run_one(rule, devices[0], passes[0], phases, hold);
-  const auto run_all = [&](Phases phase) {
-    for (size_t i = 0; i < passes.size(); ++i) {
-      run_one(rule, devices[i], passes[i], phase, hold);
-    }
-  };
-  if (passes[0].telemetry.chunks != nullptr) share_step_number(devices);
-  const StepOptions& options = passes[0].options;
-  if (options.measure && phases != Phases::kUpdate) {
-    run_all(Phases::kMeasure);
-    combine_devices(devices, options.norm_type);
+void launch_step(const RuleInfo& rule, std::vector<DeviceTensors>& devices,
+                 const std::vector<StepParams>& steps, KeepAlive keep_alive) {
+  Launcher launcher(devices, steps, keep_alive);
+  if (devices.size() == 1) {
+    return launcher.on_all(
+        [&](const StepParams& step, const Device& device) { return run_step(rule, step, device); });
   }
-  if (phases == Phases::kMeasure) return;
-  run_all(Phases::kUpdate);
-  if (passes[0].own_clips.units != nullptr) combine_coefs(devices);
+  if (steps[0].telemetry.params != nullptr) exchange_step_number(devices);
+  const StepOptions& options = steps[0].options;
+  if (options.measure) {
+    launcher.on_all(measure);
+    launcher.on_all(reduce);
+    exchange_norms(devices, options.norm_type);
+  }
+  update_all(rule, launcher);
+  if (steps[0].chunk_coefs != nullptr) exchange_coefs(devices);
   if (!options.measure) {
-    combine_devices(devices, options.norm_type);
-    control_slot(devices[0], offsetof(StepControl, grad_norm)).copy_(sum_of(devices[0]).sqrt());
+    exchange_norms(devices, options.norm_type);
+    control_slot(devices[0], offsetof(StepControl, grad_norm))
+        .copy_(control_slot(devices[0], offsetof(StepControl, sum_of_squares)).sqrt());
   }
 }
 
-at::Tensor control_slot(const DeviceTensors& device_tensors, size_t offset) {
-  return device_tensors.control.narrow(0, static_cast<int64_t>(offset / sizeof(double)), 1);
+void launch_update(const RuleInfo& rule, std::vector<DeviceTensors>& devices,
+                   const std::vector<StepParams>& steps, KeepAlive keep_alive) {
+  Launcher launcher(devices, steps, keep_alive);
+  update_all(rule, launcher);
 }
-
-bool built_with_cuda() { return FUSEDOPT_WITH_CUDA != 0; }
-
-c10::DeviceType cuda_device_type() { return FUSEDOPT_CUDA_DEVICE; }
 
 }  // namespace fusedopt

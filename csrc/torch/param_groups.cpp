@@ -27,53 +27,52 @@ bool has_kernels(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
 
-Dtype to_dtype(at::ScalarType type) {
+Storage to_storage(at::ScalarType type) {
   switch (type) {
     case at::kFloat:
-      return Dtype::kFloat32;
+      return Storage::kFloat32;
     case at::kDouble:
-      return Dtype::kFloat64;
+      return Storage::kFloat64;
     case at::kBFloat16:
-      return Dtype::kBFloat16;
+      return Storage::kBFloat16;
     case at::kHalf:
-      return Dtype::kFloat16;
+      return Storage::kFloat16;
     default:
       throw py::type_error(std::string("no kernel takes ") + c10::toString(type));
   }
 }
 
 Group read_group(const RuleInfo& rule, const std::vector<PyObject*>& names, PyObject* group,
-                 c10::Device device) {
+                 c10::Device device, double* hyperparameters) {
   Group result{};
-  int at = 0;
   for (size_t i = 0; i < names.size(); ++i) {
-    const auto [name, count, on_host] = rule.hyperparameters[i];
+    const OptionInfo& option = rule.options[i];
     PyObject* value = PyDict_GetItemWithError(group, names[i]);
-    if (value == nullptr) throw py::key_error(name);
+    if (value == nullptr) throw py::key_error(option.name);
     const bool is_sequence = PyTuple_Check(value) || PyList_Check(value);
-    if (is_sequence != (count > 1) || (is_sequence && PySequence_Fast_GET_SIZE(value) != count)) {
-      throw py::value_error(std::string("a param group's ") + name + " is " +
-                            py::cast<std::string>(py::repr(value)) + "; expected " +
-                            (count == 1 ? "one number" : std::to_string(count) + " numbers"));
+    if (is_sequence != (option.count > 1) ||
+        (is_sequence && PySequence_Fast_GET_SIZE(value) != option.count)) {
+      throw py::value_error(
+          "a param group's " + option.name + " is " + py::cast<std::string>(py::repr(value)) +
+          "; expected " +
+          (option.count == 1 ? "one number" : std::to_string(option.count) + " numbers"));
     }
+    double* const numbers = hyperparameters + option.first;
     if (is_sequence) {
-      for (int k = 0; k < count; ++k) {
-        result.values[at++] = to_double(PySequence_Fast_GET_ITEM(value, k));
+      for (int k = 0; k < option.count; ++k) {
+        numbers[k] = to_double(PySequence_Fast_GET_ITEM(value, k));
       }
-    } else if (at == 0 && stays_on_device(value, device)) {
+    } else if (option.name == "lr" && stays_on_device(value, device)) {
       const at::Tensor& lr = THPVariable_Unpack(value);
       result.lr = lr.data_ptr();
-      result.lr_dtype = to_dtype(lr.scalar_type());
-      ++at;
+      result.lr_storage = to_storage(lr.scalar_type());
+      numbers[0] = 0;  // which states there are doesn't depend on it
     } else {
       const double number = to_double(value);
-      result.values[at++] = on_host != nullptr ? on_host(number) : number;
+      numbers[0] = option.on_host != nullptr ? option.on_host(number) : number;
     }
   }
-  // Which states there are does not depend on lr, and lr may lie where the host can't read it.
-  Group on_host = result;
-  on_host.lr = nullptr;
-  result.states_used = rule.states_used(on_host);
+  result.states_used = rule.states_used(hyperparameters);
   return result;
 }
 

@@ -77,15 +77,17 @@ bool StateItem::laid_out_as(const PlanParam* plan_param) const {
 Plan::Plan(const std::string& rule, const std::string& backend, const py::list& param_groups,
            const py::dict& state, const py::dict& counters, const std::vector<at::Tensor>& rings)
     : rule_(find_rule(rule)) {
-  for (const HyperparameterName& it : rule_.hyperparameters) {
-    names_.push_back(PyUnicode_InternFromString(it.name));
+  for (const OptionInfo& it : rule_.options) {
+    names_.push_back(PyUnicode_InternFromString(it.name.c_str()));
   }
+  std::vector<double> values(rule_.num_hyperparameters);
   std::unordered_map<PyObject*, int> known;
   for (const py::handle& group : param_groups) {
     const uint32_t index = static_cast<uint32_t>(listed_.size());
     const py::list params(group["params"]);
     const c10::Device device = params.empty() ? at::kCPU : unpack(params[0].ptr()).device();
-    states_used_.push_back(read_group(rule_, names_, group.ptr(), device).states_used);
+    const Group read = read_group(rule_, names_, group.ptr(), device, values.data());
+    states_used_.push_back(read.states_used);
     listed_.emplace_back();
     for (const py::handle& param : params) {
       const auto [found, is_new] = known.try_emplace(param.ptr(), params_.size());
@@ -112,7 +114,8 @@ Plan::Plan(const std::string& rule, const std::string& backend, const py::list& 
     DeviceTensors& device_tensors = devices_[i];
     if (!rings.empty()) device_tensors.param_ring = rings.at(1 + i);
     if (i == 0 && !rings.empty()) device_tensors.step_ring = rings[0];
-    device_tensors.lay_out(listed_.size(), backend == "cuda" || device_tensors.device.is_cuda());
+    const bool on_cuda = backend == "cuda" || device_tensors.device.is_cuda();
+    device_tensors.begin(rule_, listed_.size(), on_cuda);
   }
 }
 
@@ -135,29 +138,31 @@ void Plan::add_param(PyObject* object, uint32_t group) {
   }
   plan_param.device_tensors = static_cast<int>(device_tensors_for(param, devices_));
   DeviceTensors& device_tensors = devices_[plan_param.device_tensors];
-  plan_param.index = static_cast<int>(device_tensors.tensors.size());
-
-  TensorEntry entry{};
-  entry.param = param.data_ptr();
-  entry.numel = param.numel();
-  entry.group = group;
-  entry.param_dtype = entry.state_dtype = to_dtype(dtype);
-  entry.grad_dtype = to_dtype(plan_param.grad_dtype);
-  device_tensors.numbers.push_back(static_cast<int64_t>(params_.size()));
-  const int64_t units = param.dim() > 1 ? std::max<int64_t>(1, param.size(0)) : 1;
-  device_tensors.unit_sizes.push_back(std::max<int64_t>(1, param.numel() / units));
+  TensorInfo info{};
+  info.numel = param.numel();
+  const int64_t rows = param.dim() > 1 ? std::max<int64_t>(1, param.size(0)) : 1;
+  info.row_size = std::max<int64_t>(1, param.numel() / rows);
+  info.group = group;
+  info.number = static_cast<uint32_t>(params_.size());
+  info.param = to_storage(dtype);
+  info.grad = to_storage(plan_param.grad_dtype);
+  for (Storage& state : info.states) state = info.param;
+  TensorPointers pointers{};
+  pointers.param = param.data_ptr();
   if (!same_layout(param.sizes(), param.strides(), plan_param.dense_strides) || param.is_neg()) {
     at::Tensor dense = at::empty_strided(param.sizes(), plan_param.dense_strides, param.options());
-    entry.param = dense.data_ptr();
-    device_tensors.dense_params.push_back(
-        {param.unsafeGetTensorImpl(), plan_param.index, dense, {}});
+    pointers.param = dense.data_ptr();
+    const int index = static_cast<int>(device_tensors.infos.size());
+    device_tensors.dense_params.push_back({param.unsafeGetTensorImpl(), index, dense, {}});
   }
-  device_tensors.tensors.push_back(entry);
+  plan_param.index = device_tensors.add(info, pointers);
   params_.push_back(std::move(plan_param));
 }
 
 void Plan::add_state(PlanParam& plan_param, PyObject* state) {
-  TensorEntry& entry = devices_[plan_param.device_tensors].tensors[plan_param.index];
+  DeviceTensors& device_tensors = devices_[plan_param.device_tensors];
+  TensorInfo& info = device_tensors.infos[plan_param.index];
+  TensorPointers& pointers = device_tensors.pointers[plan_param.index];
   const uint32_t states_used = states_used_[plan_param.group];
   PyObject *key, *value;
   for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
@@ -171,21 +176,21 @@ void Plan::add_state(PlanParam& plan_param, PyObject* state) {
       return unpack(value).data_ptr();
     };
     for (size_t k = 0; k < rule_.scalars.size(); ++k) {
-      if (name == rule_.scalars[k]) entry.scalars[k] = static_cast<float*>(use());
+      if (name == rule_.scalars[k].name) pointers.scalars[k] = static_cast<float*>(use());
     }
     for (size_t k = 0; k < rule_.states.size(); ++k) {
-      if (name != rule_.states[k] || (states_used >> k & 1) == 0) continue;
-      entry.state[k] = use();
+      if (name != rule_.states[k].name || (states_used >> k & 1) == 0) continue;
+      pointers.states[k] = use();
       items_.back().is_tensor = true;
-      entry.state_dtype = to_dtype(unpack(value).scalar_type());
+      info.states[k] = to_storage(unpack(value).scalar_type());
     }
   }
 }
 
 // It is the first of the rule's scalars. Nobody else has it, so that it stays where it is.
 void Plan::add_counter(PlanParam& plan_param, PyObject* counter) {
-  TensorEntry& entry = devices_[plan_param.device_tensors].tensors[plan_param.index];
-  entry.scalars[0] = static_cast<float*>(unpack(counter).data_ptr());
+  TensorPointers& pointers = devices_[plan_param.device_tensors].pointers[plan_param.index];
+  pointers.scalars[0] = static_cast<float*>(unpack(counter).data_ptr());
   ++plan_param.items;
 }
 
@@ -273,7 +278,8 @@ bool Plan::same_groups(const py::list& param_groups) {
     for (size_t g = 0; g < listed_.size(); ++g) {
       PyObject* group = PyList_GET_ITEM(param_groups.ptr(), g);
       try {
-        device_tensors.groups[g] = read_group(rule_, names_, group, device_tensors.device);
+        double* const values = &device_tensors.hyperparameters[g * rule_.num_hyperparameters];
+        device_tensors.groups[g] = read_group(rule_, names_, group, device_tensors.device, values);
       } catch (const std::exception&) {
         return false;  // Python says what is wrong with it, and where
       }
@@ -295,7 +301,7 @@ bool Plan::same_param(const PlanParam& plan_param) const {
 // Finds a parameter's gradient, if it has one, as the kernels are to see it.
 bool Plan::gather_grad(PlanParam& plan_param) {
   DeviceTensors& device_tensors = devices_[plan_param.device_tensors];
-  const TensorEntry& entry = device_tensors.tensors[plan_param.index];
+  const int64_t numel = device_tensors.infos[plan_param.index].numel;
   const at::Tensor& param = unpack(plan_param.guard.object);
   const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
   const void*& slot = device_tensors.grads[plan_param.index];
@@ -312,13 +318,13 @@ bool Plan::gather_grad(PlanParam& plan_param) {
                                   plan_param.dense_strides);
   static const char kEmpty = 0;  // an empty gradient is one all the same
   if (direct) {
-    slot = entry.numel == 0 ? &kEmpty : grad.unsafeGetTensorImpl()->data();
+    slot = numel == 0 ? &kEmpty : grad.unsafeGetTensorImpl()->data();
     return slot != nullptr;
   }
   at::Tensor dense = at::empty_strided(grad.sizes(), plan_param.dense_strides,
                                        grad.options().dtype(plan_param.grad_dtype));
   dense.copy_(grad.detach());
-  slot = entry.numel == 0 ? &kEmpty : dense.data_ptr();
+  slot = numel == 0 ? &kEmpty : dense.data_ptr();
   device_tensors.dense_grads.push_back(std::move(dense));
   return true;
 }
@@ -339,17 +345,18 @@ std::vector<c10::Storage> Plan::keep_alive() const {
 std::vector<std::pair<int, int>> Plan::nonfinite() const {
   std::vector<at::Tensor> sums;
   for (const DeviceTensors& device_tensors : devices_) {
-    sums.push_back(device_tensors.chunk_sums.to(at::kCPU).contiguous());
+    sums.push_back(device_tensors.chunk_sums().to(at::kCPU).contiguous());
   }
   std::vector<std::pair<int, int>> result;
   for (size_t g = 0; g < listed_.size(); ++g) {
     for (size_t i = 0; i < listed_[g].size(); ++i) {
       const PlanParam& plan_param = params_[listed_[g][i]];
-      const std::vector<int64_t>& first = devices_[plan_param.device_tensors].first_chunk;
+      const DeviceTensors& device_tensors = devices_[plan_param.device_tensors];
+      const TensorShape& shape = device_tensors.layout->shapes()[plan_param.index];
       const double* sum = sums[plan_param.device_tensors].data_ptr<double>();
       bool finite = true;
-      for (int64_t c = first[plan_param.index]; c < first[plan_param.index + 1]; ++c) {
-        finite = finite && std::isfinite(sum[c]);
+      for (int64_t c = 0; c < chunks_of(shape.numel); ++c) {
+        finite = finite && std::isfinite(sum[shape.first_chunk + c]);
       }
       if (!finite) result.emplace_back(static_cast<int>(g), static_cast<int>(i));
     }

@@ -11,7 +11,6 @@
 #include <utility>
 #include <vector>
 
-#include "kernels.h"
 #include "torch/device_tensors.h"
 #include "torch/tensor_guard.h"
 

@@ -4,68 +4,69 @@
 
 #include <algorithm>
 
+#include "torch/launch.h"
+
 namespace fusedopt {
 
 namespace {
 
-// A 0-d float32 on the partition's device, kept alive by `owner`.
+// A 0-d float32 on the device, which `kept` keeps alive.
 const float* scalar_on(const std::optional<at::Tensor>& scalar, c10::Device device,
-                       std::vector<at::Tensor>& owner) {
+                       std::vector<at::Tensor>& kept) {
   if (!scalar.has_value()) return nullptr;
-  owner.push_back(scalar->to(device, at::kFloat));
-  return owner.back().const_data_ptr<float>();
+  kept.push_back(scalar->to(device, at::kFloat));
+  return kept.back().const_data_ptr<float>();
 }
 
-bool is_by_tensor(const AdaptiveClipRequest& clip) {
-  return static_cast<ClipKind>(clip.kind) == ClipKind::kPerTensor;
+LimitKind kind_of(const StepCall& call) {
+  return call.limit.has_value() ? static_cast<LimitKind>(call.limit->kind) : LimitKind::kFixed;
 }
 
-// `is_first`: a limit's state lies on this device, as the first parameter does.
-StepParams make_pass(DeviceTensors& device_tensors, bool is_first, const StepRequest& request,
-                     std::vector<at::Tensor>& owner) {
-  StepParams step = device_tensors.step();
-  step.options.max_grad_norm = request.max_grad_norm;
-  step.options.skip_nonfinite = request.skip_nonfinite;
-  step.options.measure = request.measure;
-  step.options.grad_scale = scalar_on(request.grad_scale, device_tensors.device, owner);
-  step.options.found_inf = scalar_on(request.found_inf, device_tensors.device, owner);
-  if (request.clip.has_value()) {
-    const AdaptiveClipRequest& clip = *request.clip;
-    step.options.clip.kind = static_cast<ClipKind>(clip.kind);
-    std::copy_n(clip.arguments.begin(), std::min<size_t>(clip.arguments.size(), kMaxClipArguments),
-                step.options.clip.arguments);
-    owner.push_back(clip.state.to(device_tensors.device, at::kDouble, false, /*copy=*/!is_first));
-    step.options.clip.state = owner.back().data_ptr<double>();
-    device_tensors.clip_state = owner.back();
-    step.updates_limit = is_by_tensor(clip) || is_first;
-    step.own_clips = device_tensors.clips_for(step.options.clip.kind);
-  }
+// `is_first`: the limit's state lies on this device, as the first parameter does.
+StepParams make_params(DeviceTensors& tensors, bool is_first, const StepCall& call,
+                       std::vector<at::Tensor>& kept) {
+  const LimitKind kind = kind_of(call);
+  StepParams step = tensors.step_params(segment_kind(kind));
+  StepOptions& options = step.options;
+  options.max_grad_norm = call.max_grad_norm;
+  options.skip_nonfinite = call.skip_nonfinite;
+  options.measure = call.measure;
+  options.grad_scale = scalar_on(call.grad_scale, tensors.device, kept);
+  options.found_inf = scalar_on(call.found_inf, tensors.device, kept);
+  options.limit.kind = kind;
+  if (kind == LimitKind::kFixed) return step;
+  const std::vector<double>& arguments = call.limit->arguments;
+  std::copy_n(arguments.begin(), std::min<size_t>(arguments.size(), kMaxLimitArguments),
+              options.limit.arguments);
+  tensors.limit_state =
+      call.limit->state.to(tensors.device, at::kDouble, false, /*copy=*/!is_first);
+  options.limit.state = tensors.limit_state.data_ptr<double>();
+  step.updates_limit = kind == LimitKind::kPerTensor || is_first;
   return step;
 }
 
-// What the other devices have learned, each of its own tensors, in its own copy.
-void gather_clip_states(const std::vector<DeviceTensors>& devices, const AdaptiveClipRequest& clip,
-                        const at::Tensor& before) {
-  at::Tensor state = clip.state;
+// What the limit has learned on the other devices, each of its own tensors, in its own copy.
+void gather_limit_states(const std::vector<DeviceTensors>& devices, at::Tensor state,
+                         const at::Tensor& before) {
   for (size_t i = 1; i < devices.size(); ++i) {
-    const at::Tensor now = devices[i].clip_state.to(state.device());
+    const at::Tensor now = devices[i].limit_state.to(state.device());
     state.copy_(at::where(now.ne(before), now, state));
   }
 }
 
-// Parameters with gaps between their elements: the kernels see a dense copy.
-void load_dense_params(DeviceTensors& device_tensors) {
-  for (DenseParam& it : device_tensors.dense_params) {
-    if (device_tensors.grads[it.index] == nullptr) continue;
+// The kernels see a dense copy of a parameter that has gaps between its elements.
+void load_dense_params(DeviceTensors& tensors) {
+  for (DenseParam& it : tensors.dense_params) {
+    if (tensors.grads[it.index] == nullptr) continue;
     const auto param = c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(it.param);
     it.original = at::Tensor::wrap_tensor_impl(param).detach();
     it.dense.copy_(it.original);
   }
 }
 
-void store_dense_params(DeviceTensors& device_tensors) {
-  for (DenseParam& it : device_tensors.dense_params) {
-    if (device_tensors.grads[it.index] == nullptr) continue;
+void store_dense_params(DeviceTensors& tensors) {
+  for (DenseParam& it : tensors.dense_params) {
+    if (tensors.grads[it.index] == nullptr) continue;
     it.original.copy_(it.dense);
     it.original.reset();
   }
@@ -73,29 +74,29 @@ void store_dense_params(DeviceTensors& device_tensors) {
 
 }  // namespace
 
-void step(const RuleInfo& rule, std::vector<DeviceTensors>& devices, const StepRequest& request,
+void step(const RuleInfo& rule, std::vector<DeviceTensors>& devices, const StepCall& call,
           KeepAlive keep_alive) {
   if (devices.empty()) return;
-  devices[0].control = request.control;
+  devices[0].control = call.control;
 
-  std::vector<at::Tensor> owner;
-  std::vector<StepParams> passes;
-  for (DeviceTensors& device_tensors : devices) {
-    load_dense_params(device_tensors);
-    passes.push_back(make_pass(device_tensors, passes.empty(), request, owner));
+  std::vector<at::Tensor> kept;
+  std::vector<StepParams> steps;
+  for (DeviceTensors& tensors : devices) {
+    load_dense_params(tensors);
+    steps.push_back(make_params(tensors, steps.empty(), call, kept));
   }
   if (devices.size() > 1 && devices[0].step_ring.defined()) {
-    // What a step's own row says of all devices has to be known before the update writes it.
-    for (StepParams& step : passes) step.options.measure = true;
+    // A step's own row tells of all devices, and the update writes it: the norm comes first.
+    for (StepParams& params : steps) params.options.measure = true;
   }
-  const bool gathers = passes.size() > 1 && request.clip.has_value() && is_by_tensor(*request.clip);
-  const at::Tensor before = gathers ? request.clip->state.clone() : at::Tensor();
-  run(rule, devices, passes, Phases::kBoth, keep_alive);
-  if (gathers) gather_clip_states(devices, *request.clip, before);
-  for (DeviceTensors& device_tensors : devices) {
-    store_dense_params(device_tensors);
-    device_tensors.dense_grads.clear();
-    device_tensors.clip_state.reset();
+  const bool gathers = steps.size() > 1 && kind_of(call) == LimitKind::kPerTensor;
+  const at::Tensor before = gathers ? call.limit->state.clone() : at::Tensor();
+  launch_step(rule, devices, steps, keep_alive);
+  if (gathers) gather_limit_states(devices, call.limit->state, before);
+  for (DeviceTensors& tensors : devices) {
+    store_dense_params(tensors);
+    tensors.dense_grads.clear();
+    tensors.limit_state.reset();
   }
 }
 

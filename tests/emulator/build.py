@@ -29,6 +29,7 @@ FLAGS = [
     "-Wno-unknown-pragmas",
     "-DFUSEDOPT_ONE_ISA",
     "-DFUSEDOPT_WITH_CUDA=1",
+    "-DFUSEDOPT_API=",
     "-DFUSEDOPT_CUDA_DEVICE=c10::kCPU",
 ]
 VARIANTS = {
@@ -50,7 +51,7 @@ def build(variant: str) -> None:
     include = ROOT / "tests/emulator"
     compiler = [*setup["cxx"](), "-std=c++20", "-fPIC", *FLAGS, *extra, *setup["INCLUDES"]]
     compiler += [f"-I{include}", "-xc++"]
-    kernels = [*Path("csrc/cpu").glob("*.cpp"), *Path("csrc/cuda").glob("*.cu")]
+    kernels = [*setup["kernel_sources"](), *Path("csrc/cuda").glob("*.cu")]
     commands = setup["objects"](BUILD / name, kernels, compiler)
     sources = [*setup["binding_sources"](), Path("tests/emulator/controls.cpp")]
     extension = CppExtension(

@@ -1,0 +1,108 @@
+// What all elements of a tensor share in a step: from hyperparameters and counters to coefficients.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "core/dispatch.h"
+#include "core/params.h"
+
+namespace fusedopt {
+
+template <class Rule>
+inline constexpr int num_hyperparameters =
+    std::is_empty_v<typename Rule::Hyperparameters>
+        ? 0
+        : sizeof(typename Rule::Hyperparameters) / sizeof(double);
+
+template <class Rule>
+FUSEDOPT_INLINE typename Rule::Hyperparameters hyperparameters(const double* values,
+                                                               const Group& group) {
+  typename Rule::Hyperparameters h;
+  if constexpr (num_hyperparameters<Rule> > 0) memcpy(&h, values, sizeof(h));
+  if constexpr (Rule::kHasLr) {
+    if (group.lr != nullptr) {
+      h.lr = group.lr_storage == Storage::kFloat64 ? *static_cast<const double*>(group.lr)
+                                                   : *static_cast<const float*>(group.lr);
+    }
+  }
+  return h;
+}
+
+// Of a group by its index.
+template <class Rule>
+FUSEDOPT_INLINE typename Rule::Hyperparameters hyperparameters(const StepParams& step,
+                                                               int64_t group) {
+  return hyperparameters<Rule>(step.hyperparameters + group * num_hyperparameters<Rule>,
+                               step.groups[group]);
+}
+
+// In float64.
+template <class Rule>
+struct Prepared {
+  typename Rule::template Coefficients<double> coefficients;
+  double grad_factor;
+};
+
+// Where a tensor's arrays and scalars lie.
+template <class Rule>
+class Pointers {
+ public:
+  static constexpr int kCount = 1 + num_states<Rule> + num_scalars<Rule>;
+
+  FUSEDOPT_INLINE Pointers(const StepParams& step, int64_t tensor)
+      : first_(step.pointers + tensor * kCount) {}
+
+  FUSEDOPT_INLINE void* param() const { return first_[0]; }
+  FUSEDOPT_INLINE void* state(int k) const { return first_[1 + k]; }  // null where not used
+  FUSEDOPT_INLINE float* scalar(int k) const {
+    return static_cast<float*>(first_[1 + num_states<Rule> + k]);
+  }
+  FUSEDOPT_INLINE void load_scalars(float* scalars) const {
+    for (int k = 0; k < num_scalars<Rule>; ++k) scalars[k] = *scalar(k);
+  }
+
+ private:
+  void* const* first_;
+};
+
+// `scalars` come back as those of this step.
+template <class Rule>
+FUSEDOPT_INLINE Prepared<Rule> prepare(const StepParams& step, int64_t group, float* scalars,
+                                       double grad_factor) {
+  const auto h = hyperparameters<Rule>(step, group);
+  Rule::advance(h, scalars);
+  if constexpr (Rule::kHasMaximize) {
+    if (h.maximize != 0) grad_factor = -grad_factor;
+  }
+  return {Rule::coefficients(h, scalars), grad_factor};
+}
+
+// The counters of a tensor, once all of its elements are updated.
+template <class Rule>
+FUSEDOPT_INLINE void advance(const StepParams& step, int64_t tensor) {
+  const Pointers<Rule> pointers(step, tensor);
+  float scalars[kMaxScalars];
+  pointers.load_scalars(scalars);
+  Rule::advance(hyperparameters<Rule>(step, step.shapes[tensor].group), scalars);
+  for (int k = 0; k < num_scalars<Rule>; ++k) *pointers.scalar(k) = scalars[k];
+}
+
+// Each coefficient rounded once from float64: T is the only type of a Coefficients' members.
+template <class Rule, class T>
+FUSEDOPT_INLINE typename Rule::template Coefficients<T> rounded(
+    typename Rule::template Coefficients<double> coefficients) {
+  typename Rule::template Coefficients<T> result;
+  if constexpr (!std::is_empty_v<decltype(result)>) {
+    constexpr int kCount = sizeof(coefficients) / sizeof(double);
+    static_assert(sizeof(result) == kCount * sizeof(T), "a Coefficients<T> holds nothing but Ts");
+    double from[kCount];
+    T to[kCount];
+    memcpy(from, &coefficients, sizeof(from));
+    for (int k = 0; k < kCount; ++k) to[k] = static_cast<T>(from[k]);
+    memcpy(&result, to, sizeof(to));
+  }
+  return result;
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,139 @@
+// The end of a step, once all elements are updated or none: counters, readings, limits, telemetry.
+//
+// Both backends end a step here. `workers` is who does it: one CPU thread, or a block of CUDA
+// threads. It offers
+//
+//   once(body)                      body() in one worker, and all wait for it
+//   each(count, body)               body(i) for every i, each in one worker
+//   each_tensor(step, body)         body(t, sum) for every tensor t: in one worker, or in several
+//                                   that add up the tensor's chunks together
+//   sum.of<Norm>(value)             value(c) of all chunks c of that tensor, in kTensorLanes lanes
+//   sum.leads()                     true in the worker that keeps the result
+//   total(step)                     the sum of squares of all chunks, in every worker
+//   smallest(count, start, value)   the smallest of value(i), not nan, and start, in every worker
+//   ranked(norms, size, rank)       the two sorted norms from that rank on, in every worker
+//   load(pointer)                   a value that another worker has written
+//   has_advanced(shape)             the counters of that tensor went on with its only chunk
+#pragma once
+
+#include "core/coefficients.h"
+#include "core/segments.h"
+
+namespace fusedopt {
+
+// What a chunk adds to its tensor's row of telemetry. A skipped step leaves no update.
+template <class Workers>
+FUSEDOPT_INLINE ChunkMeasures load_measures(const StepParams& step, int64_t chunk, bool skipped) {
+  const ChunkMeasures& measures = step.chunk_measures[chunk];
+  return {Workers::load(&measures.grad_max), Workers::load(&measures.infs),
+          Workers::load(&measures.nans), skipped ? 0 : Workers::load(&measures.update_squares),
+          skipped ? 0 : Workers::load(&measures.param_squares)};
+}
+
+// The step's own row of telemetry.
+template <class Rule>
+FUSEDOPT_INLINE void record_step(const StepParams& step, const Decision& decision) {
+  if (step.telemetry.steps == nullptr) return;
+  const int64_t row = static_cast<int64_t>(step.control->steps) % step.telemetry.rows;
+  double* const columns = step.telemetry.steps + row * (kStepColumns + step.num_groups);
+  columns[0] = decision.grad_norm;
+  columns[1] = decision.clip_coef;
+  columns[2] = decision.skip ? 1 : 0;
+  if constexpr (Rule::kHasLr) {
+    for (int64_t g = 0; g < step.num_groups; ++g) {
+      columns[kStepColumns + g] = hyperparameters<Rule>(step, g).lr;
+    }
+  }
+}
+
+// The parameters' rows of telemetry.
+template <class Workers>
+FUSEDOPT_INLINE void record_params(const StepParams& step, const Decision& decision,
+                                   const Workers& workers) {
+  const int64_t row = static_cast<int64_t>(step.control->steps) % step.telemetry.rows;
+  ParamRow* const rows = step.telemetry.params + row * step.num_tensors;
+  workers.each_tensor(step, [&](int64_t t, const auto& sum) {
+    if (step.grads[t] == nullptr) {
+      if (sum.leads()) rows[t] = absent_row();
+      return;
+    }
+    const auto field = [&](double ChunkMeasures::* it) {
+      return [&step, &decision, it](int64_t chunk) {
+        return load_measures<Workers>(step, chunk, decision.skip).*it;
+      };
+    };
+    ChunkMeasures totals;
+    totals.grad_max = sum.template of<MaxAbs>(field(&ChunkMeasures::grad_max));
+    totals.infs = sum.template of<SumOfSquares>(field(&ChunkMeasures::infs));
+    totals.nans = sum.template of<SumOfSquares>(field(&ChunkMeasures::nans));
+    totals.update_squares = sum.template of<SumOfSquares>(field(&ChunkMeasures::update_squares));
+    totals.param_squares = sum.template of<SumOfSquares>(field(&ChunkMeasures::param_squares));
+    const double grad_squares = sum.template of<SumOfSquares>(
+        [&](int64_t chunk) { return Workers::load(step.chunk_sums + chunk); });
+    if (sum.leads()) rows[t] = param_row(grad_squares, totals, decision);
+  });
+}
+
+// An adaptive limit takes the norms of this step into its statistics.
+template <class Workers>
+FUSEDOPT_INLINE void update_limit(const StepParams& step, const Decision& decision,
+                                  const Workers& workers) {
+  const Limit& limit = step.options.limit;
+  if (limit.kind == LimitKind::kZScore) {
+    workers.once([&] { ZScore(limit).observe(decision.grad_norm); });
+  } else if (limit.kind == LimitKind::kPercentile) {
+    const Percentile percentile(limit);
+    workers.once([&] { percentile.observe(decision.grad_norm); });
+    const auto [lower, upper] =
+        workers.ranked(percentile.norms(), percentile.size(), percentile.rank());
+    workers.once([&, lower = lower, upper = upper] { percentile.set_limit(lower, upper); });
+  } else if (limit.kind == LimitKind::kPerTensor) {
+    const PerTensor per_tensor(limit);
+    workers.each_tensor(step, [&](int64_t t, const auto& sum) {
+      if (step.grads[t] == nullptr) return;
+      const TensorShape& shape = step.shapes[t];
+      const double squares = sum.template of<SumOfSquares>(
+          [&](int64_t chunk) { return Workers::load(step.chunk_sums + chunk); });
+      const double coef = segment_coef(step, decision, shape, {squares, 0});
+      const double norm = std::sqrt(squares);
+      if (sum.leads()) per_tensor.observe(shape.number, norm * decision.inv_scale * coef);
+    });
+  }
+}
+
+// `decision`: in memory that all workers share.
+template <class Rule, class Workers>
+FUSEDOPT_INLINE void finish(const StepParams& step, Decision& decision, const Workers& workers) {
+  if (!decision.skip) {
+    workers.each(step.num_tensors, [&](int64_t t) {
+      if (step.grads[t] != nullptr && !workers.has_advanced(step.shapes[t])) {
+        advance<Rule>(step, t);
+      }
+    });
+  }
+  if (!step.options.measure) {  // the update pass has summed up the squares on its way
+    const double sum = workers.total(step);
+    workers.once([&] {
+      step.control->sum_of_squares = sum;
+      decision = decide(step.options, sum);
+    });
+  }
+  if (step.updates_limit && is_to_be_observed(step.options, decision)) {
+    update_limit(step, decision, workers);
+  }
+  if (step.chunk_coefs != nullptr && !decision.skip) {
+    const double smallest_coef =
+        workers.smallest(step.num_chunks, decision.clip_coef, [&](int64_t chunk) {
+          const bool has_grad = step.grads[step.chunks[chunk].tensor] != nullptr;
+          return has_grad ? Workers::load(step.chunk_coefs + chunk) : decision.clip_coef;
+        });
+    workers.once([&] { decision.clip_coef = smallest_coef; });
+  }
+  if (step.telemetry.params != nullptr) record_params(step, decision, workers);
+  workers.once([&] {
+    if (step.telemetry.params != nullptr) record_step<Rule>(step, decision);
+    record(*step.control, decision, step.control->sum_of_squares);
+  });
+}
+
+}  // namespace fusedopt

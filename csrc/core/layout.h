@@ -1,0 +1,101 @@
+// The workspace of a device: one piece of memory with all that the kernels need beside the arrays.
+// It begins with tables that are copied there once; the rest is what passes leave for each other.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/params.h"
+#include "core/segments.h"
+
+namespace fusedopt {
+
+// A tensor as its front end knows it.
+struct TensorInfo {
+  int64_t numel;
+  int64_t row_size;  // elements that one index of the first dimension selects
+  uint32_t group;
+  uint32_t number;  // among the tensors of all devices
+  Storage param, grad, states[kMaxStates];
+};
+
+// Where a tensor's arrays lie.
+struct TensorPointers {
+  void* param;
+  void* states[kMaxStates];     // in the order of the rule's kStates; null where not used
+  float* scalars[kMaxScalars];  // in the order of the rule's kScalars: `step` and its like
+};
+
+// What the steps of an optimizer will ask for.
+struct Needs {
+  bool on_cuda;
+  bool telemetry;
+  SegmentKind segments;
+  int64_t num_groups;
+  int num_hyperparameters, num_states, num_scalars;  // of the rule
+};
+
+// The values of a step that may change at every step: gradient pointers, groups, hyperparameters.
+// They travel in the arguments of CUDA kernels.
+struct StepArgs {
+  int64_t num_tensors, num_groups, num_hyperparameters;
+
+  explicit FUSEDOPT_INLINE StepArgs(const StepParams& step)
+      : num_tensors(step.num_tensors),
+        num_groups(step.num_groups),
+        num_hyperparameters(step.num_hyperparameters) {}
+  FUSEDOPT_INLINE StepArgs(int64_t tensors, int64_t groups, int64_t hyperparameters)
+      : num_tensors(tensors), num_groups(groups), num_hyperparameters(hyperparameters) {}
+
+  FUSEDOPT_INLINE int64_t groups_at() const {
+    return num_tensors * static_cast<int64_t>(sizeof(void*));
+  }
+  FUSEDOPT_INLINE int64_t hyperparameters_at() const {
+    return groups_at() + num_groups * static_cast<int64_t>(sizeof(Group));
+  }
+  FUSEDOPT_INLINE int64_t bytes() const {
+    return hyperparameters_at() +
+           num_groups * num_hyperparameters * static_cast<int64_t>(sizeof(double));
+  }
+};
+
+// Arguments of this size serve up to about 450 tensors. Larger ones are left in the workspace by
+// the first kernel of a step, for the second one.
+inline constexpr int64_t kInlinedArgs = 3776;
+
+class FUSEDOPT_API Layout {
+ public:
+  Layout(const std::vector<TensorInfo>& tensors, const Needs& needs);
+
+  int64_t bytes() const { return bytes_; }
+  const std::vector<TensorShape>& shapes() const { return shapes_; }
+  int64_t chunk_sums_at() const { return chunk_sums_.at; }
+  int64_t num_chunks() const { return static_cast<int64_t>(chunks_.size()); }
+
+  // The tables, as they begin the workspace.
+  std::vector<char> tables(const std::vector<TensorPointers>& pointers) const;
+
+  // Points a step to its tables and to its memory.
+  void bind(char* workspace, StepParams& step) const;
+
+ private:
+  struct Part {
+    int64_t at = 0, bytes = 0;
+  };
+  Part add(int64_t bytes);
+  void make_chunks(const std::vector<TensorInfo>& tensors);
+  void make_spans();
+  int num_pointers() const { return 1 + needs_.num_states + needs_.num_scalars; }
+
+  std::vector<TensorShape> shapes_;
+  std::vector<TensorRows> rows_;
+  std::vector<Chunk> chunks_;
+  std::vector<Span> spans_;
+  Needs needs_;
+  int64_t num_rows_ = 0;
+  int64_t bytes_ = 0, table_bytes_ = 0;
+  Part tickets_, shape_table_, pointer_table_, row_table_, chunk_table_, span_table_;
+  Part chunk_sums_, chunk_measures_, part_sums_, part_coefs_, chunk_coefs_, step_args_;
+};
+
+}  // namespace fusedopt

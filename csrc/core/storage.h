@@ -1,0 +1,54 @@
+// How an array's elements are stored, and the type that they are computed in.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "math/convert.h"
+#include "math/inline.h"
+
+namespace fusedopt {
+
+enum class Storage : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+FUSEDOPT_INLINE int64_t bytes_of(Storage storage) {
+  if (storage == Storage::kFloat64) return 8;
+  return storage == Storage::kFloat32 ? 4 : 2;
+}
+
+// Arrays of 16 bits are computed in float32, float64 in float64.
+FUSEDOPT_INLINE Storage computed_in(Storage storage) {
+  return storage == Storage::kFloat64 ? Storage::kFloat64 : Storage::kFloat32;
+}
+
+// A type as a value, for generic lambdas.
+template <class scalar_t>
+struct Tag {
+  using type = scalar_t;
+};
+template <class tag>
+using type_of = typename tag::type;
+
+// Calls body(Tag<scalar_t>{}) with the type that the storage stands for. A backend that finds out
+// as it runs which of the two 16-bit formats it has gives one type for both.
+template <class bfloat16_t = bfloat16, class float16_t = float16, class Body>
+FUSEDOPT_INLINE auto visit_storage(Storage storage, Body&& body) {
+  if (storage == Storage::kFloat32) return body(Tag<float>{});
+  if (storage == Storage::kFloat64) return body(Tag<double>{});
+  if constexpr (!std::is_same_v<bfloat16_t, float16_t>) {
+    if (storage == Storage::kFloat16) return body(Tag<float16_t>{});
+  }
+  return body(Tag<bfloat16_t>{});
+}
+
+// The same for an array beside a parameter of type param_t, which has that type or the one that the
+// parameter is computed in.
+template <class param_t, class Body>
+FUSEDOPT_INLINE auto visit_storage_beside(Storage storage, Body&& body) {
+  if constexpr (!std::is_same_v<param_t, opmath_t<param_t>>) {
+    if (storage == Storage::kFloat32) return body(Tag<opmath_t<param_t>>{});
+  }
+  return body(Tag<param_t>{});
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,121 @@
+// Who ends a step on CUDA: the threads of one block together. See core/finish.h.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/params.h"
+#include "cuda/block.cuh"
+
+namespace fusedopt::cuda {
+
+// A tensor of one chunk, in one thread.
+struct OneChunk {
+  int64_t chunk;
+
+  template <class Norm, class Value>
+  __device__ double of(Value value) const {
+    return value(chunk);
+  }
+  __device__ bool leads() const { return true; }
+};
+
+// The chunks of a tensor, added up by a warp.
+struct WarpSum {
+  int64_t first, count;
+
+  template <class Norm, class Value>
+  __device__ double of(Value value) const {
+    double lane = 0;
+    for (int64_t i = threadIdx.x % kWarpSize; i < count; i += kWarpSize) {
+      lane = Norm::combine(lane, value(first + i));
+    }
+    return warp_total<Norm>(lane);
+  }
+  __device__ bool leads() const { return threadIdx.x % kWarpSize == 0; }
+};
+static_assert(kWarpSize == kTensorLanes, "a warp folds the lanes of a tensor");
+
+// The smaller of two coefficients.
+struct Smallest {
+  __device__ static double combine(double a, double b) { return smaller(a, b); }
+};
+
+struct Ranked {
+  double lower, upper;
+};
+
+// `shared`: room for two values that all threads see.
+struct BlockWorkers {
+  double* shared;
+
+  template <class Body>
+  __device__ void once(Body body) const {
+    __syncthreads();
+    if (threadIdx.x == 0) body();
+    __syncthreads();
+  }
+
+  template <class Body>
+  __device__ void each(int64_t count, Body body) const {
+    for (int64_t i = threadIdx.x; i < count; i += kThreads) body(i);
+  }
+
+  template <class Body>
+  __device__ void each_tensor(const StepParams& step, Body body) const {
+    visit_tensors(
+        step, [&](int64_t t) { body(t, OneChunk{step.shapes[t].first_chunk}); },
+        [&](int64_t t) {
+          const TensorShape& shape = step.shapes[t];
+          body(t, WarpSum{shape.first_chunk, chunks_of(shape.numel)});
+        });
+  }
+
+  __device__ double total(const StepParams& step) const {
+    return broadcast(cuda::total<SumOfSquares>(step.chunk_sums, step.num_chunks));
+  }
+
+  template <class Value>
+  __device__ double smallest(int64_t count, double start, Value value) const {
+    double mine = start;
+    for (int64_t i = threadIdx.x; i < count; i += kThreads) mine = smaller(value(i), mine);
+    return broadcast(block_total<Smallest>(mine));
+  }
+
+  // A norm's place, were they sorted, is the number of those before it. Equal norms stay in order.
+  __device__ Ranked ranked(const double* norms, int64_t size, int64_t rank) const {
+    const int64_t next = std::min(rank + 1, size - 1);
+    for (int64_t i = threadIdx.x; i < size; i += kThreads) {
+      int64_t before = 0;
+      for (int64_t k = 0; k < size; ++k) {
+        before += norms[k] < norms[i] || (norms[k] == norms[i] && k < i) ? 1 : 0;
+      }
+      if (before == rank) shared[0] = norms[i];
+      if (before == next) shared[1] = norms[i];
+    }
+    __syncthreads();
+    return {shared[0], shared[1]};
+  }
+
+  // Other blocks have written it: past the L1 cache.
+  template <class T>
+  __device__ static T load(const T* value) {
+    return __ldcg(value);
+  }
+
+  // No other block reads the counters of a tensor of one chunk: they go on with the chunk.
+  __device__ static bool has_advanced(const TensorShape& shape) {
+    return chunks_of(shape.numel) == 1;
+  }
+
+ private:
+  __device__ double broadcast(double value) const {
+    if (threadIdx.x == 0) shared[0] = value;
+    __syncthreads();
+    const double result = shared[0];
+    __syncthreads();
+    return result;
+  }
+};
+
+}  // namespace fusedopt::cuda

@@ -1,0 +1,45 @@
+#include "torch/exchange.h"
+
+#include <ATen/ops/where.h>
+
+namespace fusedopt {
+
+namespace {
+
+at::Tensor sum_of(const DeviceTensors& tensors) {
+  return control_slot(tensors, offsetof(StepControl, sum_of_squares));
+}
+
+}  // namespace
+
+void exchange_norms(std::vector<DeviceTensors>& devices, NormType norm_type) {
+  at::Tensor total = sum_of(devices[0]).clone();
+  for (size_t i = 1; i < devices.size(); ++i) {
+    const at::Tensor other = sum_of(devices[i]).to(total.device());
+    total = norm_type == NormType::kL2 ? total.add(other) : total.maximum(other);
+  }
+  for (DeviceTensors& tensors : devices) sum_of(tensors).copy_(total);
+}
+
+void exchange_coefs(std::vector<DeviceTensors>& devices) {
+  const at::Tensor smallest = control_slot(devices[0], offsetof(StepControl, clip_coef));
+  for (size_t i = 1; i < devices.size(); ++i) {
+    const at::Tensor other =
+        control_slot(devices[i], offsetof(StepControl, clip_coef)).to(smallest.device());
+    smallest.copy_(at::where(other.lt(smallest), other, smallest));
+  }
+  const at::Tensor& ring = devices[0].step_ring;
+  if (!ring.defined()) return;
+  const at::Tensor steps = control_slot(devices[0], offsetof(StepControl, steps));
+  const at::Tensor row = steps.sub(1).remainder(ring.size(0)).to(at::kLong);
+  ring.select(1, 1).index_copy_(0, row, smallest);
+}
+
+void exchange_step_number(std::vector<DeviceTensors>& devices) {
+  const at::Tensor steps = control_slot(devices[0], offsetof(StepControl, steps));
+  for (size_t i = 1; i < devices.size(); ++i) {
+    control_slot(devices[i], offsetof(StepControl, steps)).copy_(steps);
+  }
+}
+
+}  // namespace fusedopt
