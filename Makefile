@@ -62,6 +62,7 @@ lint: $(tools) $(lint-tools)
 	$(bin)/ruff format --check
 	$(bin)/clang-format --dry-run -Werror $(cpp) $(filter-out %.py,$(emulation)) $(measuring)
 	$(bin)/pyright --project . --pythonpath $(python)
+	$(bin)/lint-imports
 
 format: $(lint-tools)
 	$(bin)/ruff check --fix

@@ -33,8 +33,8 @@ FUSEDOPT_INLINE typename Rule::Hyperparameters hyperparameters(const double* val
 template <class Rule>
 FUSEDOPT_INLINE typename Rule::Hyperparameters hyperparameters(const StepParams& step,
                                                                int64_t group) {
-  return hyperparameters<Rule>(step.hyperparameters + group * num_hyperparameters<Rule>,
-                               step.groups[group]);
+  const double* const first = reinterpret_cast<const double*>(step.groups + step.num_groups);
+  return hyperparameters<Rule>(first + group * num_hyperparameters<Rule>, step.groups[group]);
 }
 
 // In float64.

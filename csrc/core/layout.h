@@ -50,12 +50,10 @@ struct StepArgs {
   FUSEDOPT_INLINE int64_t groups_at() const {
     return num_tensors * static_cast<int64_t>(sizeof(void*));
   }
-  FUSEDOPT_INLINE int64_t hyperparameters_at() const {
-    return groups_at() + num_groups * static_cast<int64_t>(sizeof(Group));
-  }
   FUSEDOPT_INLINE int64_t bytes() const {
-    return hyperparameters_at() +
-           num_groups * num_hyperparameters * static_cast<int64_t>(sizeof(double));
+    const int64_t of_group = static_cast<int64_t>(sizeof(Group)) +
+                             num_hyperparameters * static_cast<int64_t>(sizeof(double));
+    return groups_at() + num_groups * of_group;
   }
 };
 

@@ -59,12 +59,14 @@ struct Span {
   int64_t first, last;
 };
 
-// One parameter group. Its hyperparameters lie in StepParams::hyperparameters.
+// One parameter group. Behind the table of all groups lie their hyperparameters: of every group as
+// many doubles as the rule has, in its order.
 struct Group {
   const void* lr;        // null, or where a tensor lr lives on the device
   Storage lr_storage;    // float32 or float64
   uint32_t states_used;  // bit k: the rule's kStates[k] is there
 };
+static_assert(sizeof(Group) == 2 * sizeof(double), "a table of groups is one of doubles");
 
 // Sums of squares over a segment, or over a part of one.
 struct SegmentSums {
@@ -79,8 +81,8 @@ struct Telemetry {
 };
 inline constexpr int kStepColumns = 3;  // grad_norm, clip_coef, skipped
 
-// All that a step reads and writes on one device. On CUDA, `grads`, `groups` and `hyperparameters`
-// lie in host memory, and everything else on the device.
+// All that a step reads and writes on one device. On CUDA, `grads` and `groups` lie in host
+// memory, and everything else on the device.
 struct StepParams {
   // Tables that stay as they are from step to step.
   const TensorShape* shapes;
@@ -92,10 +94,9 @@ struct StepParams {
   int64_t num_pointers;  // of one tensor
 
   // What a step's caller gives anew.
-  const void* const* grads;  // one per tensor; null: no gradient, the tensor is left alone
-  const Group* groups;
-  const double* hyperparameters;  // of every group, as many as the rule has, in its order
-  int64_t num_hyperparameters;    // of one group
+  const void* const* grads;     // one per tensor; null: no gradient, the tensor is left alone
+  const Group* groups;          // behind them, their hyperparameters
+  int64_t num_hyperparameters;  // of one group
   StepControl* control;
   StepOptions options;
   bool updates_limit;  // the state of options.limit is not another device's: it takes the norm in

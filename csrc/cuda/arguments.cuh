@@ -43,7 +43,6 @@ struct Arguments {
         is_inlined ? inlined : static_cast<const unsigned char*>(step.step_args);
     result.grads = reinterpret_cast<const void* const*>(bytes);
     result.groups = reinterpret_cast<const Group*>(bytes + args.groups_at());
-    result.hyperparameters = reinterpret_cast<const double*>(bytes + args.hyperparameters_at());
     return result;
   }
 };

@@ -257,7 +257,7 @@ struct Shared {
 
 // With the gradients' squares, if no pass has measured them before.
 template <class Rule>
-__device__ __forceinline__ void update_chunk(const StepParams& step, int64_t index,
+__device__ __forceinline__ void update_chunk(const StepParams& step, int index,
                                              CoefficientCache<Rule>& cache, Shared<Rule>& shared) {
   const Chunk chunk = step.chunks[index];
   const bool measures = !step.options.measure;
@@ -297,8 +297,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   __syncthreads();
   // In reverse: what the norm pass has read last is still in the cache.
-  for (int64_t i = step.num_chunks - 1 - blockIdx.x; i >= 0 && !shared.decision.skip;
-       i -= gridDim.x) {
+  for (int i = static_cast<int>(step.num_chunks) - 1 - static_cast<int>(blockIdx.x);
+       i >= 0 && !shared.decision.skip; i -= static_cast<int>(gridDim.x)) {
     update_chunk(step, i, cache, shared);
   }
   if (is_last_block(&step.tickets[1])) {

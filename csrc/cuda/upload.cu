@@ -45,9 +45,7 @@ void copy_step_args(const StepParams& step, int64_t offset, int64_t size, void* 
   const struct {
     const void* data;
     int64_t begin, end;
-  } tables[] = {{step.grads, 0, args.groups_at()},
-                {step.groups, args.groups_at(), args.hyperparameters_at()},
-                {step.hyperparameters, args.hyperparameters_at(), args.bytes()}};
+  } tables[] = {{step.grads, 0, args.groups_at()}, {step.groups, args.groups_at(), args.bytes()}};
   for (const auto& table : tables) {
     const int64_t first = std::max(offset, table.begin);
     const int64_t last = std::min(offset + size, table.end);

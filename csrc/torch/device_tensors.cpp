@@ -24,12 +24,12 @@ int DeviceTensors::add(const TensorInfo& info, const TensorPointers& where) {
   return static_cast<int>(infos.size()) - 1;
 }
 
-void DeviceTensors::begin(const RuleInfo& its_rule, size_t num_groups, bool runs_on_cuda) {
+void DeviceTensors::begin(const RuleInfo& its_rule, size_t groups, bool runs_on_cuda) {
   on_cuda = runs_on_cuda;
   rule = &its_rule;
   grads.resize(infos.size());
-  groups.resize(num_groups);
-  hyperparameters.resize(num_groups * its_rule.num_hyperparameters);
+  num_groups = groups;
+  group_table.resize(groups * (sizeof(Group) / sizeof(double) + its_rule.num_hyperparameters));
   control = at::zeros({sizeof(StepControl) / sizeof(double)},
                       at::TensorOptions(device).dtype(at::kDouble));
 }
@@ -47,8 +47,7 @@ StepParams DeviceTensors::step_params(SegmentKind segments) {
   if (segments == SegmentKind::kNone) step.chunk_coefs = nullptr;
   if (segments != SegmentKind::kRows) step.part_sums = nullptr;
   step.grads = grads.data();
-  step.groups = groups.data();
-  step.hyperparameters = hyperparameters.data();
+  step.groups = group(0);
   step.control = static_cast<StepControl*>(control.data_ptr());
   if (param_ring.defined()) {
     step.telemetry.params = static_cast<ParamRow*>(param_ring.data_ptr());
@@ -65,7 +64,7 @@ void DeviceTensors::make_workspace(SegmentKind segments) {
   needs.on_cuda = on_cuda;
   needs.telemetry = param_ring.defined();
   needs.segments = segments_;
-  needs.num_groups = static_cast<int64_t>(groups.size());
+  needs.num_groups = static_cast<int64_t>(num_groups);
   needs.num_hyperparameters = rule->num_hyperparameters;
   needs.num_states = static_cast<int>(rule->states.size());
   needs.num_scalars = static_cast<int>(rule->scalars.size());

@@ -27,8 +27,8 @@ struct DeviceTensors {
   std::vector<TensorInfo> infos;
   std::vector<TensorPointers> pointers;
   std::vector<const void*> grads;  // null: no gradient at this step
-  std::vector<Group> groups;
-  std::vector<double> hyperparameters;
+  size_t num_groups = 0;
+  std::vector<double> group_table;  // the groups, and behind them their hyperparameters
   std::vector<DenseParam> dense_params;
   std::vector<at::Tensor> dense_grads;  // of gradients laid out otherwise, at this step
   at::Tensor step_ring, param_ring;     // telemetry, if it was asked for
@@ -44,7 +44,12 @@ struct DeviceTensors {
   int add(const TensorInfo& info, const TensorPointers& pointers);
 
   // Once all tensors are known.
-  void begin(const RuleInfo& its_rule, size_t num_groups, bool runs_on_cuda);
+  void begin(const RuleInfo& its_rule, size_t groups, bool runs_on_cuda);
+
+  Group* group(size_t index) { return reinterpret_cast<Group*>(group_table.data()) + index; }
+  double* hyperparameters(size_t index) {
+    return reinterpret_cast<double*>(group(num_groups)) + index * rule->num_hyperparameters;
+  }
 
   // The sum of every chunk, as the last step has left them: float64, shape (chunks,).
   at::Tensor chunk_sums() const;

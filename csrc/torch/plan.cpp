@@ -278,12 +278,12 @@ bool Plan::same_groups(const py::list& param_groups) {
     for (size_t g = 0; g < listed_.size(); ++g) {
       PyObject* group = PyList_GET_ITEM(param_groups.ptr(), g);
       try {
-        double* const values = &device_tensors.hyperparameters[g * rule_.num_hyperparameters];
-        device_tensors.groups[g] = read_group(rule_, names_, group, device_tensors.device, values);
+        *device_tensors.group(g) = read_group(rule_, names_, group, device_tensors.device,
+                                              device_tensors.hyperparameters(g));
       } catch (const std::exception&) {
         return false;  // Python says what is wrong with it, and where
       }
-      if (device_tensors.groups[g].states_used != states_used_[g]) return false;
+      if (device_tensors.group(g)->states_used != states_used_[g]) return false;
     }
   }
   return true;
