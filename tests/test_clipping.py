@@ -244,3 +244,40 @@ def test_readings_are_not_changed_by_later_steps_nor_by_their_holder(backend):
     optimizer.skipped_steps.add_(5)
     optimizer.grad_norm.zero_()
     assert readings(optimizer) == [pytest.approx(math.sqrt(12)), False, 1]
+
+
+HUGE = {torch.float64: 1e150}  # else 3e38
+
+
+@pytest.mark.parametrize(
+    "limit", [1e-3, 1e-5, 1e-12, fusedopt.clip.Unit(), fusedopt.clip.PerTensor()]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_huge_gradients_and_a_tiny_limit(backend, limit, dtype):
+    """The coefficient may be below float32's numbers where the clipped gradient is not."""
+
+    def moved(make):
+        params = make_params(SMALL, dtype, backend.device)
+        for param in params:
+            param.data.zero_()
+            param.grad = torch.full_like(param, HUGE.get(dtype, 3e38))
+        optimizer = make(fusedopt.FusedSGD, params, lr=1.0, max_grad_norm=limit)
+        optimizer.step()
+        return params, snapshot(optimizer)
+
+    params, tested = moved(backend.make)
+    _, expected = moved(lambda cls, params, **kwargs: cls(params, backend="reference", **kwargs))
+    assert_same_bits(tested, expected)
+    if isinstance(limit, float):
+        norm = math.sqrt(sum(p.detach().double().square().sum().item() for p in params))
+        assert norm == pytest.approx(limit, rel=0.01)
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1e-12])
+def test_clip_grad_norm_of_huge_gradients(backend, limit):
+    params = make_params(SMALL, device=backend.device)
+    for param in params:
+        param.grad = torch.full_like(param, 3e38)
+    name = "cpu" if backend.name == "cpu" else "cuda"
+    fusedopt.clip_grad_norm_(params, limit, backend=name)
+    assert norm64(params) == pytest.approx(limit, rel=0.01)

@@ -67,6 +67,20 @@ FUSEDOPT_INLINE Decision decide(const StepOptions& options, double sum_of_square
   return decision;
 }
 
+// A factor that float32 has no normal number for, as huge gradients and a tiny limit give it.
+template <class T>
+FUSEDOPT_INLINE bool is_tiny(double factor) {
+  return sizeof(T) == sizeof(float) && factor < 0x1p-126 && factor > 0;
+}
+
+// A gradient times a factor that is rounded once. A tiny factor is applied in two steps: the first
+// one is a power of two.
+template <class T>
+FUSEDOPT_INLINE T scaled(T grad, double factor) {
+  if (!is_tiny<T>(factor)) return grad * static_cast<T>(factor);
+  return (grad * static_cast<T>(0x1p-126)) * static_cast<T>(factor * 0x1p126);
+}
+
 // Whether an adaptive limit learns from the norm of this step. A norm of 0 teaches nothing: the
 // limit would become 0, and clip every later norm to 0.
 FUSEDOPT_INLINE bool is_to_be_observed(const StepOptions& options, const Decision& decision) {

@@ -20,8 +20,8 @@ struct PartMeasure {
 template <class grad_t>
 struct PartScale {
   using T = opmath_t<grad_t>;
-  static FUSEDOPT_INLINE void run(const grad_t* grads, int64_t count, T factor, T* scaled) {
-    for (int64_t i = 0; i < count; ++i) scaled[i] = widen(grads[i]) * factor;
+  static FUSEDOPT_INLINE void run(const grad_t* grads, int64_t count, double factor, T* result) {
+    for (int64_t i = 0; i < count; ++i) result[i] = scaled<T>(widen(grads[i]), factor);
   }
 };
 
@@ -52,8 +52,7 @@ SegmentCoefs::SegmentCoefs(const StepParams& step, Isa isa, const Decision& deci
     : step_(step),
       isa_(isa),
       decision_(decision),
-      kind_(segment_kind(step.options.limit.kind)),
-      scaled_(kind_ == SegmentKind::kRows ? kChunkSize : 0) {}
+      kind_(segment_kind(step.options.limit.kind)) {}
 
 Segments SegmentCoefs::segments_of(uint32_t tensor) const { return Segments(step_, tensor, kind_); }
 
@@ -65,32 +64,45 @@ bool SegmentCoefs::is_shared(int64_t index) const {
   return segments.at(chunk.begin()) == segments.at(last);
 }
 
-double SegmentCoefs::shared_factor(int64_t index) {
+double SegmentCoefs::factor_of(uint32_t tensor, int64_t segment, double* coef) {
   if (kind_ == SegmentKind::kNone) return decision_.grad_factor;
+  *coef = coef_of(tensor, segment);
+  return decision_.inv_scale * *coef;
+}
+
+std::optional<double> SegmentCoefs::shared_factor(int64_t index) {
+  if (!is_shared(index)) return std::nullopt;
   const Chunk chunk = step_.chunks[index];
-  const double coef = coef_of(chunk.tensor, segments_of(chunk.tensor).at(chunk.begin()));
-  step_.chunk_coefs[index] = coef;
-  return decision_.inv_scale * coef;
+  double coef = 0;
+  const int64_t segment =
+      kind_ == SegmentKind::kNone ? 0 : segments_of(chunk.tensor).at(chunk.begin());
+  const double factor = factor_of(chunk.tensor, segment, &coef);
+  if (kind_ != SegmentKind::kNone) step_.chunk_coefs[index] = coef;
+  const bool is_double = step_.shapes[chunk.tensor].param == Storage::kFloat64;
+  if (!is_double && is_tiny<float>(factor)) return std::nullopt;
+  return factor;
 }
 
 const void* SegmentCoefs::scaled_grads(int64_t index) {
+  scaled_.resize(kChunkSize);
   const Chunk chunk = step_.chunks[index];
   const TensorShape& shape = step_.shapes[chunk.tensor];
-  const Segments segments = segments_of(chunk.tensor);
+  const SegmentKind kind = kind_ == SegmentKind::kNone ? SegmentKind::kTensors : kind_;
+  const Segments segments(step_, chunk.tensor, kind);
   visit_storage(shape.grad, [&](auto grad) {
     using grad_t = type_of<decltype(grad)>;
     using T = opmath_t<grad_t>;
     const auto* grads = static_cast<const grad_t*>(step_.grads[chunk.tensor]) + chunk.begin();
-    T* const scaled = reinterpret_cast<T*>(scaled_.data());
-    double smallest = decision_.clip_coef;
+    T* const result = reinterpret_cast<T*>(scaled_.data());
+    double smallest = decision_.clip_coef, coef = decision_.clip_coef;
     PartWalk part(segments, chunk.begin(), chunk.size(shape.numel));
     for (; part.is_there(); part.next()) {
-      const double coef = coef_of(chunk.tensor, part.segment);
+      const double factor = factor_of(chunk.tensor, part.segment, &coef);
       smallest = smaller(coef, smallest);
-      run_best<PartScale<grad_t>>(isa_, grads + part.first, part.last - part.first,
-                                  static_cast<T>(decision_.inv_scale * coef), scaled + part.first);
+      run_best<PartScale<grad_t>>(isa_, grads + part.first, part.last - part.first, factor,
+                                  result + part.first);
     }
-    step_.chunk_coefs[index] = smallest;
+    if (kind_ != SegmentKind::kNone) step_.chunk_coefs[index] = smallest;
   });
   return scaled_.data();
 }

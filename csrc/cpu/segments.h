@@ -1,6 +1,7 @@
 // Limits of single segments on the CPU.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "core/segments.h"
@@ -16,15 +17,17 @@ class SegmentCoefs {
  public:
   SegmentCoefs(const StepParams& step, Isa isa, const Decision& decision);
 
-  // What all gradients of a chunk are multiplied by, where they lie in one segment.
-  bool is_shared(int64_t chunk) const;
-  double shared_factor(int64_t chunk);
+  // What all gradients of a chunk are multiplied by, or nothing: they lie in several segments, or
+  // one multiplication is not enough.
+  std::optional<double> shared_factor(int64_t chunk);
 
-  // Elsewhere: the chunk's gradients, unscaled and clipped, until the next call. They are of the
-  // type that the parameter is computed in.
+  // Then: the chunk's gradients, unscaled and clipped, until the next call. They are of the type
+  // that the parameter is computed in.
   const void* scaled_grads(int64_t chunk);
 
  private:
+  bool is_shared(int64_t chunk) const;
+  double factor_of(uint32_t tensor, int64_t segment, double* coef);
   double coef_of(uint32_t tensor, int64_t segment);
   SegmentSums sums_of(uint32_t tensor, int64_t segment) const;
   Segments segments_of(uint32_t tensor) const;

@@ -106,8 +106,8 @@ class ChunkUpdater {
     const Pointers<Rule> pointers(step_, chunk.tensor);
     const unsigned used = step_.groups[shape.group].states_used;
     arrays.params.begin(pointers.param(), shape.param, chunk.begin());
-    if (coefs_.is_shared(index)) {
-      prepare_for(shape, pointers, coefs_.shared_factor(index));
+    if (const auto factor = coefs_.shared_factor(index); factor.has_value()) {
+      prepare_for(shape, pointers, *factor);
       arrays.grads.begin(step_.grads[chunk.tensor], shape.grad, chunk.begin());
     } else {
       prepare_for(shape, pointers, 1.0);

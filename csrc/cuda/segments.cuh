@@ -41,6 +41,7 @@ __device__ inline void measure_parts(const StepParams& step, int64_t index) {
 
 // What a block knows of a chunk's segments, in shared memory.
 struct ChunkSegments {
+  double inv_scale;     // of the step
   bool is_shared;       // all elements lie in one segment
   double factor;        // what the gradients are multiplied by then
   int64_t size;         // else: elements of each segment
@@ -54,16 +55,24 @@ struct ChunkSegments {
 
   // By one thread, before the first chunk.
   __device__ void begin(const Decision& decision) {
+    inv_scale = decision.inv_scale;
     is_shared = true;
     factor = decision.grad_factor;
     known_tensor = UINT32_MAX;
   }
 
-  // The coefficient of the segment that an element of the chunk lies in.
-  __device__ __forceinline__ double coef_of(int i) const {
+  // All elements are multiplied by one factor, once.
+  __device__ bool is_uniform(const TensorShape& shape) const {
+    return is_shared && (shape.param == Storage::kFloat64 || !is_tiny<float>(factor));
+  }
+
+  // What an element of the chunk is multiplied by.
+  __device__ __forceinline__ double factor_of(int i) const {
+    if (is_shared) return factor;
     constexpr int64_t kLongest = INT32_MAX;  // a chunk meets at most two segments of that length
     const int64_t place = begun + i;
-    return coefs[size > kLongest ? (place < size ? 0 : 1)
+    return inv_scale *
+           coefs[size > kLongest ? (place < size ? 0 : 1)
                                  : static_cast<uint32_t>(place) / static_cast<uint32_t>(size)];
   }
 };

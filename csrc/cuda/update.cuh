@@ -29,16 +29,14 @@ class ChunkUpdate {
 
  public:
   __device__ ChunkUpdate(const StepParams& step, Chunk chunk, const Prepared<Rule>& prepared,
-                         const Decision& decision, const ChunkSegments& segments,
-                         UpdateLanes& lanes)
-      : decision_(decision),
-        segments_(segments),
+                         const ChunkSegments& segments, UpdateLanes& lanes)
+      : segments_(segments),
         // What is always used needs no question.
         used_(step.groups[step.shapes[chunk.tensor].group].states_used | always_used<Rule>()),
         size_(static_cast<int>(chunk.size(step.shapes[chunk.tensor].numel))),
         measures_(!step.options.measure),
         telemetry_(step.chunk_measures != nullptr),
-        by_segments_(!segments.is_shared),
+        is_uniform_(segments.is_uniform(step.shapes[chunk.tensor])),
         format_(step.shapes[chunk.tensor]),
         coefficients_(rounded<Rule, T>(prepared.coefficients)),
         grad_factor_(static_cast<T>(prepared.grad_factor)),
@@ -117,7 +115,7 @@ class ChunkUpdate {
     constexpr int kBytes = sizeof(Elements<kVector>) + sizeof(Lanes<SumOfSquares, kVector>);
     // Before the first use. For 128 registers: float64's divisions and roots need some themselves.
     constexpr int kRowsInFlight = kBytes <= 144 && sizeof(T) == sizeof(float) ? 2 : 1;
-    const int aligned_size = arrays_.aligned() && !by_segments_ ? size_ : 0;
+    const int aligned_size = arrays_.aligned() && is_uniform_ ? size_ : 0;
     int done = 0;
 #pragma unroll 1
     for (; done + kRowsInFlight * kRow <= aligned_size; done += kRowsInFlight * kRow) {
@@ -131,7 +129,7 @@ class ChunkUpdate {
 #pragma unroll
       for (int i = 0; i < kRowsInFlight; ++i) {
         if (measures_) meter.add(rows[i].grad, format_, telemetry_);
-        update(rows[i], [&](int) { return grad_factor_; }, kAllStates);
+        update(rows[i], [&](T grad, int) { return grad * grad_factor_; }, kAllStates);
         if (telemetry_) {  // the parameter is loaded again, from the cache: no register holds it
           squares_.template add<1>(first + i * kRow, size_,
                                    arrays_.param.template load<kVector>(first + i * kRow),
@@ -159,7 +157,8 @@ class ChunkUpdate {
     for (int first = done + threadIdx.x; first < size_; first += kCount * kThreads) {
       Elements<kCount> singles = arrays_.template load<kCount>(
           [&](auto array) { return array.template load_each<kCount, kThreads>(first, size_); });
-      update(singles, [&](int k) { return factor_of(first + k * kThreads); }, kAllStates);
+      update(
+          singles, [&](T grad, int k) { return scaled_grad(grad, first + k * kThreads); }, kAllStates);
       if (telemetry_) {
         squares_.template add<kThreads>(
             first, size_, arrays_.param.template load_each<kCount, kThreads>(first, size_),
@@ -171,16 +170,16 @@ class ChunkUpdate {
     }
   }
 
-  // What the gradient of element i of the chunk is multiplied by.
-  __device__ __forceinline__ T factor_of(int i) const {
-    if (!by_segments_) return grad_factor_;
+  // The gradient of element i of the chunk, unscaled and clipped.
+  __device__ __forceinline__ T scaled_grad(T grad, int i) const {
+    if (is_uniform_) return grad * grad_factor_;
     if (i >= size_) return 0;
-    return static_cast<T>(decision_.inv_scale * segments_.coef_of(i)) * grad_factor_;
+    return scaled(grad, segments_.factor_of(i)) * grad_factor_;
   }
 
-  // `factor(i)`: factor_of the i-th of the elements.
-  template <int kCount, class Factor, size_t... k>
-  __device__ __forceinline__ void update(Elements<kCount>& elements, Factor factor,
+  // `scale(grad, i)`: the gradient of the i-th of the elements, unscaled and clipped.
+  template <int kCount, class Scale, size_t... k>
+  __device__ __forceinline__ void update(Elements<kCount>& elements, Scale scale,
                                          std::index_sequence<k...>) const {
     constexpr int kTogether = 2;  // what one instruction rounds to 16 bits, and registers allow
 #pragma unroll
@@ -193,7 +192,7 @@ class ChunkUpdate {
       });
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
-        update_element<Rule>(used_, coefficients_, grad[i] * factor(begin + i), param[i],
+        update_element<Rule>(used_, coefficients_, scale(grad[i], begin + i), param[i],
                              state[k][i]...);
       }
       format_.template visit<param_t>([&](auto half) {
@@ -205,11 +204,10 @@ class ChunkUpdate {
 
   static constexpr auto kAllStates = std::make_index_sequence<kStates>{};
 
-  const Decision& decision_;
   const ChunkSegments& segments_;
   const unsigned used_;  // bit k: the rule's kStates[k] is there
   const int size_;
-  const bool measures_, telemetry_, by_segments_;
+  const bool measures_, telemetry_, is_uniform_;
   const Format format_;
   const Coefficients coefficients_;
   const T grad_factor_;
@@ -271,13 +269,14 @@ __device__ __forceinline__ void update_chunk(const StepParams& step, int index,
     SegmentCoefs(step, shared.decision, index).leave(shared.segments);
   if (threadIdx.x == 0) {
     const ChunkSegments& segments = shared.segments;
-    cache.prepare_for(step, chunk.tensor, segments.is_shared ? segments.factor : 1.0);
+    const bool uniform = segments.is_uniform(step.shapes[chunk.tensor]);
+    cache.prepare_for(step, chunk.tensor, uniform ? segments.factor : 1.0);
   }
   __syncthreads();
   GradMeasures mine{};
   visit_types(step.shapes[chunk.tensor], [&](auto types) {
-    ChunkUpdate<Rule, decltype(types)> update(step, chunk, cache.prepared, shared.decision,
-                                              shared.segments, shared.lanes);
+    ChunkUpdate<Rule, decltype(types)> update(step, chunk, cache.prepared, shared.segments,
+                                              shared.lanes);
     mine = update.run();
   });
   if (measures) leave_grad_measures<SumOfSquares>(step, index, mine, telemetry);

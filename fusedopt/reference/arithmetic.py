@@ -32,6 +32,23 @@ def sqrt(values: Tensor) -> Tensor:
     return values.sqrt()
 
 
+def scaled(grad: Tensor, factor: float | Tensor) -> Tensor:
+    """A float32 or float64 gradient times a factor (float64, >= 0) that is rounded once.
+
+    A factor below float32's normal numbers, as huge gradients and a tiny limit give it, is applied
+    in two steps, of which the first is a power of two. A tensor holds a factor per row.
+    """
+    factor = torch.as_tensor(factor, dtype=torch.float64, device=grad.device)
+    if grad.dtype == torch.float64:
+        return grad * factor
+    tiny = (factor < 2.0**-126) & (factor > 0)
+    at_once = grad * factor.to(torch.float32)
+    if not tiny.any():
+        return at_once
+    in_two = (grad * 2.0**-126) * (factor * 2.0**126).to(torch.float32)
+    return torch.where(tiny, in_two, at_once)
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type that a parameter of this dtype is updated in."""
     return torch.float64 if dtype == torch.float64 else torch.float32

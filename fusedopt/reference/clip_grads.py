@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.reference import norms
-from fusedopt.reference.arithmetic import compute_dtype
+from fusedopt.reference.arithmetic import compute_dtype, scaled
 from fusedopt.reference.decision import clip_coefficient
 
 
@@ -52,5 +52,5 @@ def clip_grads(
     factor = clip_coefficient(max_norm, norm.item())
     if factor != 1.0 and (norm.isfinite() or not skip_nonfinite):
         for grad in {(grad.data_ptr(), grad.numel()): grad for grad in grads}.values():
-            grad.copy_(grad.to(compute_dtype(grad.dtype)) * factor)
+            grad.copy_(scaled(grad.to(compute_dtype(grad.dtype)), factor))
     return norm, any(grad.dtype == torch.float64 for grad in grads)

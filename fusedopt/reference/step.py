@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.reference import norms
-from fusedopt.reference.arithmetic import cast_grad, compute_dtype
+from fusedopt.reference.arithmetic import cast_grad, compute_dtype, scaled
 from fusedopt.reference.decision import Control, Decision, StepOptions, decide, least, smaller
 from fusedopt.reference.groups import Group, distinct_params
 from fusedopt.reference.rule import Rule
@@ -129,19 +129,17 @@ def update(
     state: dict[str, Tensor],
     grad_factor: float | Tensor,
 ) -> None:
-    """Applies a rule to one parameter, in place. The factor (float64) is rounded once."""
+    """Applies a rule to one parameter, in place."""
     assert param.grad is not None
     dtype = compute_dtype(param.dtype)
     names = {*rule.scalars, rule.counter}
     scalars = rule.advance(group, {name: state[name] for name in names})
-    factor = -grad_factor if group["maximize"] else grad_factor
-    if isinstance(factor, Tensor):
-        factor = factor.to(dtype)
+    grad = scaled(cast_grad(param.grad, param).to(dtype), grad_factor)
     new_param, new_states = rule.update(
         {**group, "lr": float(group["lr"])},
         scalars,
         param.to(dtype),
-        cast_grad(param.grad, param).to(dtype) * factor,
+        -grad if group["maximize"] else grad,
         {name: state[name].to(dtype) for name in rule.states(group)},
     )
     param.copy_(new_param)
