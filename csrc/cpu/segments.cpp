@@ -49,10 +49,7 @@ void measure_parts(const StepParams& step, Isa isa, int64_t index) {
 }
 
 SegmentCoefs::SegmentCoefs(const StepParams& step, Isa isa, const Decision& decision)
-    : step_(step),
-      isa_(isa),
-      decision_(decision),
-      kind_(segment_kind(step.options.limit.kind)) {}
+    : step_(step), isa_(isa), decision_(decision), kind_(segment_kind(step.options.limit.kind)) {}
 
 Segments SegmentCoefs::segments_of(uint32_t tensor) const { return Segments(step_, tensor, kind_); }
 
@@ -70,7 +67,7 @@ double SegmentCoefs::factor_of(uint32_t tensor, int64_t segment, double* coef) {
   return decision_.inv_scale * *coef;
 }
 
-std::optional<double> SegmentCoefs::shared_factor(int64_t index) {
+std::optional<double> SegmentCoefs::segment_factor(int64_t index) {
   if (!is_shared(index)) return std::nullopt;
   const Chunk chunk = step_.chunks[index];
   double coef = 0;

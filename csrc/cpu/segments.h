@@ -19,13 +19,17 @@ class SegmentCoefs {
 
   // What all gradients of a chunk are multiplied by, or nothing: they lie in several segments, or
   // one multiplication is not enough.
-  std::optional<double> shared_factor(int64_t chunk);
+  std::optional<double> shared_factor(int64_t chunk) {
+    const bool is_simple = kind_ == SegmentKind::kNone && !is_tiny<float>(decision_.grad_factor);
+    return is_simple ? decision_.grad_factor : segment_factor(chunk);
+  }
 
   // Then: the chunk's gradients, unscaled and clipped, until the next call. They are of the type
   // that the parameter is computed in.
   const void* scaled_grads(int64_t chunk);
 
  private:
+  std::optional<double> segment_factor(int64_t chunk);
   bool is_shared(int64_t chunk) const;
   double factor_of(uint32_t tensor, int64_t segment, double* coef);
   double coef_of(uint32_t tensor, int64_t segment);

@@ -68,8 +68,65 @@ struct AddToNorm {
   }
 };
 
-// What a thread keeps between chunks: the last tensor's coefficients, as most tensors share them,
-// and rows of the arrays.
+// What a thread keeps between chunks for parameters that are computed in T: rows of the arrays, and
+// the last tensor's coefficients, as most tensors share them.
+template <class Rule, class T>
+struct Work {
+  Rows<T> params, grads, states[state_slots<Rule>];
+  typename Rule::template Coefficients<T> coefficients;
+  T grad_factor;
+
+  void prepare_for(const StepParams& step, uint32_t tensor, double factor) {
+    const uint32_t group = step.shapes[tensor].group;
+    float scalars[kMaxScalars] = {};
+    Pointers<Rule>(step, tensor).load_scalars(scalars);
+    const bool same_scalars = memcmp(scalars, scalars_, sizeof(scalars)) == 0;
+    if (group == group_ && same_scalars && factor == factor_) return;
+    group_ = group;
+    memcpy(scalars_, scalars, sizeof(scalars));
+    factor_ = factor;
+    const Prepared<Rule> prepared = prepare<Rule>(step, group, scalars, factor);
+    coefficients = rounded<Rule, T>(prepared.coefficients);
+    grad_factor = static_cast<T>(prepared.grad_factor);
+  }
+
+  template <unsigned kUsed>
+  bool all_in_place() const {
+    bool result = params.in_place() && grads.in_place();
+    for_each_state<kUsed>([&](int k) { result = result && states[k].in_place(); });
+    return result;
+  }
+
+  template <unsigned kUsed, class Body>
+  static FUSEDOPT_INLINE void for_each_state(Body body) {
+#pragma GCC unroll 8
+    for (int k = 0; k < num_states<Rule>; ++k) {
+      if ((kUsed >> k & 1) != 0) body(k);
+    }
+  }
+
+  // Loads a row of every array, applies the rule, and stores the row. observe(params, grads) sees
+  // it before.
+  template <unsigned kUsed, class Observe>
+  FUSEDOPT_INLINE void update_row(Isa isa, int64_t first, int64_t count, Observe observe) {
+    T* const param_row = params.load(isa, first, count);
+    const T* const grad_row = grads.load(isa, first, count);
+    T* state_rows[state_slots<Rule>] = {};
+    for_each_state<kUsed>([&](int k) { state_rows[k] = states[k].load(isa, first, count); });
+    observe(param_row, grad_row);
+    run_best<RuleLoop<Rule, kUsed, T>>(isa, &coefficients, grad_factor, count, param_row, grad_row,
+                                       state_rows);
+    params.store(isa, first, count);
+    for_each_state<kUsed>([&](int k) { states[k].store(isa, first, count); });
+  }
+
+ private:
+  uint32_t group_ = UINT32_MAX;
+  float scalars_[kMaxScalars];
+  double factor_ = 0;
+};
+
+// A thread's updates of chunks.
 template <class Rule>
 class ChunkUpdater {
  public:
@@ -80,121 +137,92 @@ class ChunkUpdater {
   void update_chunk(int64_t index) {
     const Chunk chunk = step_.chunks[index];
     if (step_.shapes[chunk.tensor].param == Storage::kFloat64) {
-      update_as(double_rows_, chunk, index);
+      update_as(doubles_, chunk, index);
     } else {
-      update_as(float_rows_, chunk, index);
+      update_as(floats_, chunk, index);
     }
   }
 
  private:
   template <class T>
-  struct Arrays {
-    Rows<T> params, grads, states[state_slots<Rule>];
-  };
-
-  template <unsigned kUsed, class Body>
-  static FUSEDOPT_INLINE void for_each_state(Body body) {
-#pragma GCC unroll 8
-    for (int k = 0; k < num_states<Rule>; ++k) {
-      if ((kUsed >> k & 1) != 0) body(k);
-    }
-  }
-
-  template <class T>
-  void update_as(Arrays<T>& arrays, Chunk chunk, int64_t index) {
+  void update_as(Work<Rule, T>& work, Chunk chunk, int64_t index) {
     const TensorShape& shape = step_.shapes[chunk.tensor];
     const Pointers<Rule> pointers(step_, chunk.tensor);
-    const unsigned used = step_.groups[shape.group].states_used;
-    arrays.params.begin(pointers.param(), shape.param, chunk.begin());
+    work.params.begin(pointers.param(), shape.param, chunk.begin());
     if (const auto factor = coefs_.shared_factor(index); factor.has_value()) {
-      prepare_for(shape, pointers, *factor);
-      arrays.grads.begin(step_.grads[chunk.tensor], shape.grad, chunk.begin());
+      work.prepare_for(step_, chunk.tensor, *factor);
+      work.grads.begin(step_.grads[chunk.tensor], shape.grad, chunk.begin());
     } else {
-      prepare_for(shape, pointers, 1.0);
-      arrays.grads.begin(coefs_.scaled_grads(index), computed_in(shape.param), 0);
+      work.prepare_for(step_, chunk.tensor, 1.0);
+      work.grads.begin(coefs_.scaled_grads(index), computed_in(shape.param), 0);
     }
-    visit_variant<Rule>(used, [&](auto variant) {
-      for_each_state<variant()>([&](int k) {
-        arrays.states[k].begin(pointers.state(k), shape.states[k], chunk.begin());
-      });
-      measure_and_update<variant()>(arrays, shape, index, chunk.size(shape.numel));
+    visit_variant<Rule>(step_.groups[shape.group].states_used, [&](auto used) {
+      work.template for_each_state<used()>(
+          [&](int k) { work.states[k].begin(pointers.state(k), shape.states[k], chunk.begin()); });
+      update_and_measure<used()>(work, shape, index, chunk.size(shape.numel));
     });
   }
 
   // The norm's arithmetic hides behind the memory traffic of the update. 16-bit types have none to
   // spare: their chunks are measured first, and then are still in a cache.
   template <unsigned kUsed, class T>
-  void measure_and_update(Arrays<T>& arrays, const TensorShape& shape, int64_t index,
+  void update_and_measure(Work<Rule, T>& work, const TensorShape& shape, int64_t index,
                           int64_t size) {
     const bool telemetry = step_.chunk_measures != nullptr;
+    const bool is_measured = step_.options.measure;
+    const bool sums_on_its_way = bytes_of(shape.param) >= bytes_of(Storage::kFloat32);
+    if (!is_measured && (telemetry || !sums_on_its_way)) measure_chunk(step_, index);
     if (telemetry) {
-      if (!step_.options.measure) measure_chunk(step_, index);
-      UpdateLanes<T> lanes(shape, size);
-      update_rows<kUsed>(arrays, size, nullptr, &lanes);
-      return lanes.leave_totals(isa_, step_.chunk_measures[index]);
+      update_with_telemetry<kUsed>(work, shape, index, size);
+    } else if (is_measured || !sums_on_its_way) {
+      update_rows<kUsed>(work, size);
+    } else {
+      update_with_norm<kUsed>(work, index, size);
     }
-    if (step_.options.measure) return update_rows<kUsed, T>(arrays, size, nullptr, nullptr);
-    if (bytes_of(shape.param) < bytes_of(Storage::kFloat32)) {
-      measure_chunk(step_, index);
-      return update_rows<kUsed, T>(arrays, size, nullptr, nullptr);
+  }
+
+  template <unsigned kUsed, class T>
+  void update_rows(Work<Rule, T>& work, int64_t size) {
+    const int64_t row = work.template all_in_place<kUsed>() ? size : kRow<T>;
+    for (int64_t first = 0; first < size; first += row) {
+      const int64_t count = std::min(row, size - first);
+      work.template update_row<kUsed>(isa_, first, count, [](const T*, const T*) {});
     }
+  }
+
+  template <unsigned kUsed, class T>
+  void update_with_norm(Work<Rule, T>& work, int64_t index, int64_t size) {
     NormLanes<T> norm;
-    update_rows<kUsed, T>(arrays, size, &norm, nullptr);
+    for (int64_t first = 0; first < size; first += kRow<T>) {
+      const int64_t count = std::min(kRow<T>, size - first);
+      work.template update_row<kUsed>(isa_, first, count, [&](const T*, const T* grads) {
+        run_best<AddToNorm<T>>(isa_, &norm, grads, first, count);
+      });
+    }
     step_.chunk_sums[index] = norm.fold();
   }
 
   template <unsigned kUsed, class T>
-  void update_rows(Arrays<T>& arrays, int64_t size, NormLanes<T>* norm, UpdateLanes<T>* lanes) {
-    const auto coefficients = rounded<Rule, T>(prepared_.coefficients);
-    const T grad_factor = static_cast<T>(prepared_.grad_factor);
-    const bool at_once = norm == nullptr && lanes == nullptr && all_in_place<kUsed>(arrays);
-    const int64_t row = at_once ? size : kRow<T>;
+  void update_with_telemetry(Work<Rule, T>& work, const TensorShape& shape, int64_t index,
+                             int64_t size) {
+    UpdateLanes<T> lanes(shape, size);
     alignas(64) T before[kRow<T>];
-    for (int64_t first = 0; first < size; first += row) {
-      const int64_t count = std::min(row, size - first);
-      T* const params = arrays.params.load(isa_, first, count);
-      const T* const grads = arrays.grads.load(isa_, first, count);
-      T* states[state_slots<Rule>] = {};
-      for_each_state<kUsed>([&](int k) { states[k] = arrays.states[k].load(isa_, first, count); });
-      if (norm != nullptr) run_best<AddToNorm<T>>(isa_, norm, grads, first, count);
-      if (lanes != nullptr) memcpy(before, params, count * sizeof(T));
-      run_best<RuleLoop<Rule, kUsed, T>>(isa_, &coefficients, grad_factor, count, params, grads,
-                                         states);
-      arrays.params.store(isa_, first, count);
-      for_each_state<kUsed>([&](int k) { arrays.states[k].store(isa_, first, count); });
-      if (lanes != nullptr) {  // loaded again: as it was rounded
-        lanes->add(isa_, first, count, before, arrays.params.load(isa_, first, count));
-      }
+    for (int64_t first = 0; first < size; first += kRow<T>) {
+      const int64_t count = std::min(kRow<T>, size - first);
+      work.template update_row<kUsed>(isa_, first, count, [&](const T* params, const T*) {
+        memcpy(before, params, count * sizeof(T));
+      });
+      // Loaded again: as it was rounded.
+      lanes.add(isa_, first, count, before, work.params.load(isa_, first, count));
     }
-  }
-
-  template <unsigned kUsed, class T>
-  static bool all_in_place(const Arrays<T>& arrays) {
-    bool result = arrays.params.in_place() && arrays.grads.in_place();
-    for_each_state<kUsed>([&](int k) { result = result && arrays.states[k].in_place(); });
-    return result;
-  }
-
-  void prepare_for(const TensorShape& shape, const Pointers<Rule>& pointers, double grad_factor) {
-    float scalars[kMaxScalars] = {};
-    pointers.load_scalars(scalars);
-    const bool same_scalars = memcmp(scalars, scalars_, sizeof(scalars)) == 0;
-    if (shape.group == group_ && same_scalars && grad_factor == grad_factor_) return;
-    group_ = shape.group;
-    memcpy(scalars_, scalars, sizeof(scalars));
-    grad_factor_ = grad_factor;
-    prepared_ = prepare<Rule>(step_, group_, scalars, grad_factor);
+    lanes.leave_totals(isa_, step_.chunk_measures[index]);
   }
 
   const StepParams& step_;
   const Isa isa_;
   SegmentCoefs coefs_;
-  uint32_t group_ = UINT32_MAX;
-  float scalars_[kMaxScalars];
-  double grad_factor_ = 0;
-  Prepared<Rule> prepared_;
-  Arrays<float> float_rows_;
-  Arrays<double> double_rows_;
+  Work<Rule, float> floats_;
+  Work<Rule, double> doubles_;
 };
 
 }  // namespace fusedopt::cpu
