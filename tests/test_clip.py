@@ -14,6 +14,7 @@ from limited import LEARNING, LIMITS, OWN, SCALES, UNITS, run
 
 import fusedopt
 from fusedopt.clip import AdaptiveClip, Percentile, PerTensor, Unit, ZScore
+from fusedopt.core.limit_state import KEY
 
 
 @pytest.mark.racecheck
@@ -388,7 +389,7 @@ def test_what_is_known_of_a_parameter_goes_along_with_it(backend):
     run(optimizer, params, [1.0, 1.0])
     known = optimizer._own["clip_state"].clone()
     optimizer.param_groups.pop(0)
-    assert torch.equal(optimizer.state_dict()["clip"]["state"], known[1:])
+    assert torch.equal(optimizer.state_dict()["param_groups"][0][KEY]["state"], known[1:])
     optimizer.param_groups.pop(0)
     late = make_params([(9,)], device=backend.device)
     optimizer.add_param_group({"params": late})

@@ -259,7 +259,8 @@ def test_distributed_checkpoint(process_group, case):
         optimizer.step()
     again = case.cls(other.parameters(), lr=0.2)
     saved = get_state_dict(model, optimizer)
-    set_state_dict(other, again, model_state_dict=saved[0], optim_state_dict=saved[1])
+    states = copy.deepcopy(saved[1])  # as torch's own, an optimizer takes over the tensors
+    set_state_dict(other, again, model_state_dict=saved[0], optim_state_dict=states)
     assert again.param_groups[0]["lr"] == 0.1
     for network, o in ((model, optimizer), (other, again)):
         o.zero_grad()

@@ -1,131 +1,222 @@
-"""Loading a state_dict, torch's or ours: all of it is checked and copied before anything changes.
+"""Saving and loading a state_dict, torch's or ours: all is checked before anything changes.
 
-It differs from torch's own loading in three ways. State keeps its dtype where a step can use it,
-instead of being rounded to its parameter's 16 bits. It is copied, never shared with the checkpoint.
-And how a step is implemented (`IMPLEMENTATION`) is not for a checkpoint to say.
+Loading differs from torch's own in four ways. State keeps its dtype where a step can use it,
+instead of being rounded to its parameter's 16 bits. Where writing to a tensor of the checkpoint
+would be wrong, it is copied (see `takeover`). Names count before places (see `arrange`). And how a
+step is implemented (`IMPLEMENTATION`) is not for a checkpoint to say.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Container, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedopt.core import checks
+from fusedopt.core import checks, limit_state, takeover
+from fusedopt.core.arrange import arranged, loaded_names
 from fusedopt.core.checks import IMPLEMENTATION
-from fusedopt.core.state import is_empty, scalar_like, tensor_like
+from fusedopt.core.names import Names
+from fusedopt.core.state import (
+    is_empty,
+    is_in_place,
+    is_scalar_in_place,
+    scalar_like,
+    tensor_like,
+)
 from fusedopt.reference import Group, Rule
 from fusedopt.reference.arithmetic import compute_dtype
 from fusedopt.reference.groups import name_of
-from fusedopt.reference.limits import AdaptiveClip
+
+MAX_COUNT = 2**24  # from there on a float32 counts no further
 
 
-def load_groups(groups: list[Group], state_dict: Any) -> list[Group]:
-    """The options of a checkpoint, with the parameters of `groups`."""
-    _check_form(groups, state_dict)
-    return [_load_group(*pair) for pair in zip(groups, state_dict["param_groups"])]
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state_dict of the right form.
+
+    Attributes:
+        state: by id.
+        groups: with the ids and names that they list, in the order of the optimizer's.
+        listed: all ids in the order of the checkpoint.
+        limit: what an adaptive limit has learned, or None.
+    """
+
+    state: dict[Any, Any]
+    groups: list[Group]
+    listed: list[Any]
+    limit: Any
 
 
-def _check_form(groups: list[Group], state_dict: Any) -> None:
-    """Refuses what has another form than a checkpoint of these groups."""
-    if not isinstance(state_dict, dict) or not state_dict.keys() >= {"state", "param_groups"}:
-        found = list(state_dict) if isinstance(state_dict, dict) else type(state_dict).__name__
+def save(param_groups: list[Group], state: dict[Any, Any], unused: Container[int]) -> dict:
+    """As torch's `state_dict`; without the states of tensors that are in no group, or `unused`."""
+    ids: dict[int, int] = {}
+    groups, count = [], 0
+    for group in param_groups:
+        for place, param in enumerate(group["params"], count):
+            ids.setdefault(id(param), place)
+        count += len(group["params"])
+        listed = [ids[id(param)] for param in group["params"]]
+        options = {key: it for key, it in group.items() if key not in ("params", limit_state.KEY)}
+        groups.append({**options, "params": listed})
+    saved = {
+        ids[id(key)] if isinstance(key, Tensor) else key: value
+        for key, value in state.items()
+        if not isinstance(key, Tensor) or (id(key) in ids and id(key) not in unused)
+    }
+    return {"state": saved, "param_groups": groups}
+
+
+def read(state_dict: Any, names: Names) -> Checkpoint:
+    """A state_dict that fits parameters with these names, in their order; refuses any other."""
+    if not isinstance(state_dict, Mapping) or not state_dict.keys() >= {"state", "param_groups"}:
+        found = list(state_dict) if isinstance(state_dict, Mapping) else _type_of(state_dict)
         raise ValueError(f"loaded state dict is {found}; expected 'state' and 'param_groups'")
-    if not isinstance(state_dict["state"], dict):
-        found = type(state_dict["state"]).__name__
-        raise TypeError(f"loaded state dict has a {found} as 'state'; expected a dict")
-    saved_groups = state_dict["param_groups"]
-    if not isinstance(saved_groups, list | tuple):
-        found = type(saved_groups).__name__
+    state, saved_groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(state, Mapping):
+        raise TypeError(f"loaded state dict has a {_type_of(state)} as 'state'; expected a dict")
+    if not _is_list(saved_groups):
+        found = _type_of(saved_groups)
         raise TypeError(f"loaded state dict has a {found} as 'param_groups'; expected a list")
-    if len(saved_groups) != len(groups):
+    if len(saved_groups) != len(names):
         raise ValueError(
             "loaded state dict has a different number of parameter groups: "
-            f"{len(saved_groups)}; expected {len(groups)}"
+            f"{len(saved_groups)}; expected {len(names)}"
         )
-    for index, (group, saved) in enumerate(zip(groups, saved_groups)):
-        if not isinstance(saved, dict) or not isinstance(saved.get("params"), list | tuple):
+    for index, saved in enumerate(saved_groups):
+        if not isinstance(saved, Mapping) or not _is_list(saved.get("params")):
             raise TypeError(
                 f"loaded param group {index} has no list of 'params'; expected the ids of "
-                f"{len(group['params'])} parameters"
+                f"{len(names[index])} parameters"
             )
-        for key in ("params", "param_names"):
-            if key in saved and len(saved[key]) != len(group["params"]):
-                raise ValueError(
-                    "loaded state dict contains a parameter group that doesn't match the size of "
-                    f"optimizer's group: param group {index} has {len(saved[key])} in its "
-                    f"{key!r}; expected {len(group['params'])}"
-                )
+        if not _is_list(saved.get("param_names", ())):
+            found = _type_of(saved["param_names"])
+            raise TypeError(
+                f"loaded param group {index} has a {found} as 'param_names'; expected a list"
+            )
+    groups = [dict(saved) for saved in saved_groups]
+    limits = [group.pop(limit_state.KEY, None) for group in groups]
+    limits.append(state_dict.get("clip"))  # where version 0.1 has it
+    return Checkpoint(
+        dict(state.items()),
+        arranged(names, groups),
+        [key for group in groups for key in group["params"]],
+        next((limit for limit in limits if limit is not None), None),
+    )
+
+
+def load_groups(groups: list[Group], names: Names, checkpoint: Checkpoint) -> list[Group]:
+    """The options of a checkpoint, with the parameters of `groups` and their names."""
+    loaded = [_load_group(*pair) for pair in zip(groups, checkpoint.groups, strict=True)]
+    for group, param_names in zip(loaded, loaded_names(names, checkpoint.groups) or ()):
+        group["param_names"] = param_names
+    return loaded
 
 
 def _load_group(group: Group, saved: Group) -> Group:
-    options = {key: value for key, value in saved.items() if key not in ("params", *IMPLEMENTATION)}
-    loaded = {"params": group["params"], **deepcopy(options)}
-    loaded |= {key: group[key] for key in IMPLEMENTATION if key in group}
-    if "param_names" in group:
-        loaded.setdefault("param_names", group["param_names"])
-    return loaded
+    not_loaded = ("params", "param_names", *IMPLEMENTATION)
+    options = {key: value for key, value in saved.items() if key not in not_loaded}
+    implementation = {key: group[key] for key in IMPLEMENTATION if key in group}
+    return {"params": group["params"], **deepcopy(options), **implementation}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A parameter's state in a checkpoint, checked."""
+
+    group: Group
+    param: Tensor
+    saved: dict[Any, Any]
+    own: tuple[str, ...]  # what the rule keeps; the rest is a user's
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def load_state(rule: Rule, groups: list[Group], state_dict: dict[str, Any]) -> dict[Any, Any]:
+def load_state(rule: Rule, groups: list[Group], checkpoint: Checkpoint) -> dict[Any, Any]:
     """A checkpoint's state by parameter. `groups` are what `load_groups` has made of its groups."""
-    # A checkpoint's ids stand for the parameters that are listed at the same places.
-    listed: dict[Any, tuple[Group, Tensor, str]] = {}
-    for index, (group, saved_group) in enumerate(zip(groups, state_dict["param_groups"])):
-        for position, (param, key) in enumerate(zip(group["params"], saved_group["params"])):
-            name = name_of(groups, index, position)
-            if key in listed and listed[key][1] is not param:
-                raise ValueError(
-                    f"loaded state dict has the id {key!r} for both {listed[key][2]} and {name}"
-                )
-            listed[key] = group, param, name
+    entries, users = _entries(rule, groups, checkpoint)
+    shared = takeover.to_take_over(
+        [value for it in entries for value in _own_tensors(it)], _params_and_grads(groups)
+    )
     states: dict[Any, Any] = defaultdict(dict)
-    for key, saved in state_dict["state"].items():
-        if key in listed:
-            group, param, name = listed[key]
-            if not isinstance(saved, dict):
-                raise TypeError(f"the state of {name} is a {type(saved).__name__}; expected a dict")
+    states.update((it.param, _load_param_state(rule, it, shared)) for it in entries)
+    states.update(users)
+    return states
+
+
+def params_by_id(groups: list[Group], checkpoint: Checkpoint) -> dict[Any, tuple[int, int]]:
+    """Where the parameter of each id is listed: its group, and the index in that."""
+    found: dict[Any, tuple[int, int]] = {}
+    for g, (group, saved) in enumerate(zip(groups, checkpoint.groups, strict=True)):
+        for i, key in enumerate(saved["params"]):
+            first, other = found.setdefault(key, (g, i))
+            if groups[first]["params"][other] is not group["params"][i]:
+                raise ValueError(
+                    f"loaded state dict has the id {key!r} for both "
+                    f"{name_of(groups, first, other)} and {name_of(groups, g, i)}"
+                )
+    return found
+
+
+def largest_step(rule: Rule, states: dict[Any, Any]) -> int | None:
+    """How many steps the parameters have seen at most; None: this rule's state doesn't tell."""
+    if rule.hidden_step:
+        return None
+    counts = [state.get(rule.counter) for p, state in states.items() if isinstance(p, Tensor)]
+    return max(map(_whole, counts), default=0)
+
+
+def _whole(count: Any) -> int:
+    """A number of steps; 0 for what is none."""
+    if not isinstance(count, int | float | Tensor) or (
+        isinstance(count, Tensor) and (count.numel() != 1 or count.device.type == "meta")
+    ):
+        return 0
+    number = float(count)
+    return int(min(max(number, 0), MAX_COUNT)) if math.isfinite(number) else 0
+
+
+def _entries(
+    rule: Rule, groups: list[Group], checkpoint: Checkpoint
+) -> tuple[list[_Entry], dict[Any, Any]]:
+    """The states of the parameters, checked, and what else a user keeps in the state."""
+    places = params_by_id(groups, checkpoint)
+    entries, users = [], {}
+    for key, saved in checkpoint.state.items():
+        if key in places:
+            group, index = places[key]
+            name = name_of(groups, group, index)
+            if not isinstance(saved, Mapping):
+                raise TypeError(f"the state of {name} is a {_type_of(saved)}; expected a dict")
+            saved = dict(saved.items())
             if not is_empty(saved):
-                states[param] = _load_param_state(rule, group, param, saved, name)
+                param = groups[group]["params"][index]
+                entries.append(_checked(rule, groups[group], param, saved, name))
         elif isinstance(key, int):
             raise ValueError(
                 f"loaded state dict has a state for id {key}, which is in none of its param groups"
             )
-        else:  # a user's own
-            states[key] = deepcopy(saved)
-    return states
+        else:
+            users[key] = saved  # as it is, as torch does
+    return entries, users
 
 
-def _load_param_state(
-    rule: Rule, group: Group, param: Tensor, saved: dict[str, Any], name: str
-) -> dict[str, Any]:
+def _checked(rule: Rule, group: Group, param: Tensor, saved: dict[Any, Any], name: str) -> _Entry:
     lazy = torch.nn.parameter.is_lazy(param)  # no shape yet: the first step looks at its state
     own = () if lazy else (*rule.scalars, *rule.states(group))
     if own:
         checks.check_state(rule, group, param, saved, name)
         _check_values(rule, group, saved, name)
-    dtypes = {saved[key].dtype for key in own if key not in rule.scalars}
-    computed = compute_dtype(param.dtype)
-    usable = len(dtypes) == 1 and dtypes <= {param.dtype, computed}
-    loaded = {}
-    for key, value in saved.items():  # in its order
-        if key not in own:
-            loaded[key] = _copied(value, param.device)
-        elif key in rule.scalars:
-            loaded[key] = scalar_like(param, value)
-        else:
-            loaded[key] = tensor_like(param, value, value.dtype if usable else computed)
-    return loaded
+    return _Entry(group, param, saved, own)
 
 
 def _check_values(rule: Rule, group: Group, state: dict[str, Any], name: str) -> None:
-    """Refuses values that no step has left: as all is copied anyway, they may be looked at."""
+    """Refuses values that no step has left."""
     for key in rule.scalars:
         value = float(state[key])
         whole = key != "step" or (math.isfinite(value) and value == int(value))
@@ -139,48 +230,54 @@ def _check_values(rule: Rule, group: Group, state: dict[str, Any], name: str) ->
             )
 
 
-def save_clip(clip: AdaptiveClip, state: Tensor) -> dict[str, Any]:
-    """What an adaptive limit has learned, for a checkpoint. torch's classes look past it."""
-    return {"limit": clip.label(), "state": state}
+def _own_tensors(entry: _Entry) -> list[Tensor]:
+    return [entry.saved[key] for key in entry.own if isinstance(entry.saved[key], Tensor)]
 
 
-@torch.inference_mode(False)
-def load_clip(
-    limit: object, param_groups: list[Group], state_dict: dict[str, Any]
-) -> Tensor | None:
-    """What this very limit has learned; None where the checkpoint doesn't know it."""
-    saved = state_dict.get("clip")
-    if saved is None or not isinstance(limit, AdaptiveClip):
-        return None
-    if not isinstance(saved, dict) or not saved.keys() >= {"limit", "state"}:
-        raise ValueError(f"loaded state dict has {saved!r} as 'clip'; expected 'limit' and 'state'")
-    if saved["limit"] != limit.label():
-        return None
-    num_params = sum(len(group["params"]) for group in param_groups)
-    state, expected = saved["state"], limit.new_state(num_params, torch.device("cpu"))
-    if (
-        not isinstance(state, Tensor)
-        or state.shape != expected.shape
-        or state.dtype != expected.dtype
-    ):
-        raise ValueError(
-            f"loaded state dict has {state!r} as the state of {limit}; expected a float64 tensor "
-            f"of shape {tuple(expected.shape)}"
-        )
-    counts = state[..., :1]  # by which kernels find the place of a norm in a window
-    if state.isnan().any() or not ((counts >= 0) & (counts <= 2**53) & (counts % 1 == 0)).all():
-        raise ValueError(
-            f"loaded state dict has {state!r} as the state of {limit}; expected whole numbers of "
-            "steps, and no nan"
-        )
-    return state.detach().clone(memory_format=torch.contiguous_format)
+def _params_and_grads(groups: list[Group]) -> Iterator[Tensor]:
+    for group in groups:
+        for param in group["params"]:
+            if isinstance(param, Tensor):
+                yield param
+                if param.grad is not None:
+                    yield param.grad
 
 
-def _copied(value: Any, device: torch.device) -> Any:
+def _load_param_state(rule: Rule, entry: _Entry, shared: Container[int]) -> dict[str, Any]:
+    """`shared`: the ids of tensors that need no copy."""
+    param = entry.param
+    dtypes = {entry.saved[key].dtype for key in entry.own if key not in rule.scalars}
+    computed = compute_dtype(param.dtype)
+    usable = len(dtypes) == 1 and dtypes <= {param.dtype, computed}
+    loaded = {}
+    for key, value in entry.saved.items():  # in its order
+        if key not in entry.own:
+            lazy = torch.nn.parameter.is_lazy(param)
+            loaded[key] = deepcopy(value) if lazy else _moved(value, param.device)
+        elif key in rule.scalars:
+            taken = id(value) in shared and is_scalar_in_place(value, param)
+            loaded[key] = value if taken else scalar_like(param, value)
+        else:
+            dtype = value.dtype if usable else computed
+            taken = id(value) in shared and value.dtype == dtype and is_in_place(value, param)
+            loaded[key] = value if taken else tensor_like(param, value, dtype)
+    return loaded
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """What a user keeps beside a parameter's state: its tensors go to the parameter's device."""
     if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True)
-    if isinstance(value, dict):
-        return {key: _copied(item, device) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_copied(item, device) for item in value]
-    return deepcopy(value)
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_moved(item, device) for item in value)
+    return value
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _type_of(value: Any) -> str:
+    return type(value).__name__

@@ -6,18 +6,19 @@ import math
 import operator
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from fusedopt import reference
-from fusedopt.core import backends, checkpoint, checks, state
-from fusedopt.core.readings import Readings
+from fusedopt.core import backends, checks, state
+from fusedopt.core.names import ParamNames
+from fusedopt.core.persistence import Persistence
 from fusedopt.core.settings import NonFinite
 from fusedopt.core.skip_limit import SkipLimit, TooManySkipsError
-from fusedopt.reference import Control, Group, Rule, StepOptions, norms
+from fusedopt.reference import Control, Group, StepOptions, norms
 from fusedopt.reference.groups import name_of
 from fusedopt.reference.limits import AdaptiveClip
 from fusedopt.telemetry import Rings, explain
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 Backend = Literal["cuda", "cpu", "reference"]
 
 
-class FusedOptimizer(Readings):
+class FusedOptimizer(Persistence):
     """What all fused optimizers share, beside their torch twin's arguments and state.
 
     Keyword-only arguments, of every class:
@@ -60,8 +61,6 @@ class FusedOptimizer(Readings):
             refused; the message names it. Nothing has been changed then.
     """
 
-    rule: ClassVar[Rule]
-
     # Set by a scaler while it steps: the gradients are to be divided by the one, and the step is
     # skipped if the other is not zero. Both are one float32.
     grad_scale: Tensor | None = None
@@ -78,7 +77,8 @@ class FusedOptimizer(Readings):
         max_consecutive_skips: Any,
     ) -> None:
         """Takes our own arguments. Comes before torch's __init__, which adds the param groups."""
-        self._own = {"control": None, "clip_state": None, "clip_params": None}
+        self._own = {"control": None, "clip_state": None, "clip_params": None, "loaded_steps": 0}
+        self._names = ParamNames()
         self._lock = threading.RLock()
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
@@ -100,26 +100,6 @@ class FusedOptimizer(Readings):
     def _step_supports_amp_scaling(self, value: bool) -> None:
         """torch's __init__ sets it for `fused=True`, which changes nothing here."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's. Waits for the device where that has not yet said whether it used a state."""
-        with self._lock:
-            self._provisional_state = [
-                param
-                for param in dict.fromkeys(self._provisional_state)
-                if param in self.state and self._count_of(param) == 0
-            ]
-            # They come back: a captured graph may use them.
-            unused = {param: self.state.pop(param) for param in self._provisional_state}
-            try:
-                state_dict = super().state_dict()
-            finally:
-                self.state.update(unused)
-        if isinstance(self.max_grad_norm, AdaptiveClip) and self._own["clip_state"] is not None:
-            self._move_clip_state()
-            clip_state = self._clip_state(self.max_grad_norm)
-            state_dict["clip"] = checkpoint.save_clip(self.max_grad_norm, clip_state)
-        return state_dict
-
     def _count_of(self, param: Tensor) -> Tensor | None:
         """How many steps a parameter's state has been through."""
         if self.rule.hidden_step:
@@ -128,6 +108,7 @@ class FusedOptimizer(Readings):
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
+        self._follow_names()
         try:
             self._check_group(len(self.param_groups) - 1)
         except Exception:
@@ -277,6 +258,7 @@ class FusedOptimizer(Readings):
             A plan (None: the reference is to run), and the parameters whose state is new.
         """
         pairs = []
+        self._follow_names()
         for index, group in enumerate(self.param_groups):
             self._check_group(index)
             for position, param in enumerate(group["params"]):
@@ -339,58 +321,6 @@ class FusedOptimizer(Readings):
             for i, param in enumerate(group["params"])
             if param.grad is not None and not norms.chunk_sums(param, param.grad).isfinite().all()
         ]
-
-    @_disable_dynamo
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict()` of this class, or of its torch twin, has returned.
-
-        As torch's, except that the state keeps its dtype (one that doesn't suit the parameter
-        becomes float32, or float64 for float64 parameters) and shares no memory with
-        `state_dict`; that `foreach`, `fused`, `capturable` and `differentiable` stay as
-        they were constructed; and that a checkpoint that doesn't fit changes nothing.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: it doesn't fit; the message says where.
-        """
-        state_dict = state_dict.copy() if isinstance(state_dict, dict) else state_dict
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = pre_hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        with self._lock:
-            self._load_state_dict(state_dict)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        before = self.__dict__.copy()
-        try:
-            groups = checkpoint.load_groups(self.param_groups, state_dict)
-            # torch's classes fill in the options that older checkpoints lack.
-            self.__setstate__({"state": {}, "param_groups": groups})
-            for index, group in enumerate(groups):
-                checks.check_options(index, group, self.defaults)
-            loaded = checkpoint.load_state(self.rule, groups, state_dict)
-            clip_state = checkpoint.load_clip(self.max_grad_norm, groups, state_dict)
-            self.__setstate__({"state": loaded, "param_groups": groups})
-            self._own["clip_state"], self._own["clip_params"] = clip_state, None
-        except Exception:
-            self.__dict__.clear()
-            self.__dict__.update(before)
-            raise
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = {"_own": dict(self._own)}
-        kept = ("_backend", "_counters", "_provisional_state", "_rings")
-        return {**super().__getstate__(), **own, **{name: getattr(self, name) for name in kept}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # load_state_dict comes here too: everything has moved, and no loaded state is a new one.
-        self._plan = None
-        self._counters = {}
-        self._provisional_state = []
-        if "_lock" not in self.__dict__:
-            self._lock = threading.RLock()
-        super().__setstate__(state)
 
 
 # Where torch.compile meets a step, it breaks the graph instead of looking for one inside.

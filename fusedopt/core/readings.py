@@ -53,6 +53,14 @@ class Readings(Settings):
                 self._own["control"] = control = control.to(device)
         return control
 
+    def _steps_taken(self) -> int:
+        """How many steps have been taken, those of the checkpoint that was loaded included."""
+        return int(self._readings()[Control.STEPS])
+
+    def _loaded_steps(self) -> int:
+        """After how many steps the checkpoint was made that was loaded last: 0 if none was."""
+        return self._own.get("loaded_steps", 0)
+
     @overload
     def telemetry(self, non_blocking: Literal[False] = False) -> Telemetry: ...
 
@@ -76,9 +84,12 @@ class Readings(Settings):
                 "number of steps to keep"
             )
         with self._lock:
+            self._follow_names()
             if self._plan is None:
                 self._rings.resize(self.param_groups)
-            pending = PendingTelemetry(self._rings, self._readings(), self.param_groups)
+            pending = PendingTelemetry(
+                self._rings, self._readings(), self.param_groups, self._loaded_steps()
+            )
         return pending if non_blocking else pending.result()
 
     def explain(self) -> str:
@@ -87,6 +98,9 @@ class Readings(Settings):
         With `telemetry=N` it names the parameters: "step 1042 skipped: layers.7.wq.weight, 3 inf of
         4.2M; its norm had grown 40-fold over the last 20 steps".
         """
+        loaded = self._loaded_steps()
+        if loaded > 0 and self._steps_taken() == loaded:
+            return explain.NO_STEP_SINCE.format(loaded)
         limit = self.max_grad_norm
         part = limit.part if isinstance(limit, AdaptiveClip) else None
         if self._rings is not None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 
 from fusedopt.core import checks
+from fusedopt.core.names import ParamNames
 from fusedopt.core.skip_limit import SkipLimit
 from fusedopt.reference.groups import name_of
 from fusedopt.reference.limits import AdaptiveClip, Unit
@@ -22,6 +23,11 @@ class Settings(Optimizer):
     # class derived from ours and delegating what it lacks, then writes here and not to itself.
     _own: dict[str, Any]
     _lock: threading.RLock
+    _names: ParamNames
+
+    def _follow_names(self) -> None:
+        """Brings the lists of names in line with those of the parameters, however these changed."""
+        self._names.follow(self.param_groups, self.state)
 
     @property
     def max_grad_norm(self) -> float | AdaptiveClip | None:
@@ -31,8 +37,9 @@ class Settings(Optimizer):
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | AdaptiveClip | None) -> None:
         value = checks.check_max_grad_norm(value)
-        if isinstance(value, Unit):
-            for index, group in enumerate(getattr(self, "param_groups", ())):
+        if isinstance(value, Unit) and hasattr(self, "param_groups"):
+            self._follow_names()
+            for index, group in enumerate(self.param_groups):
                 for position, param in enumerate(group["params"]):
                     name = name_of(self.param_groups, index, position)
                     checks.check_rows(value, param, name)

@@ -51,17 +51,29 @@ def complete(
 
 def _scalar_in_place(value: Any, param: Tensor) -> Tensor:
     """0-d float32 on the parameter's device: torch also keeps it on the CPU, or as a number."""
-    if isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.float32:
-        return value if value.device == param.device else value.to(param.device)
+    if is_scalar_in_place(value, param):
+        return value
     return scalar_like(param, value)
+
+
+def is_scalar_in_place(value: Any, param: Tensor) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.dim() == 0
+        and value.dtype == torch.float32
+        and value.device == param.device
+    )
 
 
 def _tensor_in_place(value: Tensor, param: Tensor) -> Tensor:
     """On the parameter's device and laid out like it; the dtype stays what it is."""
+    return value if is_in_place(value, param) else tensor_like(param, value, value.dtype)
+
+
+def is_in_place(value: Tensor, param: Tensor) -> bool:
+    """Whether a tensor of a parameter's shape has its device and layout."""
     like = torch.empty_like(param, dtype=value.dtype, device="meta")
-    if value.device == param.device and value.stride() == like.stride() and not value.is_neg():
-        return value
-    return tensor_like(param, value, value.dtype)
+    return value.device == param.device and value.stride() == like.stride() and not value.is_neg()
 
 
 def scalar_like(param: Tensor, value: Any) -> Tensor:

@@ -9,6 +9,7 @@ from fusedopt.reference import Control
 from fusedopt.telemetry.rows import ParamTelemetry, Telemetry
 
 NO_STEP = "no step has been taken yet"
+NO_STEP_SINCE = "no step has been taken since a checkpoint of step {} was loaded"
 NAMED = 3  # so many parameters are named, and the others counted
 LOOK_BACK = 20  # steps over which a norm's growth is told
 WORTH_TELLING = 2.0  # a norm that has grown less is not said to have grown

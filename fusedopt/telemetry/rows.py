@@ -45,7 +45,8 @@ class Telemetry:
     """The last steps of an optimizer, oldest first, on the CPU.
 
     Attributes:
-        step: which step, counted from 1; int64, shape (steps,).
+        step: which step, counted from 1, or on from those of a loaded checkpoint; int64, shape
+            (steps,).
         grad_norm: the global norm, unscaled, before clipping; float64, shape (steps,).
         clip_coef: what clipping multiplied the gradients by: the smallest coefficient, where
             parameters or rows have their own; float64, shape (steps,).
@@ -75,9 +76,15 @@ class Telemetry:
 
 
 class PendingTelemetry:
-    """A copy that is on its way from the device."""
+    """A copy that is on its way from the device.
 
-    def __init__(self, rings: Rings, control: Tensor, param_groups: list[Group]) -> None:
+    `before`: the rings have only the steps after so many; a checkpoint has brought the others.
+    """
+
+    def __init__(
+        self, rings: Rings, control: Tensor, param_groups: list[Group], before: int = 0
+    ) -> None:
+        self._before = before
         self._params = rings.numbered_params(param_groups)
         self._copies = [_copy_to_host(tensor) for tensor in (control, *rings.tensors())]
         self._events = []
@@ -95,7 +102,7 @@ class PendingTelemetry:
             event.synchronize()
         control, steps, *params = self._copies
         count, size = int(control[Control.STEPS]), steps.shape[0]
-        numbers = torch.arange(max(0, count - size), count)
+        numbers = torch.arange(max(self._before, count - size), count)
         rows = numbers % size
         steps, params = steps[rows], [ring[rows] for ring in params]
         return Telemetry(

@@ -1,0 +1,188 @@
+"""What outlives a run: checkpoints, copies, and the names of the parameters in them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from fusedopt.core import checkpoint, checks, limit_state
+from fusedopt.core.names import ParamNames, check_named
+from fusedopt.core.readings import Readings
+from fusedopt.reference import Control, Group, Rule, distinct_params
+from fusedopt.reference.limits import AdaptiveClip
+
+
+class Persistence(Readings):
+    """torch's protocol of checkpoints and copies."""
+
+    rule: ClassVar[Rule]
+    _counters: dict[Tensor, Tensor]
+    _provisional_state: list[Tensor]
+
+    def _count_of(self, param: Tensor) -> Tensor | None:
+        """How many steps a parameter's state has been through."""
+        raise NotImplementedError
+
+    def name_params(self, named: torch.nn.Module | Iterable[tuple[str, Tensor]]) -> None:
+        """Names the parameters, as if the optimizer had been made of `model.named_parameters()`.
+
+        For whoever doesn't make the optimizer: trainers often make its param groups without names.
+        The names are those of `explain()`, telemetry, logs, errors and checkpoints. A parameter
+        that isn't among `named` keeps its name, or else is called by its place.
+
+        Args:
+            named: a module, or pairs of a name and a parameter. Parameters of which this optimizer
+                has none are passed over.
+
+        Raises:
+            TypeError: `named` is something else.
+            ValueError: two parameters have one name, or none of them is this optimizer's.
+        """
+        pairs = check_named(named)
+        ours = {id(param) for _, param in distinct_params(self.param_groups)}
+        pairs = [pair for pair in pairs if id(pair[0]) in ours]
+        if not pairs:
+            raise ValueError(
+                f"name_params was given a {type(named).__name__} that has no parameter of this "
+                f"{type(self).__name__}; expected the model whose parameters it updates"
+            )
+        with self._lock:
+            self._follow_names()
+            self._names.add(pairs)
+            self._follow_names()
+
+    @_disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. Waits for the device where that has not yet said whether it used a state.
+
+        What an adaptive limit has learned lies in the first param group, under
+        "max_grad_norm_state". The state of a tensor that is in no param group any more is left out.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        with self._lock:
+            state_dict = self._state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def _state_dict(self) -> dict[str, Any]:
+        self._follow_names()
+        self._provisional_state = [
+            param
+            for param in dict.fromkeys(self._provisional_state)
+            if param in self.state and self._count_of(param) == 0
+        ]
+        unused = {id(param) for param in self._provisional_state}
+        state_dict = checkpoint.save(self.param_groups, self.state, unused)
+        if isinstance(limit := self.max_grad_norm, AdaptiveClip):
+            learned = limit_state.save(
+                limit, self._own["clip_state"], self._own["clip_params"], self.param_groups
+            )
+            if learned is not None:
+                state_dict["param_groups"][0][limit_state.KEY] = learned
+        return state_dict
+
+    @_disable_dynamo
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Loads what `state_dict()` of this class, or of its torch twin, has returned.
+
+        As torch's, it takes over the tensors of `state_dict` and later writes to them: load a
+        `copy.deepcopy` of what is to stay as it is. Copied are tensors of another device, dtype or
+        layout, and those that can't be written to alone: of a memory-mapped file, of inference
+        mode, of autograd, and ones that share memory. Unlike torch's,
+
+        * the state keeps its dtype; one that doesn't suit the parameter becomes float32, or float64
+          for float64 parameters;
+        * where both have names of parameters, these count and not their order;
+        * `foreach`, `fused`, `capturable` and `differentiable` stay as they were constructed;
+        * a checkpoint that doesn't fit changes nothing, nor does a load that is interrupted.
+
+        Steps count on from the largest "step" in the state, which has no skipped steps. FusedSGD
+        keeps none, and goes on counting its own.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: it doesn't fit; the message says where.
+        """
+        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        with self._lock:
+            changes = self._loaded(state_dict)
+            before = self.__dict__.copy()  # what is replaced goes when all is done
+            # One call that no signal interrupts: the optimizer is the old one, or the new one.
+            self.__dict__.update(changes)
+        del before
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _loaded(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """The attributes that a checkpoint changes; nothing has changed yet."""
+        names = self._names.of(self.param_groups)
+        read = checkpoint.read(state_dict, names)
+        groups = checkpoint.load_groups(self.param_groups, names, read)
+        # torch's classes fill in the options that older checkpoints lack.
+        self._twin().__setstate__({"state": {}, "param_groups": groups})
+        for index, group in enumerate(groups):
+            checks.check_options(index, group, self.defaults)
+        states = checkpoint.load_state(self.rule, groups, read)
+        own = {**self._own, **self._loaded_count(states), **self._loaded_limit(groups, read)}
+        loaded = self._twin()
+        loaded.__setstate__({"state": states, "param_groups": groups})
+        changes = loaded.__dict__
+        changes["_own"] = own
+        return {
+            name: value
+            for name, value in changes.items()
+            if name not in self.__dict__ or value is not self.__dict__[name]
+        }
+
+    def _twin(self) -> Persistence:
+        """An optimizer that has all of this one's attributes, to change them without harm."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    @torch.inference_mode(False)
+    def _loaded_count(self, states: dict[Any, Any]) -> dict[str, Any]:
+        """Steps count on from the checkpoint's; what was measured before them is another run's."""
+        steps = checkpoint.largest_step(self.rule, states)
+        if steps is None or steps == checkpoint.largest_step(self.rule, self.state):
+            return {}
+        control = self._readings().clone()
+        control[Control.STEPS] = steps
+        return {"control": control, "loaded_steps": steps}
+
+    def _loaded_limit(self, groups: list[Group], read: checkpoint.Checkpoint) -> dict[str, Any]:
+        places = checkpoint.params_by_id(groups, read)
+        listed = [places[key] for key in dict.fromkeys(read.listed)]
+        params = [groups[group]["params"][index] for group, index in listed]
+        state = limit_state.load(self.max_grad_norm, read.limit, groups, params)
+        return {
+            "clip_state": state,
+            "clip_params": [param for _, param in distinct_params(groups)],
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._follow_names()
+        own = {"_own": dict(self._own)}
+        kept = ("_backend", "_counters", "_provisional_state", "_rings", "_names")
+        return {**super().__getstate__(), **own, **{name: getattr(self, name) for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # load_state_dict comes here too: everything has moved, and no loaded state is a new one.
+        self._plan = None
+        self._counters = {}
+        self._provisional_state = []
+        if "_lock" not in self.__dict__:
+            self._lock = threading.RLock()
+        if "_names" not in self.__dict__:
+            self._names = ParamNames()
+        super().__setstate__(state)
