@@ -55,7 +55,8 @@ class Monitor:
             every 100th for a logger.
         first_step: the number of the next step: of a resumed run, the one after its checkpoint's;
             of a new run, 1. Rows of an existing log from there on are replaced by those that come.
-            None: as the optimizer counts, from 1 when it was made; and nothing is replaced.
+            None: as the optimizer counts, from 1 when it was made, or on from the largest "step" in
+            a loaded checkpoint, which has no skipped steps; and nothing is replaced.
 
     A file that can't be written any more (a full disk) ends the log with a warning, not the run.
     What a logger raises comes out of `step()`.
@@ -99,15 +100,18 @@ class Monitor:
                 raise TypeError(f"first_step is a {type(first_step).__name__}; expected an int")
             if first_step < 0:
                 raise ValueError(f"first_step is {first_step}; expected an int of 0 or more")
-        written = int(now.step[-1]) if len(now.step) else 0  # as the optimizer counts
+        written = optimizer._steps_taken()
         header = Header.of(now, type(optimizer).__name__)
-        output = _output_for(to, header, written if first_step is None else None)
+        # A checkpoint's count may lack skipped steps: it alone doesn't say where a log goes on.
+        own_steps = written if written > optimizer._loaded_steps() else 0
+        output = _output_for(to, header, own_steps if first_step is None else None)
         self._output = output
         self._optimizer = optimizer
         self._every = every
         self._params_every = params_every or output.params_every
         self._written = written
         self._offset = 0 if first_step is None else first_step - written - 1
+        self._numbers_given = first_step is not None
         self._taken = 0  # steps since the last copy was started
         self._pending: PendingTelemetry | None = None
         self._process = os.getpid()
@@ -115,6 +119,8 @@ class Monitor:
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
         _open_monitors.add(self)
 
@@ -171,6 +177,18 @@ class Monitor:
             self._take_rows()
         if self._pending is not None and self._pending.done():
             self._write_pending()
+
+    @_disable_dynamo
+    def _before_load(self, *_: object) -> None:
+        self.flush()  # the optimizer forgets these steps
+
+    @_disable_dynamo
+    def _after_load(self, *_: object) -> None:
+        """The optimizer counts on from its checkpoint; a number that was given counts on too."""
+        counted = self._optimizer._steps_taken()
+        if self._numbers_given:
+            self._offset += self._written - counted
+        self._written = counted
 
     def _take_rows(self) -> None:
         """Starts a copy; the one before it, started many steps ago, is to be written first."""
