@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         setup = TrainingArguments(args.output or folder, max_grad_norm=clip, **rest)
         trainer = Trainer(model, setup, train_dataset=make_data(), optimizer_cls_and_kwargs=adamw)
+        optimizer: Any = trainer.create_optimizer()
+        optimizer.name_params(model)  # the Trainer makes param groups without names
         trainer.train(resume_from_checkpoint=args.resume)
     start = torch.tensor([[CHARACTERS.index("T")]], device=model.device)
     drawn = model.eval().generate(start, max_length=LENGTH, do_sample=True, pad_token_id=0)

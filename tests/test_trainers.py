@@ -429,3 +429,21 @@ def test_accelerate_saves_and_loads_a_state(accelerator_of, tmp_path):
     assert_same_bits(tensors_of(inner), saved)
     inner.step()
     assert_same_bits(tensors_of(inner), after)
+
+
+def test_transformers_makes_groups_that_are_named_afterwards(tmp_path):
+    """Its checkpoints have the names, and a run without them goes on with these."""
+    adamw = (fusedopt.FusedAdamW, {"lr": 1e-3, "max_grad_norm": 1.0, "telemetry": 2})
+    options: Any = {"optimizer_cls_and_kwargs": adamw, "max_grad_norm": 0.0, "save_steps": 2}
+    trainer = gpt2_trainer(tmp_path, steps=2, save_strategy="steps", **options)
+    optimizer = trainer.create_optimizer()
+    assert all("param_names" not in group for group in optimizer.param_groups)
+    optimizer.name_params(trainer.model)
+    names = {name for name, _ in trainer.model.named_parameters()}
+    trained(trainer)
+    assert optimizer.telemetry().params.keys() == names
+    assert any(name in optimizer.explain() for name in names)
+    again = gpt2_trainer(tmp_path, steps=3, save_strategy="steps", **options)
+    resumed = trained(again, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.telemetry().params.keys() == names
+    assert resumed.explain().startswith("step 3: ")
