@@ -72,11 +72,15 @@ RuleInfo describe() {
 
 }  // namespace
 
-const RuleInfo& find_rule(const std::string& name) {
+const std::vector<RuleInfo>& all_rules() {
 #define FUSEDOPT_DESCRIBE(Rule) describe<Rule>(),
-  static const RuleInfo rules[] = {FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_DESCRIBE)};
+  static const std::vector<RuleInfo> rules{FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_DESCRIBE)};
 #undef FUSEDOPT_DESCRIBE
-  for (const RuleInfo& rule : rules) {
+  return rules;
+}
+
+const RuleInfo& find_rule(const std::string& name) {
+  for (const RuleInfo& rule : all_rules()) {
     if (rule.name == name) return rule;
   }
   throw std::invalid_argument("no rule is called " + name);

@@ -43,6 +43,8 @@ struct RuleInfo {
   int (*run_step)(const StepParams&, const Device&);
 };
 
+FUSEDOPT_API const std::vector<RuleInfo>& all_rules();
+
 // Throws std::invalid_argument for a name that no rule has.
 FUSEDOPT_API const RuleInfo& find_rule(const std::string& name);
 

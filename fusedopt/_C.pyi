@@ -6,6 +6,7 @@ from torch import Tensor
 
 built_with_cuda: bool
 cuda_device_type: str
+constants: dict[str, Any]
 
 def cpu_isa() -> str: ...
 def prefer_huge_pages(tensor: Tensor) -> None: ...

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <iterator>
 
 #include "core/limits.h"
 #include "math/inline.h"
@@ -35,6 +36,12 @@ struct StepControl {
   double consecutive_skips;  // up to the last step
   double steps;              // how many so far, skipped ones included
 };
+
+// Their names, in order, for front ends.
+inline constexpr const char* kControlFields[] = {
+    "sum_of_squares", "grad_norm",         "clip_coef", "step_skipped",
+    "skipped_steps",  "consecutive_skips", "steps"};
+static_assert(sizeof(StepControl) == std::size(kControlFields) * sizeof(double));
 
 struct Decision {
   double inv_scale;

@@ -14,6 +14,9 @@ namespace fusedopt {
 // Arguments come in the order of the fields of the Python class. kernels.h exports the kinds.
 enum class LimitKind : int { kFixed, kPercentile, kZScore, kPerTensor, kUnit };
 
+// The names of the kinds, in order, for front ends.
+inline constexpr const char* kLimitNames[] = {"Fixed", "Percentile", "ZScore", "PerTensor", "Unit"};
+
 inline constexpr int kMaxLimitArguments = 4;
 
 // The state lies on the first device; every other device gets a copy of it for a step.

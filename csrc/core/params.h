@@ -79,7 +79,6 @@ struct Telemetry {
   ParamRow* params;  // rows of one per tensor; null: nobody asked for telemetry
   int64_t rows;      // step t, counted from 0, is in row t % rows
 };
-inline constexpr int kStepColumns = 3;  // grad_norm, clip_coef, skipped
 
 // All that a step reads and writes on one device. On CUDA, `grads` and `groups` lie in host
 // memory, and everything else on the device.

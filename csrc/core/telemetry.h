@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <type_traits>
 
 #include "core/decision.h"
@@ -40,6 +41,15 @@ struct ParamRow {
   double update_norm;
   double param_norm;  // before the step
 };
+
+// Their names, in order, for front ends.
+inline constexpr const char* kParamColumns[] = {"grad_norm", "grad_max",    "infs",
+                                                "nans",      "update_norm", "param_norm"};
+static_assert(sizeof(ParamRow) == std::size(kParamColumns) * sizeof(double));
+
+// The columns of a step's row, before the learning rates of the groups.
+inline constexpr const char* kStepColumnNames[] = {"grad_norm", "clip_coef", "skipped"};
+inline constexpr int kStepColumns = std::size(kStepColumnNames);
 
 // From the sums over all chunks of a parameter. A step that is skipped doesn't look at parameters.
 FUSEDOPT_INLINE ParamRow param_row(double grad_squares, const ChunkMeasures& measures,

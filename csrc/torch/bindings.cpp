@@ -11,7 +11,44 @@
 
 namespace fusedopt {
 
+namespace {
+
+template <size_t kCount>
+py::tuple names_of(const char* const (&names)[kCount]) {
+  py::tuple result(kCount);
+  for (size_t i = 0; i < kCount; ++i) result[i] = names[i];
+  return result;
+}
+
+py::dict names_of(const std::vector<StateName>& states) {
+  py::dict result;
+  for (const StateName& state : states) result[state.name] = state.first_value;
+  return result;
+}
+
+// What Python has to agree with: see fusedopt/core/agreement.py.
+py::dict constants() {
+  py::dict result;
+  result["chunk_size"] = kChunkSize;
+  result["row_bytes"] = kRowBytes;
+  result["total_lanes"] = kTotalLanes;
+  result["tensor_lanes"] = kTensorLanes;
+  result["control"] = names_of(kControlFields);
+  result["step_columns"] = names_of(kStepColumnNames);
+  result["param_columns"] = names_of(kParamColumns);
+  result["limits"] = names_of(kLimitNames);
+  py::dict rules;
+  for (const RuleInfo& rule : all_rules()) {
+    rules[rule.name.c_str()] = py::make_tuple(names_of(rule.scalars), names_of(rule.states));
+  }
+  result["rules"] = rules;
+  return result;
+}
+
+}  // namespace
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.attr("constants") = constants();
   m.attr("built_with_cuda") = built_with_cuda();
   m.attr("cuda_device_type") = c10::DeviceTypeName(cuda_device_type(), true);
   m.def("cpu_isa", &cpu_isa);

@@ -45,9 +45,18 @@ class Decision(NamedTuple):
 class Control:
     """Indices into the float64 tensor that a step leaves its readings in."""
 
+    FIELDS = (
+        "sum_of_squares",
+        "grad_norm",
+        "clip_coef",
+        "step_skipped",
+        "skipped_steps",
+        "consecutive_skips",
+        "steps",
+    )
     SUM_OF_SQUARES, GRAD_NORM, CLIP_COEF, STEP_SKIPPED, SKIPPED_STEPS = range(5)
     CONSECUTIVE_SKIPS, STEPS = range(5, 7)
-    SIZE = 7
+    SIZE = len(FIELDS)
 
 
 def clip_coefficient(max_norm: float, norm: float) -> float:

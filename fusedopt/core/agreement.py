@@ -1,0 +1,55 @@
+"""What Python and the compiled kernels both know, compared when the extension is imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fusedopt.reference import norms
+from fusedopt.reference.decision import Control
+from fusedopt.reference.limits import LIMITS
+from fusedopt.reference.rule import Rule
+from fusedopt.telemetry.rings import PARAM_COLUMNS, STEP_COLUMNS
+
+
+def known_here() -> dict[str, Any]:
+    """Python's side of `_C.constants`, but for the rules."""
+    limits = {limit.kind: limit.__name__ for limit in LIMITS}
+    return {
+        "chunk_size": norms.CHUNK_SIZE,
+        "row_bytes": norms.ROW_BYTES,
+        "total_lanes": norms.TOTAL_LANES,
+        "tensor_lanes": norms.TENSOR_LANES,
+        "control": Control.FIELDS,
+        "step_columns": STEP_COLUMNS,
+        "param_columns": PARAM_COLUMNS,
+        "limits": ("Fixed", *(limits[kind] for kind in sorted(limits))),
+    }
+
+
+def check_constants(constants: dict[str, Any]) -> None:
+    """Refuses an extension whose kernels were compiled from other sources.
+
+    Raises:
+        ImportError: it disagrees; the message names the first constant that differs.
+    """
+    for name, expected in known_here().items():
+        if constants.get(name) != expected:
+            raise ImportError(
+                f"its {name} is {constants.get(name)!r}, but this fusedopt expects {expected!r}: it "
+                "was compiled from other sources; build it again"
+            )
+
+
+def check_rule(rule: Rule, constants: dict[str, Any]) -> None:
+    """Refuses a rule whose scalars are not those of the kernels.
+
+    Raises:
+        ImportError: it disagrees.
+    """
+    scalars, _ = constants["rules"][rule.name]
+    expected = rule.scalars or {rule.counter: 0}
+    if list(scalars.items()) != list(expected.items()):
+        raise ImportError(
+            f"the kernels of {rule.name} keep {scalars!r} for a parameter, but this fusedopt "
+            f"expects {expected!r}: build the extension again"
+        )
