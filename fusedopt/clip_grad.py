@@ -164,10 +164,7 @@ def _run(
         if done is not None:
             return done
     grads = _checked_grads(tensors, of_params, backend, max_norm)
-    if backends.choose(backend, (grad.device for grad in grads)) == "reference":
-        return reference.clip_grads(grads, *request)
-    assert backends._C is not None
-    done = backends._C.clip_grads(grads, False, True, backend or "", *request)
+    done = backends.clip_grads(backend, grads, *request)
     if done is None:
         raise RuntimeError("fusedopt: these gradients passed all checks; please report")
     return done

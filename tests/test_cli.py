@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import fusedopt
 from fusedopt import reference
 from fusedopt import selfcheck as cli
 from fusedopt.core import backends
+from fusedopt.core.extension import Found
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -25,9 +27,11 @@ def test_report_and_self_check():
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"fusedopt {fusedopt.__version__}, torch {torch.__version__} ")
-    assert lines[1].startswith("cpu: ")
-    assert any(isa in lines[1] for isa in ("baseline", "avx2", "avx512"))
-    assert [line.split() for line in lines[2:8]] == [
+    assert lines[1] == f"Python files: {Path(fusedopt.__file__).parent}"
+    assert lines[2].startswith(f"compiled extension: {backends._C.__file__}, compiled for torch ")
+    assert lines[3].startswith("cpu: ")
+    assert any(isa in lines[3] for isa in ("baseline", "avx2", "avx512"))
+    assert [line.split() for line in lines[4:10]] == [
         ["FusedAdam", "ok"],
         ["FusedAdamW", "ok"],
         ["FusedNAdam", "ok"],
@@ -35,17 +39,34 @@ def test_report_and_self_check():
         ["FusedSGD", "ok"],
         ["clip_grad_norm_", "ok"],
     ]
-    assert lines[8].startswith("cuda")
+    assert lines[10].startswith("cuda")
     reason = backends.why_missing("cuda")
     if reason is not None:
-        assert lines[8] == f"cuda: can't be used: {reason}"
+        assert lines[10] == f"cuda: can't be used: {reason}"
 
 
-def test_a_backend_that_was_asked_for_has_to_be_usable(monkeypatch, capsys):
+@pytest.mark.parametrize("arguments", [[], ["--backend", "cpu"], ["--backend", "cuda"]], ids=str)
+def test_it_fails_where_nothing_is_compiled(monkeypatch, capsys, arguments):
     monkeypatch.setattr(backends, "_C", None)
-    assert cli.main(["--backend", "cuda"]) == 1
-    assert "cuda: can't be used: the compiled extension" in capsys.readouterr().out
-    assert cli.main([]) == 0  # nothing is built, and nothing is wrong
+    monkeypatch.setattr(backends, "found", Found(None, "there was no compiler", False, {}))
+    assert cli.main(arguments) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "NOT COMPILED: there was no compiler" in lines
+    assert not [line for line in lines if line.endswith("ok")]
+
+
+@pytest.mark.parametrize(("gpu", "arguments", "status"), [(0, [], 0), (1, [], 1), (0, ["cuda"], 1)])
+def test_missing_cuda_kernels_fail_where_there_is_a_gpu(
+    monkeypatch, capsys, gpu, arguments, status
+):
+    why_missing = backends.why_missing
+    monkeypatch.setattr(cli, "CLASSES", ())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
+    monkeypatch.setattr(
+        backends, "why_missing", lambda name: why_missing(name) if name == "cpu" else "no nvcc"
+    )
+    assert cli.main([f"--backend={name}" for name in arguments]) == status
+    assert "cuda: can't be used: no nvcc" in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize("cls", cli.CLASSES)
@@ -57,7 +78,8 @@ def test_one_wrong_bit_is_reported(monkeypatch, capsys, cls):
         if param.shape == (33, 41) and param.dtype == torch.float32:
             param.view(torch.int32)[-1, -1] ^= 1
 
-    monkeypatch.setattr(reference, "update", off_by_one_bit)
+    # Where the reference's step finds it; the package's attribute of this name is a function.
+    monkeypatch.setattr(sys.modules["fusedopt.reference.step"], "update", off_by_one_bit)
     monkeypatch.setattr(cli, "CLASSES", (cls,))
     assert cli.main(["--backend", "cpu"]) == 1
     assert f"    {cls.__name__:15} FAILED" in capsys.readouterr().out.splitlines()

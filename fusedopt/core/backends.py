@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fusedopt import reference
+from fusedopt.core import extension, fallback
 from fusedopt.reference import Group, Rule
 
 if TYPE_CHECKING:
     from fusedopt._C import Plan
 
-try:
-    from fusedopt import _C
-except ImportError as error:  # not built, or built for another torch
-    _C = None
-    import_error: str | None = str(error)
-else:
-    import_error = None
-
 _warned: set[str] = set()
+
+REFERENCE, TORCH = "reference", "torch"  # "torch": its own functions, see `fallback`
+
+
+def warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+found = extension.find(torch.__version__)
+_C: Any = found.module
+if found.broken:
+    warn_once(f"fusedopt: {found.reason}")
 
 
 def device_type_of(backend: str) -> str:
@@ -33,24 +41,31 @@ def device_type_of(backend: str) -> str:
 def why_missing(backend: str) -> str | None:
     """Why a compiled backend can't be used here, or None if it can."""
     if _C is None:
-        return f"the compiled extension can't be imported ({import_error})"
+        return found.reason
     if backend == "cuda" and not _C.built_with_cuda:
-        return "fusedopt was built without CUDA kernels (no nvcc was found)"
+        why = found.record.get("no_cuda") or "the build left no word of why"
+        return f"fusedopt was built without CUDA kernels: {why}"
     if backend == "cuda" and _C.cuda_device_type == "cuda" and not torch.cuda.is_available():
         return "torch finds no CUDA device"
     return None
 
 
-def choose(backend: str | None, devices: Iterable[torch.device]) -> str | None:
+def choose(
+    backend: str | None, devices: Iterable[torch.device], exact_for: str | None = None
+) -> str | None:
     """The backend to use for parameters on these devices.
 
-    Returns "reference", or what was asked for; None stands for the compiled kernels of each
-    parameter's own device.
+    Args:
+        exact_for: what is asked for that torch's own functions can't do, in words.
+
+    Returns:
+        "reference", or what was asked for. None stands for the compiled kernels of each parameter's
+        own device, "torch" for torch's own functions where there are none.
 
     Raises:
         RuntimeError: the backend that was asked for can't be used here.
     """
-    if backend == "reference":
+    if backend == REFERENCE:
         return backend
     if backend is not None:
         reason = why_missing(backend)
@@ -61,9 +76,19 @@ def choose(backend: str | None, devices: Iterable[torch.device]) -> str | None:
         known = device_type in ("cpu", "cuda")
         reason = why_missing(device_type) if known else f"there are no kernels for {device_type}"
         if reason is not None:
-            warn_once(f"fusedopt: {reason}; its steps run in plain torch, correct but slow")
-            return "reference"
+            return _without_kernels(reason, exact_for)
     return None
+
+
+def _without_kernels(reason: str, exact_for: str | None) -> str:
+    if exact_for is None:
+        warn_once(f"fusedopt runs on torch's own functions, without its compiled kernels: {reason}")
+        return TORCH
+    warn_once(
+        f"fusedopt runs on its reference, which is slow: torch's own functions can't do {exact_for}"
+        f", and there are no compiled kernels: {reason}"
+    )
+    return REFERENCE
 
 
 def new_plan(
@@ -73,11 +98,25 @@ def new_plan(
     state: dict[Tensor, dict[str, Tensor]],
     counters: dict[Tensor, Tensor],
     rings: list[Tensor],
-) -> Plan | None:
-    """What the compiled backends look up once and keep; None for the reference."""
-    if backend == "reference" or _C is None:
+) -> Plan | fallback.TorchPlan | None:
+    """What a step looks up once and keeps; None for the reference."""
+    if backend == TORCH:
+        return fallback.TorchPlan(rule, param_groups, state, counters)
+    if backend == REFERENCE or _C is None:
         return None
     return _C.Plan(rule.name, backend or "", param_groups, state, counters, rings)
+
+
+def clip_grads(
+    backend: str | None, grads: list[Tensor], *request: Any
+) -> tuple[Tensor | None, bool] | None:
+    """Clips gradients that have been checked; see `reference.clip_grads`."""
+    chosen = choose(backend, (grad.device for grad in grads))
+    if chosen == TORCH:
+        return fallback.clip_grads(grads, *request)
+    if chosen == REFERENCE:
+        return reference.clip_grads(grads, *request)
+    return _C.clip_grads(grads, False, True, backend or "", *request)
 
 
 def zeros_like(param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -86,9 +125,3 @@ def zeros_like(param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if _C is not None and value.device.type == "cpu":
         _C.prefer_huge_pages(value)
     return value.zero_()
-
-
-def warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=2)

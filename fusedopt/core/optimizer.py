@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo
 
 from fusedopt import reference
 from fusedopt.core import backends, checks, state
+from fusedopt.core.fallback import TorchPlan
 from fusedopt.core.names import ParamNames
 from fusedopt.core.persistence import Persistence
 from fusedopt.core.settings import NonFinite
@@ -251,7 +252,7 @@ class FusedOptimizer(Persistence):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _prepare(self) -> tuple[_C.Plan | None, list[Tensor]]:
+    def _prepare(self) -> tuple[_C.Plan | TorchPlan | None, list[Tensor]]:
         """Checks everything, then makes what is missing.
 
         Returns:
@@ -271,7 +272,8 @@ class FusedOptimizer(Persistence):
                 elif param.grad is not None and (self.rule.scalars or self.rule.states(group)):
                     checks.check_new_state(name, "a step with its gradient")
                 pairs.append((group, param))
-        backend = backends.choose(self._backend, (param.device for _, param in pairs))
+        devices = (param.device for _, param in pairs)
+        backend = backends.choose(self._backend, devices, self._only_exact())
         new_states = [
             param
             for group, param in pairs
@@ -289,6 +291,13 @@ class FusedOptimizer(Persistence):
             self._drop_state(new_states)
             raise
         return plan, new_states
+
+    def _only_exact(self) -> str | None:
+        """What torch's own functions can't do, where no kernels are compiled."""
+        limit = self.max_grad_norm
+        if isinstance(limit, AdaptiveClip):
+            return f"max_grad_norm={limit}"
+        return None if self._rings is None else f"telemetry={self._rings.size}"
 
     def _drop_state(self, params: list[Tensor]) -> None:
         if params:

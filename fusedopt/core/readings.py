@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from fusedopt.core.fallback import TorchPlan
 from fusedopt.core.settings import Settings
 from fusedopt.reference import Control
 from fusedopt.reference.limits import AdaptiveClip
@@ -21,7 +22,7 @@ class Readings(Settings):
     """Copies of what a step has left on the device; using one's value waits for it."""
 
     _rings: Rings | None
-    _plan: _C.Plan | None
+    _plan: _C.Plan | TorchPlan | None
 
     @property
     def grad_norm(self) -> Tensor:

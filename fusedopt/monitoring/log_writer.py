@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import warnings
 from collections.abc import Iterator
@@ -16,6 +15,11 @@ from torch import Tensor
 
 from fusedopt.monitoring.log_format import BY_SUFFIX, FormatError, Header, format_of
 from fusedopt.telemetry import PARAM_COLUMNS, ParamTelemetry, Telemetry
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # on Windows, two Monitors that write to one path go unnoticed
+    fcntl = None
 
 BLOCK = 2**16
 
@@ -57,6 +61,8 @@ class LogWriter:
             raise
 
     def _lock(self) -> None:
+        if fcntl is None:
+            return
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -165,7 +171,7 @@ class LogWriter:
         """Nothing: every line is with the operating system once it is written."""
 
     def close(self) -> None:
-        if not self._file.closed:
+        if fcntl is not None and not self._file.closed:
             # A forked worker that still has the file would keep it locked.
             with contextlib.suppress(OSError):
                 fcntl.flock(self._file, fcntl.LOCK_UN)

@@ -6,14 +6,16 @@ import math
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
 from fusedopt.clip import AdaptiveClip
 from fusedopt.core.optimizer import Backend, FusedOptimizer
 from fusedopt.core.settings import NonFinite
-from fusedopt.optimizers.moments import update_moments
-from fusedopt.reference import Group, Rule, count_step
+from fusedopt.optimizers.moments import moment_options, update_moments
+from fusedopt.reference import Group, Rule, Twin, count_step
 from fusedopt.reference.arithmetic import power, sqrt
+from fusedopt.reference.rule import column
 
 
 def _states(group: Group) -> tuple[str, ...]:
@@ -39,7 +41,39 @@ def _update(
     return param - step_size * (new_state["exp_avg"] / denom), new_state
 
 
-ADAM = Rule("adam", scalars={"step": 0}, states=_states, advance=count_step, update=_update)
+def _torch_step(
+    group: Group,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Tensor]],
+    fused: bool,
+) -> None:
+    adam(
+        params,
+        grads,
+        column(states, "exp_avg"),
+        column(states, "exp_avg_sq"),
+        column(states, "max_exp_avg_sq") if group["amsgrad"] else [],
+        column(states, "step"),
+        foreach=not fused,
+        fused=fused,
+        capturable=params[0].is_cuda,
+        **moment_options(group),
+        amsgrad=group["amsgrad"],
+    )
+
+
+ADAM = Rule(
+    "adam",
+    scalars={"step": 0},
+    states=_states,
+    advance=count_step,
+    update=_update,
+    twin=Twin(
+        _torch_step,
+        fused_dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    ),
+)
 
 
 class FusedAdam(FusedOptimizer, torch.optim.Adam):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from fusedopt.reference import Group
@@ -20,3 +22,17 @@ def update_moments(
     exp_avg = beta1 * state["exp_avg"] + (1 - beta1) * grad
     exp_avg_sq = beta2 * state["exp_avg_sq"] + ((1 - beta2) * grad) * grad
     return param, grad, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+
+def moment_options(group: Group) -> dict[str, Any]:
+    """The options that torch's functions of Adam and its family share."""
+    beta1, beta2 = map(float, group["betas"])
+    return {
+        "beta1": beta1,
+        "beta2": beta2,
+        "lr": float(group["lr"]),
+        "weight_decay": float(group["weight_decay"]),
+        "eps": float(group["eps"]),
+        "decoupled_weight_decay": group["decoupled_weight_decay"],
+        "maximize": group["maximize"],
+    }

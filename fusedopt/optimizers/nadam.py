@@ -6,14 +6,16 @@ import math
 
 import torch
 from torch import Tensor
+from torch.optim.nadam import nadam
 from torch.optim.optimizer import ParamsT
 
 from fusedopt.clip import AdaptiveClip
 from fusedopt.core.optimizer import Backend, FusedOptimizer
 from fusedopt.core.settings import NonFinite
-from fusedopt.optimizers.moments import update_moments
-from fusedopt.reference import Group, Rule
+from fusedopt.optimizers.moments import moment_options, update_moments
+from fusedopt.reference import Group, Rule, Twin
 from fusedopt.reference.arithmetic import power, sqrt
+from fusedopt.reference.rule import column
 
 
 def _mu(group: Group, step: int) -> float:
@@ -47,12 +49,34 @@ def _update(
     return param - direction, moments
 
 
+def _torch_step(
+    group: Group,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Tensor]],
+    fused: bool,
+) -> None:
+    nadam(
+        params,
+        grads,
+        column(states, "exp_avg"),
+        column(states, "exp_avg_sq"),
+        column(states, "mu_product"),
+        column(states, "step"),
+        foreach=True,
+        capturable=params[0].is_cuda,
+        **moment_options(group),
+        momentum_decay=float(group["momentum_decay"]),
+    )
+
+
 NADAM = Rule(
     "nadam",
     scalars={"step": 0, "mu_product": 1},
     states=_states,
     advance=_advance,
     update=_update,
+    twin=Twin(_torch_step),
 )
 
 

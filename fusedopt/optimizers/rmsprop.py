@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from torch.optim.rmsprop import rmsprop
 
 from fusedopt.clip import AdaptiveClip
 from fusedopt.core.optimizer import Backend, FusedOptimizer
 from fusedopt.core.settings import NonFinite
-from fusedopt.reference import Group, Rule, count_step
+from fusedopt.reference import Group, Rule, Twin, count_step
 from fusedopt.reference.arithmetic import sqrt
+from fusedopt.reference.rule import column
 
 
 def _states(group: Group) -> tuple[str, ...]:
@@ -40,7 +42,42 @@ def _update(
     return param - group["lr"] * direction, new_state
 
 
-RMSPROP = Rule("rmsprop", scalars={"step": 0}, states=_states, advance=count_step, update=_update)
+def _torch_step(
+    group: Group,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Tensor]],
+    fused: bool,
+) -> None:
+    momentum = float(group["momentum"])
+    rmsprop(
+        params,
+        grads,
+        column(states, "square_avg"),
+        [],
+        column(states, "momentum_buffer") if momentum > 0 else [],
+        column(states, "step"),
+        foreach=True,
+        maximize=group["maximize"],
+        capturable=params[0].is_cuda,
+        lr=float(group["lr"]),
+        alpha=float(group["alpha"]),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+        momentum=momentum,
+        centered=False,
+    )
+
+
+# Centered, torch's function takes the root of a variance that rounding made negative.
+RMSPROP = Rule(
+    "rmsprop",
+    scalars={"step": 0},
+    states=_states,
+    advance=count_step,
+    update=_update,
+    twin=Twin(_torch_step, suits=lambda group: not group["centered"]),
+)
 
 
 class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from torch.optim.sgd import sgd
 
 from fusedopt.clip import AdaptiveClip
 from fusedopt.core.optimizer import Backend, FusedOptimizer
 from fusedopt.core.settings import NonFinite
-from fusedopt.reference import Group, Rule
+from fusedopt.reference import Group, Rule, Twin
+from fusedopt.reference.rule import column
 
 
 def _states(group: Group) -> tuple[str, ...]:
@@ -37,6 +39,38 @@ def _update(
     return param - group["lr"] * direction, new_state
 
 
+def _torch_step(
+    group: Group,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Tensor]],
+    fused: bool,
+) -> None:
+    """The first gradient of a buffer of zeros is not dampened: these have a call of their own."""
+    counters = column(states, "momentum_steps")
+    first = [False] * len(params)
+    if group["momentum"] != 0 and group["dampening"] != 0:
+        first = [counter.item() == 0 for counter in counters]
+    one = torch.ones(())  # once: torch would make a tensor of the number for every counter
+    torch._foreach_add_(counters, one, alpha=1.0)  # pyright: ignore[reportPrivateImportUsage]
+    for is_first, dampening in ((True, 0.0), (False, float(group["dampening"]))):
+        chosen = [index for index, value in enumerate(first) if value == is_first]
+        buffers: list[Tensor | None] = [states[index].get("momentum_buffer") for index in chosen]
+        sgd(
+            [params[index] for index in chosen],
+            [grads[index] for index in chosen],
+            buffers if group["momentum"] != 0 else [None] * len(chosen),
+            foreach=not fused,
+            fused=fused,
+            weight_decay=float(group["weight_decay"]),
+            momentum=float(group["momentum"]),
+            lr=float(group["lr"]),
+            dampening=dampening,
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+
+
 SGD = Rule(
     "sgd",
     scalars={},
@@ -44,6 +78,8 @@ SGD = Rule(
     advance=_advance,
     update=_update,
     counter="momentum_steps",
+    # On a CPU, torch's fused SGD leaves wrong momentum of 16-bit parameters (2.13).
+    twin=Twin(_torch_step, fused_dtypes=(torch.float32, torch.float64)),
 )
 
 

@@ -15,8 +15,8 @@ from fusedopt.reference.decision import (
     smaller,
 )
 from fusedopt.reference.groups import Group, distinct_params
-from fusedopt.reference.rule import Rule, count_step
-from fusedopt.reference.step import step, update
+from fusedopt.reference.rule import Rule, Twin, count_step
+from fusedopt.reference.step import step, update, write_readings
 
 __all__ = [
     "Control",
@@ -24,6 +24,7 @@ __all__ = [
     "Group",
     "Rule",
     "StepOptions",
+    "Twin",
     "clip_coefficient",
     "clip_grads",
     "count_step",
@@ -33,4 +34,5 @@ __all__ = [
     "step",
     "total_norm",
     "update",
+    "write_readings",
 ]

@@ -57,11 +57,16 @@ def step(
             decision = decision._replace(clip_coef=smaller(least(coef), decision.clip_coef))
     if rings is not None and before is not None:
         record(rings, int(control[Control.STEPS]), param_groups, before, decision)
+    write_readings(control, total, decision)
+
+
+def write_readings(control: Tensor, sum_of_squares: float, decision: Decision) -> None:
+    """Leaves what a step found and did in `control`; see `Control`."""
     skipped = control[Control.SKIPPED_STEPS].item() + decision.skip
     consecutive = control[Control.CONSECUTIVE_SKIPS].item() + 1 if decision.skip else 0
     steps = control[Control.STEPS].item() + 1
-    readings = (total, decision.grad_norm, decision.clip_coef, float(decision.skip), skipped)
-    control.copy_(control.new_tensor((*readings, consecutive, steps)))
+    readings = (decision.grad_norm, decision.clip_coef, float(decision.skip), skipped)
+    control.copy_(control.new_tensor((sum_of_squares, *readings, consecutive, steps)))
 
 
 def coef_of(options: StepOptions, index: int, param: Tensor, decision: Decision) -> float | Tensor:

@@ -1,0 +1,150 @@
+"""Finds the compiled extension, and says in words where it is or why there is none.
+
+Imports nothing but the standard library: setup.py, which writes the record of a build, reads this
+file before anything is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+PACKAGE = Path(__file__).resolve().parent.parent
+RECORD = "_build.json"
+INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+class Found(NamedTuple):
+    """The extension, or why there is none.
+
+    Attributes:
+        module: None where it can't be used.
+        reason: in words, where it can't.
+        broken: whether a file of it is here that can't be imported.
+        record: of its build: see `read_record`.
+    """
+
+    module: ModuleType | None
+    reason: str | None
+    broken: bool
+    record: dict[str, Any]
+
+
+def find(torch_version: str, package: Path = PACKAGE, path: list[str] | None = None) -> Found:
+    """Imports `fusedopt._C` from `package`, or the same build from elsewhere on Python's path.
+
+    Python prefers the folder that it is started in: in a clone, the sources hide the installed
+    package. Its extension is taken where it was compiled from the very sources of the clone.
+    """
+    record = read_record(package)
+    if extension := extension_in(package):
+        return _import(extension, record, torch_version)
+    others = [folder for folder in installed(path) if folder != package]
+    if not others:
+        return Found(None, why_none(package, record), False, record)
+    other = others[0]
+    record = read_record(other)
+    if not is_source(package) or record.get("sources") == fingerprint(package.parent):
+        extension = extension_in(other)
+        assert extension is not None
+        return _import(extension, record, torch_version)
+    reason = (
+        f"Python imports fusedopt from the source folder {package.parent}, which is not compiled, "
+        f"and not from {other.parent}, where a build of other sources is installed. Run `{INSTALL}`"
+        f" in {package.parent} to build these sources, or start Python in another folder"
+    )
+    return Found(None, reason, False, record)
+
+
+def installed(path: list[str] | None = None) -> list[Path]:
+    """The folders of compiled packages on Python's path, those of this one's name."""
+    entries = sys.path if path is None else path
+    folders = [Path(entry or ".").resolve() / PACKAGE.name for entry in entries]
+    return [folder for folder in dict.fromkeys(folders) if extension_in(folder)]
+
+
+def extension_in(package: Path) -> Path | None:
+    """The file of the extension that this Python would import; else any other Python's."""
+    files = [package / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES]
+    files += [*sorted(package.glob("_C.*.so")), *sorted(package.glob("_C.*.pyd"))]
+    return next((file for file in files if file.is_file()), None)
+
+
+def is_source(package: Path) -> bool:
+    """Whether the package lies in a source folder, beside its setup.py and csrc."""
+    return (package.parent / "setup.py").is_file() and (package.parent / "csrc").is_dir()
+
+
+def why_none(package: Path, record: dict[str, Any]) -> str:
+    """Why there is no file of the extension, and what to do."""
+    if is_source(package):
+        return (
+            f"the source folder {package.parent} is not compiled. Run "
+            f"`{INSTALL}` in it, and read what it prints with -v"
+        )
+    why = record.get("missing") or "nothing says why"
+    return f"{package} was installed without compiled kernels ({why})"
+
+
+def read_record(package: Path) -> dict[str, Any]:
+    """What the build of a package left beside it; empty if there is nothing.
+
+    Its keys: "torch", the version that the extension was compiled for, or None; "missing", why
+    nothing was compiled, or None; "no_cuda", why there are no CUDA kernels, or None; "sources", the
+    `fingerprint` of what was compiled.
+    """
+    try:
+        record = json.loads((package / RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def fingerprint(root: Path) -> str:
+    """Of all that the extension is compiled from."""
+    digest = hashlib.sha256()
+    files = [path for path in (root / "csrc").rglob("*") if path.is_file()]
+    for path in [*sorted(files), root / "setup.py"]:
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0")
+        digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _import(extension: Path, record: dict[str, Any], torch_version: str) -> Found:
+    name = f"{PACKAGE.name}._C"
+    try:
+        spec = importlib.util.spec_from_file_location(name, extension)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{extension.name} is no file that this Python can import")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        sys.modules.pop(name, None)
+        return Found(None, why_broken(extension, record, torch_version, error), True, record)
+    return Found(module, None, False, record)
+
+
+def why_broken(
+    extension: Path, record: dict[str, Any], torch_version: str, error: ImportError
+) -> str:
+    """Why a file of the extension can't be imported, and what to do."""
+    if extension.name.removeprefix("_C") not in EXTENSION_SUFFIXES:
+        here = f"{sys.implementation.name} {sys.version_info.major}.{sys.version_info.minor}"
+        cause = f"is compiled for another Python than this {here}"
+    elif (built := record.get("torch")) and minor(built) != minor(torch_version):
+        cause = f"is compiled for torch {built}, but torch {torch_version} runs here ({error})"
+    else:
+        cause = f"can't be imported ({error})"
+    return f"{extension} {cause}. Build it again: `{INSTALL}` in the source folder"
+
+
+def minor(version: str) -> list[str]:
+    return version.split(".")[:2]
