@@ -12,8 +12,18 @@
 ##
 ## PYTHON=path     use this interpreter and its torch, and install nothing
 ## TORCH=...       another torch for .venv, as pip install takes it
+## FUSEDOPT_CUDA=  0 leaves the CUDA kernels out, 1 builds them without a GPU too. By default they
+##                 are built where nvcc and a GPU are; for `make test`, wherever nvcc is
 
 TORCH ?= torch==2.13.0
+
+# Tests compile and check the CUDA kernels without a GPU too. What they have built serves the rest.
+nvcc := $(or $(wildcard $(or $(CUDA_HOME),$(CUDA_PATH),/usr/local/cuda)/bin/nvcc),$(shell command -v nvcc))
+ifeq ($(FUSEDOPT_CUDA),)
+  ifneq ($(and $(nvcc),$(or $(filter test,$(MAKECMDGOALS)),$(wildcard build/with-cuda))),)
+    export FUSEDOPT_CUDA := 1
+  endif
+endif
 
 ifdef PYTHON
   python := $(PYTHON)
@@ -99,7 +109,7 @@ peers: $(tools)
 	  'torch==$(shell $(python) -c 'from importlib.metadata import version as v; print(v("torch"))')'
 
 clean:
-	rm -rf .venv build fusedopt/*.so *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build fusedopt/*.so fusedopt/_build.json *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Torch first and by itself; then the rest, against this torch. The extension comes later, in place.
@@ -122,7 +132,9 @@ tools:
 
 $(extension): $(cpp) setup.py pyproject.toml | $(tools)
 	rm -f build/extension-*
+	rm -f build/with-cuda
 	$(python) setup.py build_ext --inplace --force
+	$(if $(filter 1,$(FUSEDOPT_CUDA)),touch build/with-cuda)
 	touch $@
 
 $(emulator): $(cpp) $(emulation) | $(tools)

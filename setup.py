@@ -1,9 +1,11 @@
 """Builds the kernels' library, and fusedopt._C, torch's binding to it.
 
-The CPU kernels are always built, the CUDA kernels where there is an nvcc.
+The CPU kernels are always built, the CUDA kernels where there are an nvcc and a GPU. What is built,
+for which torch, and why something is left out, is recorded beside the extension: see
+fusedopt/core/extension.py.
 
 Environment:
-    FUSEDOPT_CUDA=0 or 1      leave the CUDA kernels out, or insist on them
+    FUSEDOPT_CUDA=0 or 1      leave the CUDA kernels out, or build them without a GPU too
     FUSEDOPT_PURE_PYTHON=1    build no extension at all
     TORCH_CUDA_ARCH_LIST      architectures as torch's own extensions take them: "8.0;9.0+PTX"
     CUDA_HOME                 where to look for nvcc first
@@ -11,26 +13,46 @@ Environment:
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT.resolve() / "csrc"))
+
+from toolchain import (  # noqa: E402
+    architecture_flags,
+    check_compiler,
+    choose_cuda,
+    cuda_root,
+    cxx,
+    jobs_at_once,
+    openmp,
+    say,
+    static_runtime,
+)
+
 CSRC = Path("csrc")
-DEFAULT_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
 # No contraction into FMA and no fast-math: every operation rounds once, on every backend. Neither
 # errno nor floating-point traps are used, and both would keep loops from being vectorized.
 # -g0: Python asks for debug information, most of which is that of torch's headers.
 CXX_FLAGS = (
-    "-O3 -g0 -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden"
+    "-O3 -g0 -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden"
 ).split()
 INCLUDES = ["-Icsrc"]  # the kernels' own headers; they include nothing of torch
 # Quoted includes alone: csrc/torch is not to stand in for <torch/...>.
@@ -41,72 +63,10 @@ NVCC_FLAGS = (
 ).split()
 
 
-def cxx() -> list[str]:
-    return shlex.split(os.environ.get("CXX", "c++"))
-
-
-def find_nvcc() -> Path | None:
-    wanted = os.environ.get("FUSEDOPT_CUDA") or None
-    if wanted not in (None, "0", "1"):
-        sys.exit(f"FUSEDOPT_CUDA is {wanted!r}; it takes 0 or 1")
-    if wanted == "0":
-        return None
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    nvcc = shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
-    if nvcc is None and wanted == "1":
-        sys.exit("FUSEDOPT_CUDA=1 asks for the CUDA kernels, but there is no nvcc: set CUDA_HOME")
-    return Path(nvcc) if nvcc else None
-
-
-def architecture_flags(nvcc: Path) -> list[str]:
-    """What TORCH_CUDA_ARCH_LIST says, else every common architecture that this nvcc knows."""
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
-    if asked:
-        names = [name for name in re.split(r"[;,\s]+", asked) if name]
-    else:
-        listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
-        known = set(re.findall(r"compute_(\d+)", listing))
-        names = [name for name in DEFAULT_ARCHITECTURES if name.replace(".", "") in known]
-        if not names:
-            sys.exit(
-                f"{nvcc} knows none of {', '.join(DEFAULT_ARCHITECTURES)}: set FUSEDOPT_CUDA=0"
-            )
-        names[-1] += "+PTX"
-    codes: dict[str, list[str]] = {}  # by the architecture whose PTX they are made of
-    for name in names:
-        number = name.removesuffix("+PTX").replace(".", "")
-        if not re.fullmatch(r"\d+[af]?", number):
-            sys.exit(f"TORCH_CUDA_ARCH_LIST: {name!r} is not like 9.0 or 9.0+PTX")
-        # Of one generation, the first one's serves all: a third of the work is done once for them.
-        older = (it for it in codes if it[:-1] == number[:-1] and it.isdigit() and it <= number)
-        codes.setdefault(next(older, number), []).append(f"sm_{number}")
-        if name.endswith("+PTX"):
-            codes.setdefault(number, []).append(f"compute_{number}")
-    return [f"-gencode=arch=compute_{ptx},code=[{','.join(code)}]" for ptx, code in codes.items()]
-
-
-def cuda_root(nvcc: Path) -> Path:
-    """The toolkit's folder, as nvcc itself sees it: nvcc may be a link or a wrapper."""
-    dry_run = subprocess.run(
-        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
-    )
-    top = re.search(r"^#\$ _?TOP=(.*)$", dry_run.stderr, re.MULTILINE)
-    return Path(top[1]).resolve() if top else nvcc.resolve().parent.parent
-
-
 def nvcc_command(nvcc: Path) -> list[str]:
     threads = max(1, jobs_at_once() // 4)  # at once per object, of which there are some more
     return [str(nvcc), *NVCC_FLAGS, *INCLUDES, *architecture_flags(nvcc), f"--threads={threads}",
             "-Xcompiler=-fPIC,-ffp-contract=off", "-Xptxas=-v"]  # fmt: skip
-
-
-def static_runtime(root: Path) -> str:
-    for folder in (root / "lib64", root / "lib", *root.glob("targets/*/lib")):
-        if (folder / "libcudart_static.a").exists():
-            return str(folder / "libcudart_static.a")
-    sys.exit(
-        f"no libcudart_static.a under {root}: install CUDA's development files, or FUSEDOPT_CUDA=0"
-    )
 
 
 def objects(folder: Path, sources: list[Path], compiler: list[str]) -> dict[Path, list[str]]:
@@ -144,8 +104,11 @@ def compile_objects(commands: dict[Path, list[str]]) -> list[str]:
     its object.
     """
     errors = []
+    finished = 0
+    said = time.monotonic()
 
     def make(output: Path) -> None:
+        nonlocal finished, said
         if errors:
             return
         command = shlex.join(commands[output])
@@ -158,6 +121,10 @@ def compile_objects(commands: dict[Path, list[str]]) -> list[str]:
             errors.append(f"{command}\n{done.stdout}{done.stderr}")
         else:
             stamp.write_text(command)
+        finished += 1
+        if time.monotonic() > said + 30:
+            said = time.monotonic()
+            say(f"compiled {finished} of {len(outdated)} objects of the kernels")
 
     for folder in {output.parent for output in commands}:
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,10 +136,6 @@ def compile_objects(commands: dict[Path, list[str]]) -> list[str]:
     return list(map(str, commands))
 
 
-def jobs_at_once() -> int:
-    return int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
-
-
 def binding_sources() -> list[Path]:
     return [*CSRC.glob("torch/*.cpp")]
 
@@ -181,15 +144,8 @@ def kernel_sources() -> list[Path]:
     return [*CSRC.glob("*.cpp"), *CSRC.glob("core/*.cpp"), *CSRC.glob("cpu/*.cpp")]
 
 
-def make_extension():
-    from torch.utils.cpp_extension import CppExtension
-
-    extension = CppExtension(
-        "fusedopt._C",
-        sorted(map(str, binding_sources())),
-        extra_compile_args=[*CXX_FLAGS, *BINDING_INCLUDES],
-        extra_link_args=["-fopenmp"],
-    )
+def make_extension(kind: Callable[..., Extension]) -> Extension:
+    extension = kind("fusedopt._C", sorted(map(str, binding_sources())))
     extension.depends = sorted(str(path) for path in CSRC.rglob("*.*"))
     return extension
 
@@ -200,63 +156,150 @@ def link_library(
     """The kernels as a shared library of their own, and the arguments that link to it."""
     # A process takes two libraries of one name for the same: a build beside another has a suffix.
     name = f"fusedopt_kernels{os.environ.get('FUSEDOPT_LIBRARY_SUFFIX', '')}"
-    library = folder.absolute() / f"lib{name}.so"
-    command = [*cxx(), "-shared", "-fopenmp", *compile_objects(commands), *libraries]
-    subprocess.run([*command, "-o", str(library)], check=True)
-    return library, [f"-L{library.parent}", f"-l{name}", "-Wl,-rpath,$ORIGIN"]
+    mac = sys.platform == "darwin"
+    library = folder.absolute() / f"lib{name}.{'dylib' if mac else 'so'}"
+    command = [*cxx(), "-shared", *compile_objects(commands), *libraries, "-o", str(library)]
+    if mac:
+        command.append(f"-Wl,-install_name,@rpath/{library.name}")
+    subprocess.run(command, check=True)
+    here = "@loader_path" if mac else "$ORIGIN"
+    return library, [f"-L{library.parent}", f"-l{name}", f"-Wl,-rpath,{here}"]
 
 
-def make_build_ext():
+def make_build_ext() -> type[build_ext]:
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildWithKernels(BuildExtension):
         """Torch's build of the binding, which links to the kernels' library beside it."""
 
+        def run(self) -> None:
+            check_compiler()
+            super().run()
+
         def build_extensions(self) -> None:
-            nvcc = find_nvcc()
-            print(f"fusedopt: CUDA kernels: {f'built with {nvcc}' if nvcc else 'left out'}")
+            nvcc, no_cuda = choose_cuda()
+            say(f"building the CPU kernels; CUDA kernels: {no_cuda or f'with {nvcc}'}")
+            if nvcc:
+                say("CUDA kernels take minutes to compile; TORCH_CUDA_ARCH_LIST names fewer GPUs")
             folder = Path(self.build_temp)
-            compiler = [*cxx(), *KERNEL_FLAGS, f"-DFUSEDOPT_WITH_CUDA={int(nvcc is not None)}"]
-            libraries = []
+            compiling, linking = openmp()
+            compiler = [
+                *cxx(),
+                *KERNEL_FLAGS,
+                *compiling,
+                f"-DFUSEDOPT_WITH_CUDA={int(nvcc is not None)}",
+            ]
+            libraries = linking.copy()
             if nvcc:
                 root = cuda_root(nvcc)
                 compiler.append(f"-I{root / 'include'}")
-                libraries = [static_runtime(root), "-ldl", "-lrt", "-lpthread"]
+                libraries += [static_runtime(root), "-ldl", "-lrt", "-lpthread"]
             commands = objects(folder, kernel_sources(), compiler)
             if nvcc:
                 commands |= objects(folder, [*CSRC.glob("cuda/*.cu")], nvcc_command(nvcc))
             library, arguments = link_library(folder, commands, libraries)
             (extension,) = self.extensions
-            extension.extra_link_args += arguments
+            extension.extra_compile_args = [*CXX_FLAGS, *compiling, *BINDING_INCLUDES]
+            extension.extra_link_args += [*linking, *arguments]
             extension.depends.append(str(library))
+            if not self.use_ninja:
+                compile_at_once(self.compiler)
             super().build_extensions()
-            self.library = shutil.copy(library, Path(self.build_lib) / "fusedopt")
+            package = Path(self.build_lib) / "fusedopt"
+            record = write_record(package, torch=torch_version(), no_cuda=no_cuda)
+            self.beside = [shutil.copy(library, package), record]
+            say("built" + (f", without CUDA kernels: {no_cuda}" if no_cuda else ""))
 
         def copy_extensions_to_source(self) -> None:  # where it is built in place
             super().copy_extensions_to_source()
-            shutil.copy(self.library, ROOT / "fusedopt")
+            for path in self.beside:
+                shutil.copy(path, ROOT / "fusedopt")
 
     return BuildWithKernels
 
 
+def compile_at_once(compiler) -> None:
+    """Without ninja, setuptools compiles one source after another: here, MAX_JOBS at once."""
+
+    def compile(sources, output_dir=None, macros=None, include_dirs=None, debug=0,
+                extra_preargs=None, extra_postargs=None, depends=None):  # fmt: skip
+        _, outputs, postargs, options, builds = compiler._setup_compile(
+            output_dir, macros, include_dirs, sources, depends, extra_postargs
+        )
+        arguments = compiler._get_cc_args(options, debug, extra_preargs)
+        with ThreadPoolExecutor(jobs_at_once()) as pool:
+            for done in [
+                pool.submit(compiler._compile, output, *build, arguments, postargs, options)
+                for output, build in builds.items()
+            ]:
+                done.result()
+        return outputs
+
+    compiler.compile = compile
+
+
+class BuildWithoutTorch(build_ext):
+    """Metadata and source distributions need no torch; the extension does."""
+
+    def run(self) -> None:
+        sys.exit(
+            "fusedopt is compiled for the torch that it will run with, but this build sees no "
+            "torch. pip builds in an environment of its own, which hides an installed torch: run "
+            "`pip install --no-build-isolation .` after `pip install torch`."
+        )
+
+
+def make_build_py(missing: str) -> type[build_py]:
+    class BuildPurePython(build_py):
+        """Leaves a word of why there is no extension."""
+
+        def run(self) -> None:
+            super().run()
+            say(f"installing WITHOUT the compiled kernels: {missing}. Steps will run on torch's "
+                "own functions; `python -m fusedopt` shows what is built")  # fmt: skip
+            if not self.editable_mode:
+                write_record(Path(self.build_lib) / "fusedopt", missing=missing)
+
+    return BuildPurePython
+
+
+def write_record(package: Path, **record: str | None) -> Path:
+    """Says beside the extension what it is, for fusedopt/core/extension.py."""
+    extension = runpy.run_path("fusedopt/core/extension.py")
+    record["sources"] = extension["fingerprint"](ROOT.resolve())
+    path = package / extension["RECORD"]
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def torch_version() -> str:
+    import torch
+
+    return str(torch.__version__)
+
+
+def why_pure_python() -> str | None:
+    """Why no extension is to be built, if so."""
+    if os.environ.get("FUSEDOPT_PURE_PYTHON") == "1":
+        return "FUSEDOPT_PURE_PYTHON=1 was set"
+    if sys.platform == "win32":
+        return "no build for Windows exists yet"
+    if shutil.which(cxx()[0]) is None:
+        return f"no C++ compiler {cxx()[0]!r} was found; install g++ or clang++, or set CXX"
+    return None
+
+
 def build_options() -> dict:
     """setup()'s arguments for the extension; none of them without a compiler."""
-    compiler = cxx()[0]
-    if os.environ.get("FUSEDOPT_PURE_PYTHON") == "1" or shutil.which(compiler) is None:
-        print(
-            f"fusedopt: installing WITHOUT the compiled kernels (no C++ compiler {compiler!r}, or "
-            "FUSEDOPT_PURE_PYTHON=1): every step will run in plain torch, correct but slow",
-            file=sys.stderr,
-        )
-        return {}
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        sys.exit(
-            "fusedopt is compiled against the torch that is installed, and there is none here: "
-            "pip install torch, then pip install --no-build-isolation ."
-        )
-    return {"ext_modules": [make_extension()], "cmdclass": {"build_ext": make_build_ext()}}
+    if missing := why_pure_python():
+        return {"cmdclass": {"build_py": make_build_py(missing)}}
+    if find_spec("torch") is None:
+        extension, command = make_extension(Extension), BuildWithoutTorch
+    else:
+        from torch.utils.cpp_extension import CppExtension
+
+        extension, command = make_extension(CppExtension), make_build_ext()
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": command}}
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ Usage:
     python examples/exploding_rnn.py --optimizer sgd        # SGD with momentum
     python -m fusedopt plot runs/rnn/fusedopt-fixed.jsonl   # one of its runs, layer by layer
 
-The libraries it needs come with fusedopt[examples]. The text is Python's own documentation, read
-letter by letter. The network is a plain RNN of rectified linear units that starts from the identity
-(Le, Jaitly and Hinton, 2015, "A simple way to initialize recurrent networks of rectified linear
-units"; they clip). Its gradient goes back through a product of as many matrices as there are
+It needs `pip install numpy scikit-learn matplotlib tqdm`. The text is Python's own documentation,
+read letter by letter. The network is a plain RNN of rectified linear units that starts from the
+identity (Le, Jaitly and Hinton, 2015, "A simple way to initialize recurrent networks of rectified
+linear units"; they clip). Its gradient goes back through a product of as many matrices as there are
 letters (Pascanu, Mikolov and Bengio, 2013, "On the difficulty of training recurrent neural
 networks"), 128 by default: while its norm is mostly around 1, in the second step it is 400,000.
 

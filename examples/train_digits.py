@@ -4,9 +4,9 @@ Usage:
     python examples/train_digits.py                     # scikit-learn's digits, FusedAdam
     python examples/train_digits.py --data train.csv --optimizer fused-adamw --epochs 5
 
-The libraries it needs come with fusedopt[examples]. Each epoch ends with a checkpoint in --out,
-from which --resume continues as if the run had never stopped; the run ends with a picture of its
-loss and gradient norm. With --explode, some steps get a huge loss or an infinite gradient. The
+It needs `pip install numpy scikit-learn matplotlib tqdm`. Each epoch ends with a checkpoint in
+--out, from which --resume continues as if the run had never stopped; the run ends with a picture of
+its loss and gradient norm. With --explode, some steps get a huge loss or an infinite gradient. The
 fused optimizer clips the former and skips the latter; torch's, shown next to it, is lost.
 """
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fusedopt
-from fusedopt.core import backends
+from fusedopt.core import backends, extension
 from fusedopt.core.checks import DTYPES
 
 CLASSES = (
@@ -73,8 +73,13 @@ def describe_extension() -> str:
     """Which file it is, and which torch it was compiled for."""
     if backends._C is None:
         return "none"
-    built = backends.found.record.get("torch")
-    return f"{backends._C.__file__}, compiled for torch {built or '(not recorded)'}"
+    record = backends.found.record
+    text = f"{backends._C.__file__}, compiled for torch {record.get('torch') or '(not recorded)'}"
+    package = extension.PACKAGE
+    stale = "sources" in record and extension.is_source(package)
+    if stale and record["sources"] != extension.fingerprint(package.parent):
+        text += f" from older sources than {package.parent / 'csrc'}"
+    return text
 
 
 def devices_of(backend: str) -> list[torch.device]:

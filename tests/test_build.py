@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ spec = importlib.util.spec_from_file_location("fusedopt_setup", ROOT / "setup.py
 assert spec is not None and spec.loader is not None
 setup = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(setup)
+toolchain = sys.modules["toolchain"]  # beside csrc, where setup.py has found it
 
 
 def python(
@@ -44,29 +46,123 @@ def nvcc(tmp_path):
 def test_cuda_is_left_out_insisted_on_or_refused(monkeypatch, nvcc, tmp_path):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("FUSEDOPT_CUDA", "1")
-    assert setup.find_nvcc() == nvcc
+    assert toolchain.find_nvcc() == nvcc
     monkeypatch.setenv("FUSEDOPT_CUDA", "0")
-    assert setup.find_nvcc() is None
+    assert toolchain.find_nvcc() is None
     monkeypatch.setenv("FUSEDOPT_CUDA", "yes")
     with pytest.raises(SystemExit, match="FUSEDOPT_CUDA is 'yes'; it takes 0 or 1"):
-        setup.find_nvcc()
+        toolchain.find_nvcc()
 
 
 def test_cuda_that_is_insisted_on_and_not_there(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("FUSEDOPT_CUDA", "")
-    assert setup.find_nvcc() is None
+    assert toolchain.find_nvcc() is None
     monkeypatch.setenv("FUSEDOPT_CUDA", "1")
     with pytest.raises(SystemExit, match="set CUDA_HOME"):
-        setup.find_nvcc()
+        toolchain.find_nvcc()
+
+
+def test_cuda_without_a_gpu_is_left_out_unless_it_is_asked_for(monkeypatch, nvcc, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("FUSEDOPT_CUDA", "")
+    monkeypatch.setattr(toolchain, "has_gpu", lambda: True)
+    assert toolchain.choose_cuda() == (nvcc, None)
+    monkeypatch.setattr(toolchain, "has_gpu", lambda: False)
+    left_out = f"there is no GPU here. To build them with {nvcc}, set FUSEDOPT_CUDA=1"
+    assert toolchain.choose_cuda() == (None, left_out)
+    monkeypatch.setenv("FUSEDOPT_CUDA", "1")
+    assert toolchain.choose_cuda() == (nvcc, None)
+    monkeypatch.setenv("FUSEDOPT_CUDA", "0")
+    assert toolchain.choose_cuda() == (None, "FUSEDOPT_CUDA=0 left them out")
+    nvcc.unlink()
+    monkeypatch.setenv("FUSEDOPT_CUDA", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert toolchain.choose_cuda()[1].startswith("no nvcc was found")
+
+
+@pytest.mark.parametrize(
+    ("prints", "gpu"), [("GPU 0: NVIDIA H200 (UUID: GPU-1)", True), ("No devices found.", False)]
+)
+def test_a_gpu_is_what_nvidia_smi_lists(monkeypatch, tmp_path, prints, gpu):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{prints}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert toolchain.has_gpu() == gpu
+
+
+def test_a_compiler_that_fails_ends_the_build_with_what_to_do(monkeypatch):
+    toolchain.check_compiler()
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(SystemExit, match=r"(?s)makes no program:\nfalse .*FUSEDOPT_PURE_PYTHON=1"):
+        toolchain.check_compiler()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda name: "/nonexistent")
+    with pytest.raises(SystemExit, match=r"no /nonexistent/Python\.h. Install .*python3-dev"):
+        toolchain.check_compiler()
+
+
+def test_without_torch_there_are_metadata_but_no_build(tmp_path):
+    """As in pip's isolated environment: setup.py runs, and says how to build without one."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copytree(
+        ROOT / "fusedopt",
+        tmp_path / "fusedopt",
+        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+    )
+    code = "import sys, runpy, importlib.util; find = importlib.util.find_spec; sys.argv = {argv}; "
+    code += "importlib.util.find_spec = lambda name: None if name == 'torch' else find(name); "
+    code += "runpy.run_path('setup.py', run_name='__main__')"
+    done = python("-c", code.format(argv=["setup.py", "egg_info"]), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "fusedopt.egg-info/PKG-INFO").exists()
+    done = python("-c", code.format(argv=["setup.py", "build_ext"]), cwd=tmp_path)
+    assert done.returncode == 1
+    assert "`pip install --no-build-isolation .` after `pip install torch`" in done.stderr
+
+
+def test_a_source_distribution_has_what_the_makefile_needs():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode != 0:
+        pytest.skip("not a git checkout")
+    patterns = (ROOT / "MANIFEST.in").read_text().split()
+    missing = [
+        name
+        for name in tracked.stdout.splitlines()
+        if name not in patterns and name.partition("/")[0] not in patterns
+    ]
+    assert set(missing) <= {".gitignore", "MANIFEST.in", "pyproject.toml", "setup.py"}
+
+
+def test_without_ninja_sources_compile_at_once(monkeypatch, tmp_path):
+    from setuptools._distutils.ccompiler import new_compiler
+
+    monkeypatch.setenv("MAX_JOBS", "2")
+    compiler = new_compiler()
+    both = threading.Barrier(2)
+
+    def compile_one(output, source, *rest):
+        both.wait(timeout=60)  # as long as the two are compiled one after the other
+        Path(output).touch()
+
+    monkeypatch.setattr(compiler, "_compile", compile_one)
+    sources = [str(tmp_path / name) for name in ("a.cpp", "b.cpp")]
+    for source in sources:
+        Path(source).touch()
+    setup.compile_at_once(compiler)
+    objects = compiler.compile(sources, output_dir=str(tmp_path / "out"))
+    assert len(objects) == 2 and all(Path(path).exists() for path in objects)
 
 
 def test_architectures(monkeypatch, nvcc):
     def flags(names):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", names)
         return [
-            flag.removeprefix("-gencode=arch=compute_") for flag in setup.architecture_flags(nvcc)
+            flag.removeprefix("-gencode=arch=compute_")
+            for flag in toolchain.architecture_flags(nvcc)
         ]
 
     assert flags("8.0;9.0+PTX") == ["80,code=[sm_80]", "90,code=[sm_90,compute_90]"]
@@ -79,19 +175,24 @@ def test_architectures(monkeypatch, nvcc):
     assert flags("9.0;9.0a") == ["90,code=[sm_90]", "90a,code=[sm_90a]"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;nine")
     with pytest.raises(SystemExit, match="'nine' is not like"):
-        setup.architecture_flags(nvcc)
+        toolchain.architecture_flags(nvcc)
 
 
 def test_default_architectures_end_in_code_for_later_ones(monkeypatch, nvcc):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    codes = [flag.rpartition("code=")[2] for flag in setup.architecture_flags(nvcc)]
+    codes = [flag.rpartition("code=")[2] for flag in toolchain.architecture_flags(nvcc)]
     assert codes == ["[sm_75]", "[sm_80]", "[sm_90]", "[sm_100,compute_100]"]
 
 
 @pytest.mark.parametrize(
-    "environment", [{"CXX": "/nonexistent/c++"}, {"FUSEDOPT_PURE_PYTHON": "1"}], ids=str
+    ("environment", "why"),
+    [
+        ({"CXX": "/nonexistent/c++"}, "no C++ compiler '/nonexistent/c++' was found"),
+        ({"FUSEDOPT_PURE_PYTHON": "1"}, "FUSEDOPT_PURE_PYTHON=1 was set"),
+    ],
+    ids=str,
 )
-def test_without_a_compiler_all_steps_run_in_plain_torch(tmp_path, environment):
+def test_without_a_compiler_all_steps_run_in_plain_torch(tmp_path, environment, why):
     pytest.importorskip("pip")
     tree, target = tmp_path / "tree", tmp_path / "target"
     artifacts = shutil.ignore_patterns("*.so", "__pycache__")
@@ -102,7 +203,7 @@ def test_without_a_compiler_all_steps_run_in_plain_torch(tmp_path, environment):
     options = ["--verbose", "--no-build-isolation", "--no-deps", "--no-index", "--target", target]
     installed = python("-m", "pip", "install", *options, tree, **environment)
     assert installed.returncode == 0, installed.stdout + installed.stderr
-    assert "installing WITHOUT the compiled kernels" in installed.stdout + installed.stderr
+    assert f"installing WITHOUT the compiled kernels: {why}" in installed.stdout + installed.stderr
     assert not list(target.rglob("*.so"))
     assert (target / "fusedopt/py.typed").exists()
 
@@ -122,7 +223,12 @@ def test_without_a_compiler_all_steps_run_in_plain_torch(tmp_path, environment):
     file, *values = ran.stdout.split()
     assert Path(file).is_relative_to(target)
     assert all(abs(float(value)) < 1e-6 for value in values)
-    assert ran.stderr.count("RuntimeWarning: fusedopt: the compiled extension can't be") == 1
+    assert ran.stderr.count("RuntimeWarning: fusedopt runs on torch's own functions") == 1
+    assert f"{target / 'fusedopt'} was installed without compiled kernels ({why}" in ran.stderr
+
+    checked = python("-m", "fusedopt", cwd=tmp_path, PYTHONPATH=path)
+    assert checked.returncode == 1
+    assert f"NOT COMPILED: {target / 'fusedopt'} was installed without" in checked.stdout
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ class Found(NamedTuple):
 
 
 def find(torch_version: str, package: Path = PACKAGE, path: list[str] | None = None) -> Found:
-    """Imports `fusedopt._C` from `package`, or the same build from elsewhere on Python's path.
+    """Imports `fusedopt._C` from `package`; in a source folder, else from where it is installed.
 
     Python prefers the folder that it is started in: in a clone, the sources hide the installed
     package. Its extension is taken where it was compiled from the very sources of the clone.
@@ -46,28 +46,40 @@ def find(torch_version: str, package: Path = PACKAGE, path: list[str] | None = N
     record = read_record(package)
     if extension := extension_in(package):
         return _import(extension, record, torch_version)
-    others = [folder for folder in installed(path) if folder != package]
-    if not others:
-        return Found(None, why_none(package, record), False, record)
-    other = others[0]
-    record = read_record(other)
-    if not is_source(package) or record.get("sources") == fingerprint(package.parent):
-        extension = extension_in(other)
-        assert extension is not None
-        return _import(extension, record, torch_version)
-    reason = (
-        f"Python imports fusedopt from the source folder {package.parent}, which is not compiled, "
-        f"and not from {other.parent}, where a build of other sources is installed. Run `{INSTALL}`"
-        f" in {package.parent} to build these sources, or start Python in another folder"
-    )
-    return Found(None, reason, False, record)
+    if not is_source(package):
+        why = record.get("missing") or "nothing says why"
+        reason = f"{package} was installed without compiled kernels ({why})"
+        return Found(None, reason, False, record)
+    return _find_installed(torch_version, package, path)
 
 
-def installed(path: list[str] | None = None) -> list[Path]:
-    """The folders of compiled packages on Python's path, those of this one's name."""
+def _find_installed(torch_version: str, source: Path, path: list[str] | None) -> Found:
+    others = [folder for folder in packages_on(path) if folder != source]
+    for other in others:
+        if extension := extension_in(other):
+            record = read_record(other)
+            if record.get("sources") == fingerprint(source.parent):
+                return _import(extension, record, torch_version)
+            reason = (
+                f"Python imports fusedopt from {source}, which is not compiled. {other} is, but "
+                f"from other sources. Run `{INSTALL}` in {source.parent} to compile these, or "
+                "start Python in another folder"
+            )
+            return Found(None, reason, False, record)
+    why = next((it["missing"] for it in map(read_record, others) if it.get("missing")), None)
+    reason = f"the source folder {source.parent} is not compiled. Run `{INSTALL}` in it"
+    if why is not None:
+        reason = (
+            f"neither the source folder {source.parent} nor what is installed is compiled: {why}"
+        )
+    return Found(None, reason, False, {})
+
+
+def packages_on(path: list[str] | None = None) -> list[Path]:
+    """The folders of this package's name on Python's path, the first one first."""
     entries = sys.path if path is None else path
     folders = [Path(entry or ".").resolve() / PACKAGE.name for entry in entries]
-    return [folder for folder in dict.fromkeys(folders) if extension_in(folder)]
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
 
 
 def extension_in(package: Path) -> Path | None:
@@ -80,17 +92,6 @@ def extension_in(package: Path) -> Path | None:
 def is_source(package: Path) -> bool:
     """Whether the package lies in a source folder, beside its setup.py and csrc."""
     return (package.parent / "setup.py").is_file() and (package.parent / "csrc").is_dir()
-
-
-def why_none(package: Path, record: dict[str, Any]) -> str:
-    """Why there is no file of the extension, and what to do."""
-    if is_source(package):
-        return (
-            f"the source folder {package.parent} is not compiled. Run "
-            f"`{INSTALL}` in it, and read what it prints with -v"
-        )
-    why = record.get("missing") or "nothing says why"
-    return f"{package} was installed without compiled kernels ({why})"
 
 
 def read_record(package: Path) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def read_record(package: Path) -> dict[str, Any]:
 def fingerprint(root: Path) -> str:
     """Of all that the extension is compiled from."""
     digest = hashlib.sha256()
-    files = [path for path in (root / "csrc").rglob("*") if path.is_file()]
+    files = [path for path in (root / "csrc").rglob("*.*") if path.parent.name != "__pycache__"]
     for path in [*sorted(files), root / "setup.py"]:
         digest.update(path.relative_to(root).as_posix().encode() + b"\0")
         digest.update(path.read_bytes() + b"\0")

@@ -1,0 +1,140 @@
+"""Which compiled extension is found, and what is said where there is none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedopt.core import backends, extension
+
+RUNNING = torch.__version__
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The files that would be imported."""
+    files = []
+
+    def note(file, record, torch_version):
+        files.append(file)
+        return extension.Found(None, None, False, record)
+
+    monkeypatch.setattr(extension, "_import", note)
+    return files
+
+
+def make_package(folder: Path, compiled: bool, sources: str | None = None, **record) -> Path:
+    """A package, beside its sources (files with this text) or without any."""
+    package = folder / "fusedopt"
+    package.mkdir(parents=True)
+    if sources is not None:
+        (folder / "csrc").mkdir()
+        (folder / "csrc/kernel.cpp").write_text(sources)
+        (folder / "setup.py").touch()
+    if compiled:
+        (package / f"_C{EXTENSION_SUFFIXES[0]}").touch()
+    if record:
+        (package / extension.RECORD).write_text(json.dumps(record))
+    return package
+
+
+def fingerprint(tmp_path: Path, sources: str) -> str:
+    make_package(tmp_path / sources, False, sources)
+    return extension.fingerprint(tmp_path / sources)
+
+
+def test_the_folder_own_extension_comes_first(tmp_path, taken):
+    package = make_package(tmp_path / "here", True, "new")
+    other = make_package(tmp_path / "there", True, sources=None, torch=RUNNING)
+    extension.find(RUNNING, package, [str(other.parent)])
+    assert [file.parent for file in taken] == [package]
+
+
+def test_sources_do_not_hide_the_build_that_was_made_of_them(tmp_path, taken):
+    package = make_package(tmp_path / "clone", False, "same")
+    installed = make_package(tmp_path / "site", True, sources=None, torch=RUNNING)
+    record = {"torch": RUNNING, "sources": fingerprint(tmp_path, "same")}
+    (installed / extension.RECORD).write_text(json.dumps(record))
+    found = extension.find(RUNNING, package, [str(package.parent), str(installed.parent)])
+    assert found.record == record
+    assert [file.parent for file in taken] == [installed]
+
+
+def test_a_build_of_other_sources_is_not_taken_and_both_are_named(tmp_path, taken):
+    package = make_package(tmp_path / "clone", False, "new")
+    installed = make_package(tmp_path / "site", True)
+    (installed / extension.RECORD).write_text(json.dumps({"sources": "of old ones"}))
+    found = extension.find(RUNNING, package, [str(installed.parent)])
+    assert not taken and not found.broken
+    for text in (str(package), str(installed), "from other sources", "pip install"):
+        assert text in found.reason
+
+
+@pytest.mark.parametrize("missing", [None, "no C++ compiler 'c++' was found"])
+@pytest.mark.parametrize("sources", [None, "some"])
+def test_why_nothing_is_compiled(tmp_path, sources, missing):
+    record = {"missing": missing} if missing else {}
+    package = make_package(tmp_path / "here", False, sources, **(record if not sources else {}))
+    installed = make_package(tmp_path / "site", False, **(record if sources else {}))
+    found = extension.find(RUNNING, package, [str(installed.parent)])
+    assert found.module is None and not found.broken
+    assert (missing or ("`pip install" if sources else "nothing says why")) in found.reason
+    assert ("source folder" in found.reason) == bool(sources)
+
+
+@pytest.mark.parametrize(
+    ("built", "expected"),
+    [
+        ("2.13.0+cpu", "is compiled for torch 2.13.0+cpu, but torch 2.15.0 runs here (no symbol)"),
+        ("2.15.1", "can't be imported (no symbol)"),
+        (None, "can't be imported (no symbol)"),
+    ],
+)
+def test_torch_of_another_minor_version_is_named(tmp_path, built, expected):
+    path = tmp_path / f"_C{EXTENSION_SUFFIXES[0]}"
+    why = extension.why_broken(path, {"torch": built}, "2.15.0", ImportError("no symbol"))
+    assert why == f"{path} {expected}. Build it again: `{extension.INSTALL}` in the source folder"
+
+
+def test_a_file_that_cannot_be_imported_is_broken(tmp_path):
+    package = make_package(tmp_path, False, torch="1.0")
+    (package / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+    found = extension.find(RUNNING, package, [])
+    assert found.module is None and found.broken
+    assert f"is compiled for torch 1.0, but torch {RUNNING} runs here" in found.reason
+
+
+def test_the_extension_of_another_python_is_named(tmp_path):
+    package = make_package(tmp_path, False)
+    (package / "_C.cpython-27-vax.so").touch()
+    found = extension.find(RUNNING, package, [])
+    assert found.broken and "is compiled for another Python than this" in found.reason
+
+
+def test_a_broken_extension_is_told_at_import(tmp_path):
+    package = tmp_path / "fusedopt"
+    artifacts = shutil.ignore_patterns("*.so", "__pycache__", extension.RECORD)
+    shutil.copytree(extension.PACKAGE, package, ignore=artifacts)
+    (package / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+    (package / extension.RECORD).write_text(json.dumps({"torch": "2.0.0"}))
+    done = subprocess.run(
+        [sys.executable, "-c", "import fusedopt"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "RuntimeWarning: fusedopt: " in done.stderr
+    assert f"is compiled for torch 2.0.0, but torch {RUNNING} runs here" in done.stderr
+
+
+def test_why_there_are_no_cuda_kernels(monkeypatch):
+    monkeypatch.setattr(backends._C, "built_with_cuda", False)
+    record = {"no_cuda": "FUSEDOPT_CUDA=0 left them out"}
+    monkeypatch.setattr(backends, "found", backends.found._replace(record=record))
+    expected = "fusedopt was built without CUDA kernels: FUSEDOPT_CUDA=0 left them out"
+    assert backends.why_missing("cuda") == expected
