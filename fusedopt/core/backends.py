@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import reference
-from fusedopt.core import extension, fallback
+from fusedopt.core import agreement, extension, fallback
 from fusedopt.reference import Group, Rule
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ def warn_once(message: str) -> None:
 
 found = extension.find(torch.__version__)
 _C: Any = found.module
+if _C is not None:
+    agreement.check_constants(_C.constants)
 if found.broken:
     warn_once(f"fusedopt: {found.reason}")
 
