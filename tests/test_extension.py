@@ -6,13 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
 import torch
 
-from fusedopt.core import backends, extension
+from fusedopt.core import agreement, backends, extension
 
 RUNNING = torch.__version__
 
@@ -138,3 +139,16 @@ def test_why_there_are_no_cuda_kernels(monkeypatch):
     monkeypatch.setattr(backends, "found", backends.found._replace(record=record))
     expected = "fusedopt was built without CUDA kernels: FUSEDOPT_CUDA=0 left them out"
     assert backends.why_missing("cuda") == expected
+
+
+def test_kernels_that_disagree_with_python_are_refused():
+    found = backends.found
+    if found.module is None:
+        pytest.skip("the extension is not built")
+    assert agreement.checked(found) is found
+    other = types.SimpleNamespace(
+        __file__="_C.so", constants={**found.module.constants, "chunk_size": 4096}
+    )
+    refused = agreement.checked(found._replace(module=other))
+    assert refused.module is None and refused.broken
+    assert "chunk_size is 4096" in refused.reason and "16384" in refused.reason

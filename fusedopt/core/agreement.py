@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fusedopt.core.extension import INSTALL, Found
 from fusedopt.reference import norms
 from fusedopt.reference.decision import Control
 from fusedopt.reference.limits import LIMITS
@@ -26,18 +27,20 @@ def known_here() -> dict[str, Any]:
     }
 
 
-def check_constants(constants: dict[str, Any]) -> None:
-    """Refuses an extension whose kernels were compiled from other sources.
-
-    Raises:
-        ImportError: it disagrees; the message names the first constant that differs.
-    """
+def checked(found: Found) -> Found:
+    """The extension, if its kernels agree with Python; else why it can't be used."""
+    if found.module is None:
+        return found
+    constants = found.module.constants
     for name, expected in known_here().items():
         if constants.get(name) != expected:
-            raise ImportError(
-                f"its {name} is {constants.get(name)!r}, but this fusedopt expects {expected!r}: it "
-                "was compiled from other sources; build it again"
+            reason = (
+                f"{found.module.__file__} was compiled from other sources: its {name} is "
+                f"{constants.get(name)!r}, and this fusedopt expects {expected!r}. Build it again: "
+                f"`{INSTALL}` in the source folder"
             )
+            return found._replace(module=None, reason=reason, broken=True)
+    return found
 
 
 def check_rule(rule: Rule, constants: dict[str, Any]) -> None:

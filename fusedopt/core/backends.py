@@ -27,10 +27,8 @@ def warn_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-found = extension.find(torch.__version__)
+found = agreement.checked(extension.find(torch.__version__))
 _C: Any = found.module
-if _C is not None:
-    agreement.check_constants(_C.constants)
 if found.broken:
     warn_once(f"fusedopt: {found.reason}")
 
