@@ -6,14 +6,8 @@ every sum is a part of the specification: see `fusedopt.reference.norms`.
 """
 
 from fusedopt.reference.clip_grads import clip_grads, total_norm
-from fusedopt.reference.decision import (
-    Control,
-    Decision,
-    StepOptions,
-    clip_coefficient,
-    decide,
-    smaller,
-)
+from fusedopt.reference.coefficients import Decision, clip_coefficient, smaller
+from fusedopt.reference.decision import Control, StepOptions, decide
 from fusedopt.reference.groups import Group, distinct_params
 from fusedopt.reference.rule import Rule, Twin, count_step
 from fusedopt.reference.step import step, update, write_readings

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedopt.reference import norms
 from fusedopt.reference.arithmetic import compute_dtype, scaled
-from fusedopt.reference.decision import clip_coefficient
+from fusedopt.reference.coefficients import clip_coefficient
 
 
 @torch.no_grad()

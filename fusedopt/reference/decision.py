@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fusedopt.reference.limits import AdaptiveClip
+from fusedopt.reference.coefficients import Decision, clip_coefficient
+from fusedopt.reference.limits import AdaptiveClip
 
 
 class StepOptions(NamedTuple):
@@ -32,16 +32,6 @@ class StepOptions(NamedTuple):
         return self.found_inf is not None and self.found_inf.float().item() != 0
 
 
-class Decision(NamedTuple):
-    """What a step does with its gradients."""
-
-    inv_scale: float
-    grad_norm: float
-    clip_coef: float
-    grad_factor: float
-    skip: bool
-
-
 class Control:
     """Indices into the float64 tensor that a step leaves its readings in."""
 
@@ -57,14 +47,6 @@ class Control:
     SUM_OF_SQUARES, GRAD_NORM, CLIP_COEF, STEP_SKIPPED, SKIPPED_STEPS = range(5)
     CONSECUTIVE_SKIPS, STEPS = range(5, 7)
     SIZE = len(FIELDS)
-
-
-def clip_coefficient(max_norm: float, norm: float) -> float:
-    """What `torch.nn.utils.clip_grad_norm_` multiplies gradients by (Pascanu et al., 2013)."""
-    if max_norm == math.inf:
-        return 1.0
-    coef = max_norm / (norm + 1e-6)
-    return 1.0 if coef > 1.0 else coef  # nan stays nan
 
 
 def decide(options: StepOptions, sum_of_squares: float) -> Decision:
@@ -85,14 +67,3 @@ def decide(options: StepOptions, sum_of_squares: float) -> Decision:
     nonfinite = options.skip_nonfinite and not math.isfinite(sum_of_squares)
     skip = nonfinite or options.asks_for_skip()
     return Decision(inv_scale, grad_norm, clip_coef, inv_scale * clip_coef, skip)
-
-
-def smaller(own: float, shared: float) -> float:
-    """Of a parameter's own coefficient and that of all; a nan of the latter stays one."""
-    return own if own < shared else shared
-
-
-def least(coef: float | Tensor) -> float:
-    if isinstance(coef, Tensor):
-        return coef.min().item() if coef.numel() > 0 else 1.0
-    return coef

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedopt.reference import norms
 from fusedopt.reference.arithmetic import cast_grad
-from fusedopt.reference.decision import Decision, clip_coefficient, smaller
+from fusedopt.reference.coefficients import Decision, clip_coefficient, smaller
 
 _COUNT, _MEAN, _VARIANCE, _NORMS = range(4)  # of a state, and where the norms begin
 _LIMIT = _MEAN

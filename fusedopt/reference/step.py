@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fusedopt.reference import norms
 from fusedopt.reference.arithmetic import cast_grad, compute_dtype, scaled
-from fusedopt.reference.decision import Control, Decision, StepOptions, decide, least, smaller
+from fusedopt.reference.coefficients import Decision, least, smaller
+from fusedopt.reference.decision import Control, StepOptions, decide
 from fusedopt.reference.groups import Group, distinct_params
 from fusedopt.reference.rule import Rule
 
