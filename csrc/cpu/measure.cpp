@@ -7,7 +7,7 @@
 #include "cpu/grad_norm.h"
 #include "cpu/isa.h"
 #include "cpu/passes.h"
-#include "cpu/segments.h"
+#include "cpu/segment_coefs.h"
 #include "cpu/walk.h"
 
 namespace fusedopt::cpu {

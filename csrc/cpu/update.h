@@ -10,7 +10,7 @@
 #include "cpu/grad_norm.h"
 #include "cpu/measure.h"
 #include "cpu/rows.h"
-#include "cpu/segments.h"
+#include "cpu/segment_coefs.h"
 #include "cpu/telemetry.h"
 #include "rules/rule.h"
 

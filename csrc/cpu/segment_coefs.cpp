@@ -1,4 +1,4 @@
-#include "cpu/segments.h"
+#include "cpu/segment_coefs.h"
 
 #include "cpu/grad_norm.h"
 
