@@ -94,9 +94,9 @@ FUSEDOPT_INLINE void update_limit(const StepParams& step, const Decision& decisi
       const TensorShape& shape = step.shapes[t];
       const double squares = sum.template of<SumOfSquares>(
           [&](int64_t chunk) { return Workers::load(step.chunk_sums + chunk); });
+      if (!sum.leads()) return;  // no other worker reads the average that changes here
       const double coef = segment_coef(step, decision, shape, {squares, 0});
-      const double norm = std::sqrt(squares);
-      if (sum.leads()) per_tensor.observe(shape.number, norm * decision.inv_scale * coef);
+      per_tensor.observe(shape.number, std::sqrt(squares) * decision.inv_scale * coef);
     });
   }
 }
