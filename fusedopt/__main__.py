@@ -1,25 +1,168 @@
-"""`python -m fusedopt`: a self-check. `... plot LOG` and `... watch LOG` show a Monitor's log."""
+"""`python -m fusedopt`: what this build has, and whether it agrees with the reference.
+
+`python -m fusedopt plot LOG` and `... watch LOG` show the log of a Monitor.
+"""
 
 from __future__ import annotations
 
+import argparse
+import inspect
+import math
+import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fusedopt
+from fusedopt.core import backends, extension
+from fusedopt.core.checks import DTYPES
+from fusedopt.core.optimizer import FusedOptimizer
+from fusedopt.monitoring import plot, watch
+
+CLASSES = [
+    it
+    for it in (getattr(fusedopt, name) for name in fusedopt.__all__)
+    if isinstance(it, type) and issubclass(it, FusedOptimizer) and it is not FusedOptimizer
+]
+SHAPES = ((), (3,), (33, 41), (0,), (20011,))
+STEPS = 4
+BACKENDS = ("cpu", "cuda")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["plot"]:
-        from fusedopt.monitoring import plot
+    commands = {"plot": plot.main, "watch": watch.main}
+    if arguments and arguments[0] in commands:
+        return commands[arguments[0]](arguments[1:])
+    return self_check(arguments)
 
-        return plot.main(arguments[1:])
-    if arguments[:1] == ["watch"]:
-        from fusedopt.monitoring import watch
 
-        return watch.main(arguments[1:])
-    from fusedopt import selfcheck
+def self_check(argv: Sequence[str]) -> int:
+    """Returns the exit status: 1 if a check failed, or if steps here run without our kernels."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fusedopt",
+        description="Shows what this build has, and checks it, bit by bit, against the reference. "
+        "The exit status is 1 where a check fails, or where nothing compiled runs.",
+        epilog="`python -m fusedopt plot LOG` and `... watch LOG` show the log of a Monitor.",
+    )
+    parser.add_argument(
+        "--backend", choices=("cpu", "cuda"), help="check only this one, which has to be usable"
+    )
+    wanted = parser.parse_args(argv).backend
+    print(f"fusedopt {fusedopt.__version__}, torch {torch.__version__}", end="")
+    print(f" with CUDA {torch.version.cuda or '(none)'}, Python {platform.python_version()}")
+    print(f"Python files: {Path(fusedopt.__file__).parent}")
+    print(f"compiled extension: {describe_extension()}")
+    if backends._C is None:
+        print(f"NOT COMPILED: {backends.found.reason}")
+        print("Steps run on torch's own functions, within some 3 times of torch.optim's time.")
+        return 1
+    return 0 if all([check(name, wanted) for name in ([wanted] if wanted else BACKENDS)]) else 1
 
-    return selfcheck.main(arguments)
+
+def check(backend: str, wanted: str | None) -> bool:
+    """Checks a backend on its devices; one that no device here needs is not missed."""
+    reason = backends.why_missing(backend)
+    if reason is not None:
+        print(f"{backend}: can't be used: {reason}")
+        return wanted is None and not (backend == "cuda" and torch.cuda.is_available())
+    passed = True
+    for device in devices_of(backend):
+        print(f"{device}: {describe(device)}")
+        results = {cls.__name__: same_as_reference(cls, backend, device) for cls in CLASSES}
+        results["clip_grad_norm_"] = clips_as_reference(backend, device)
+        for name, ok in results.items():
+            print(f"    {name:15} {'ok' if ok else 'FAILED'}")
+            passed = passed and ok
+    return passed
+
+
+def describe_extension() -> str:
+    """Which file it is, and which torch it was compiled for."""
+    if backends._C is None:
+        return "none"
+    record = backends.found.record
+    text = f"{backends._C.__file__}, compiled for torch {record.get('torch') or '(not recorded)'}"
+    package = extension.PACKAGE
+    stale = "sources" in record and extension.is_source(package)
+    if stale and record["sources"] != extension.fingerprint(package.parent):
+        text += f" from older sources than {package.parent / 'csrc'}"
+    return text
+
+
+def devices_of(backend: str) -> list[torch.device]:
+    if backend == "cpu":
+        return [torch.device("cpu")]
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"{backends._C.cpu_isa()} kernels, {torch.get_num_threads()} threads"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, compute capability {properties.major}.{properties.minor}"
+
+
+def same_as_reference(
+    cls: type[fusedopt.FusedOptimizer], backend: str, device: torch.device
+) -> bool:
+    """Whether some steps give the bits that the reference gives on the CPU."""
+    actual = run(cls, backend, device)
+    expected = run(cls, "reference", torch.device("cpu"))
+    return all(torch.equal(a.cpu(), b) for a, b in zip(actual, expected, strict=True))
+
+
+def clips_as_reference(backend: Any, device: torch.device) -> bool:
+    """Whether clipping by itself gives the bits that the reference gives on the CPU."""
+    actual = clip(backend, device)
+    expected = clip("reference", torch.device("cpu"))
+    return all(torch.equal(a.cpu(), b) for a, b in zip(actual, expected, strict=True))
+
+
+def clip(backend: Any, device: torch.device) -> list[Tensor]:
+    """Norms of both fused orders and gradients clipped by them, as integers."""
+    results = []
+    for norm_type in (2.0, math.inf):
+        generator = torch.Generator().manual_seed(0)
+        params = []
+        for dtype in DTYPES:
+            for shape in SHAPES:
+                grad = torch.randn(shape, generator=generator).to(device, dtype)
+                params.append(torch.zeros_like(grad, requires_grad=True))
+                params[-1].grad = grad
+        results.append(fusedopt.clip_grad_norm_(params, 1.0, norm_type, backend=backend))
+        results += [param.grad for param in params]
+    return [bits(tensor) for tensor in results]
+
+
+def run(cls: Any, backend: str, device: torch.device) -> list[Tensor]:
+    """Parameters, states and readings after steps of which one is skipped, as integers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    params = [draw(shape, dtype).requires_grad_() for dtype in DTYPES for shape in SHAPES]
+    momentum = {"momentum": 0.9} if "momentum" in inspect.signature(cls).parameters else {}
+    optimizer = cls(params, weight_decay=0.1, max_grad_norm=1.0, backend=backend, **momentum)
+    for step in range(STEPS):
+        for param in params:
+            param.grad = draw(tuple(param.shape), param.dtype)
+        if step == 1:
+            params[1].grad = torch.full_like(params[1], torch.inf)
+        optimizer.step()
+    states = [value for param in params for value in optimizer.state[param].values()]
+    readings = [optimizer.grad_norm, optimizer.skipped_steps]
+    return [bits(tensor.detach()) for tensor in (*params, *states, *readings)]
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fusedopt
+from fusedopt import __main__ as cli
 from fusedopt import reference
-from fusedopt import selfcheck as cli
 from fusedopt.core import backends
 from fusedopt.core.extension import Found
 
