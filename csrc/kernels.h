@@ -1,9 +1,9 @@
-// The only door to the kernels. What lies behind it knows neither torch nor Python, and is compiled
+// The only door to the kernels. The code behind it knows neither torch nor Python, and is compiled
 // into a library of its own.
 //
 // A front end lays out its tensors (Layout), copies the tables into a workspace, and then calls
-// run_step() for every step. Where something stands between the norm and the update, such as other
-// devices' norms, it calls measure(), reduce() and update() instead.
+// run_step() for every step. A front end that must do something between the norm and the update,
+// such as adding other devices' norms, calls measure(), reduce() and update() instead.
 #pragma once
 
 #include <cstddef>
@@ -24,11 +24,11 @@ struct Device {
   int threads = 1;         // CPU only
 };
 
-// An option of a param group, and which of the rule's hyperparameters it fills.
+// An option of a param group, and the hyperparameters of the rule that it fills.
 struct OptionInfo {
   std::string name;
   int first, count;
-  double (*on_host)(double);  // null, or what the host makes of the number
+  double (*on_host)(double);  // null, or a function that the host applies to the number
 };
 
 // A rule as a front end sees it.
@@ -38,32 +38,32 @@ struct RuleInfo {
   std::vector<StateName> scalars;  // 0-d float32 each; the first one counts the steps
   std::vector<StateName> states;   // shaped as the parameter
   int num_hyperparameters;
-  unsigned (*states_used)(const double* hyperparameters);  // bit k: states[k] is there
+  unsigned (*states_used)(const double* hyperparameters);  // bit k: states[k] is used
   int (*update)(const StepParams&, const Device&);
   int (*run_step)(const StepParams&, const Device&);
 };
 
 FUSEDOPT_API const std::vector<RuleInfo>& all_rules();
 
-// Throws std::invalid_argument for a name that no rule has.
+// Throws std::invalid_argument if no rule has this name.
 FUSEDOPT_API const RuleInfo& find_rule(const std::string& name);
 
-// On CUDA all of these are enqueued on the stream and return at once. They return 0, or the
+// On CUDA these calls enqueue kernels on the stream and return at once. They return 0, or the
 // cudaError_t of the launch.
 FUSEDOPT_API int measure(const StepParams& step,
                          const Device& device);  // gradients -> step.chunk_sums
 FUSEDOPT_API int reduce(const StepParams& step,
                         const Device& device);  // step.chunk_sums -> step.control
 FUSEDOPT_API int update(const RuleInfo& rule, const StepParams& step, const Device& device);
-// The three at once, the first two only if step.options.measure.
+// All three calls in order. measure() and reduce() run only if step.options.measure is set.
 FUSEDOPT_API int run_step(const RuleInfo& rule, const StepParams& step, const Device& device);
 
-// Copies a table from host memory to the device's, without a wait. `bytes` is a multiple of 8.
+// Copies a table from host memory to device memory without waiting. `bytes` is a multiple of 8.
 FUSEDOPT_API int upload(const Device& device, void* to, const void* from, size_t bytes);
 
 FUSEDOPT_API bool built_with_cuda();
 FUSEDOPT_API bool is_capturing(void* stream);     // whether a CUDA graph is being captured
-FUSEDOPT_API std::string error_name(int status);  // of what the calls above return
+FUSEDOPT_API std::string error_name(int status);  // the text for a status returned above
 FUSEDOPT_API const char* cpu_isa();               // the instruction set that the CPU kernels use
 
 }  // namespace fusedopt

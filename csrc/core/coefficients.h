@@ -1,4 +1,5 @@
-// What all elements of a tensor share in a step: from hyperparameters and counters to coefficients.
+// Computes the coefficients that all elements of a tensor share in a step, from hyperparameters and
+// counters.
 #pragma once
 
 #include <cstring>
@@ -29,7 +30,7 @@ FUSEDOPT_INLINE typename Rule::Hyperparameters hyperparameters(const double* val
   return h;
 }
 
-// Of a group by its index.
+// The hyperparameters of the group with this index.
 template <class Rule>
 FUSEDOPT_INLINE typename Rule::Hyperparameters hyperparameters(const StepParams& step,
                                                                int64_t group) {
@@ -37,14 +38,14 @@ FUSEDOPT_INLINE typename Rule::Hyperparameters hyperparameters(const StepParams&
   return hyperparameters<Rule>(first + group * num_hyperparameters<Rule>, step.groups[group]);
 }
 
-// In float64.
+// The coefficients and the gradient's factor, in float64.
 template <class Rule>
 struct Prepared {
   typename Rule::template Coefficients<double> coefficients;
   double grad_factor;
 };
 
-// Where a tensor's arrays and scalars lie.
+// The addresses of a tensor's arrays and scalars.
 template <class Rule>
 class Pointers {
  public:
@@ -66,7 +67,7 @@ class Pointers {
   void* const* first_;
 };
 
-// `scalars` come back as those of this step.
+// Changes `scalars` to the values of this step.
 template <class Rule>
 FUSEDOPT_INLINE Prepared<Rule> prepare(const StepParams& step, int64_t group, float* scalars,
                                        double grad_factor) {
@@ -78,7 +79,7 @@ FUSEDOPT_INLINE Prepared<Rule> prepare(const StepParams& step, int64_t group, fl
   return {Rule::coefficients(h, scalars), grad_factor};
 }
 
-// The counters of a tensor, once all of its elements are updated.
+// Advances the scalars of a tensor. Call it after all of its elements are updated.
 template <class Rule>
 FUSEDOPT_INLINE void advance(const StepParams& step, int64_t tensor) {
   const Pointers<Rule> pointers(step, tensor);
@@ -88,7 +89,7 @@ FUSEDOPT_INLINE void advance(const StepParams& step, int64_t tensor) {
   for (int k = 0; k < num_scalars<Rule>; ++k) *pointers.scalar(k) = scalars[k];
 }
 
-// Each coefficient rounded once from float64: T is the only type of a Coefficients' members.
+// Rounds each coefficient once, from float64 to T. All members of Coefficients<T> have the type T.
 template <class Rule, class T>
 FUSEDOPT_INLINE typename Rule::template Coefficients<T> rounded(
     typename Rule::template Coefficients<double> coefficients) {

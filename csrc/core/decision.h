@@ -9,35 +9,35 @@
 
 namespace fusedopt {
 
-// kL2: the norm pass adds up squares. kInf: it takes the largest magnitude, which is the norm
-// itself.
+// kL2: the norm pass adds up squares. kInf: the norm pass takes the largest magnitude, and that is
+// the norm.
 enum class NormType { kL2, kInf };
 
-// What the caller asks of a step, the same for every tensor.
+// The caller's options for a step. They are the same for every tensor.
 struct StepOptions {
   double max_grad_norm;     // infinity: never clip
-  Limit limit;              // a limit below it, unless its kind is kFixed
-  bool skip_nonfinite;      // leave everything as it was when a gradient holds inf or nan
-  bool measure;             // the norm is known before the update (else the update pass sums it up)
-  const float* grad_scale;  // null, or what the loss was multiplied by
-  const float* found_inf;   // null, or non-zero when the caller asks for a skip
-  NormType norm_type;       // of the norm that `max_grad_norm` limits
-  bool only_scales;         // nothing but the gradients changes: a factor of 1 leaves nothing to do
+  Limit limit;              // an adaptive limit; kFixed: max_grad_norm alone counts
+  bool skip_nonfinite;      // change nothing if a gradient is inf or nan
+  bool measure;             // measure the norm before the update; else the update pass sums it up
+  const float* grad_scale;  // null, or the factor that the loss was multiplied by
+  const float* found_inf;   // null, or the address of a number that is non-zero to ask for a skip
+  NormType norm_type;       // the norm that `max_grad_norm` limits
+  bool only_scales;         // only gradients are scaled, so that a factor of 1 changes nothing
 };
 
-// What a step leaves behind. All are doubles, so that Python reads the struct as one float64
+// The results of a step. All fields are doubles, so that Python reads the struct as one float64
 // tensor.
 struct StepControl {
-  double sum_of_squares;     // of the gradients as they are, before unscaling (or their inf norm)
+  double sum_of_squares;     // of the gradients before unscaling; for kInf, their largest magnitude
   double grad_norm;          // after unscaling, before clipping
-  double clip_coef;          // the smallest one, where segments have their own
+  double clip_coef;          // the smallest one, if segments have their own
   double step_skipped;       // 0 or 1
-  double skipped_steps;      // how many so far
-  double consecutive_skips;  // up to the last step
-  double steps;              // how many so far, skipped ones included
+  double skipped_steps;      // so far
+  double consecutive_skips;  // skipped steps in a row, up to and including the last step
+  double steps;              // so far, skipped ones included
 };
 
-// Their names, in order, for front ends.
+// The names of StepControl's fields, in order, for front ends.
 inline constexpr const char* kControlFields[] = {
     "sum_of_squares", "grad_norm",         "clip_coef", "step_skipped",
     "skipped_steps",  "consecutive_skips", "steps"};
@@ -51,9 +51,9 @@ struct Decision {
   bool skip;
 };
 
-// Pascanu, Mikolov and Bengio (2013), as torch.nn.utils.clip_grad_norm_ does it. A sum of squares
-// in float64 can't overflow for finite float32 gradients, so that its finiteness is the inf/nan
-// check.
+// Clips as torch.nn.utils.clip_grad_norm_ does: Pascanu, Mikolov and Bengio (2013). The check for
+// inf and nan asks whether the sum of squares is finite: a sum in float64 can't overflow for finite
+// float32 gradients.
 FUSEDOPT_INLINE Decision decide(const StepOptions& options, double sum_of_squares) {
   Decision decision;
   decision.inv_scale = options.grad_scale ? 1.0 / static_cast<double>(*options.grad_scale) : 1.0;
@@ -74,22 +74,23 @@ FUSEDOPT_INLINE Decision decide(const StepOptions& options, double sum_of_square
   return decision;
 }
 
-// A factor that float32 has no normal number for, as huge gradients and a tiny limit give it.
+// True for a factor that is too small to be a normal float32. Huge gradients and a tiny limit lead
+// to such a factor.
 template <class T>
 FUSEDOPT_INLINE bool is_tiny(double factor) {
   return sizeof(T) == sizeof(float) && factor < 0x1p-126 && factor > 0;
 }
 
-// A gradient times a factor that is rounded once. A tiny factor is applied in two steps: the first
-// one is a power of two.
+// Multiplies a gradient by a factor that is rounded once. A tiny factor is applied in two
+// multiplications, the first by a power of two.
 template <class T>
 FUSEDOPT_INLINE T scaled(T grad, double factor) {
   if (!is_tiny<T>(factor)) return grad * static_cast<T>(factor);
   return (grad * static_cast<T>(0x1p-126)) * static_cast<T>(factor * 0x1p126);
 }
 
-// Whether an adaptive limit learns from the norm of this step. A norm of 0 teaches nothing: the
-// limit would become 0, and clip every later norm to 0.
+// Whether an adaptive limit takes the norm of this step into its statistics. It ignores a norm of
+// 0: the limit would become 0 and clip every later norm to 0.
 FUSEDOPT_INLINE bool is_to_be_observed(const StepOptions& options, const Decision& decision) {
   const bool finite = decision.grad_norm - decision.grad_norm == 0.0;
   return options.limit.kind != LimitKind::kFixed && !decision.skip && finite &&

@@ -1,4 +1,4 @@
-// From values that are known as the program runs to types: the norm, and the variant of a rule.
+// Turns run-time values into types: the norm, and the variant of a rule.
 #pragma once
 
 #include <iterator>
@@ -16,8 +16,7 @@ FUSEDOPT_INLINE auto visit_norm(NormType type, Body&& body) {
   return type == NormType::kL2 ? body(SumOfSquares{}) : body(MaxAbs{});
 }
 
-// Calls body(std::integral_constant<unsigned, used>{}) for the variant of the rule that has these
-// states.
+// Calls body(std::integral_constant<unsigned, used>{}) for the rule's variant with these states.
 template <class Rule, int k = 0, class Body>
 FUSEDOPT_INLINE void visit_variant(unsigned states_used, Body&& body) {
   if constexpr (k < static_cast<int>(sizeof(Rule::kVariants) / sizeof(unsigned))) {
@@ -40,7 +39,7 @@ inline constexpr int num_states = std::size(Rule::kStates);
 template <class Rule>
 inline constexpr int num_scalars = std::size(Rule::kScalars);
 
-// The length of an array with an element per state: C++ has no arrays without elements.
+// The length of an array with one element per state. It is at least 1, as C++ has no empty arrays.
 template <class Rule>
 inline constexpr int state_slots = num_states<Rule> > 0 ? num_states<Rule> : 1;
 

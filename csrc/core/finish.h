@@ -1,19 +1,22 @@
-// The end of a step, once all elements are updated or none: counters, readings, limits, telemetry.
+// The end of a step: counters, readings, limits, telemetry. It runs after all elements are updated,
+// or after the step is skipped.
 //
-// Both backends end a step here. `workers` is who does it: one CPU thread, or a block of CUDA
-// threads. It offers
+// Both backends end a step here. The workers are one CPU thread, or the threads of one CUDA block.
+// `workers` offers
 //
-//   once(body)                      body() in one worker, and all wait for it
-//   each(count, body)               body(i) for every i, each in one worker
-//   each_tensor(step, body)         body(t, sum) for every tensor t: in one worker, or in several
-//                                   that add up the tensor's chunks together
-//   sum.of<Norm>(value)             value(c) of all chunks c of that tensor, in kTensorLanes lanes
-//   sum.leads()                     true in the worker that keeps the result
-//   total(step)                     the sum of squares of all chunks, in every worker
-//   smallest(count, start, value)   the smallest of value(i), not nan, and start, in every worker
-//   ranked(norms, size, rank)       the two sorted norms from that rank on, in every worker
-//   load(pointer)                   a value that another worker has written
-//   has_advanced(shape)             the counters of that tensor went on with its only chunk
+//   once(body)                      calls body() in one worker; all others wait
+//   each(count, body)               calls body(i) for every i, each in one worker
+//   each_tensor(step, body)         calls body(t, sum) for every tensor t: in one worker, or in
+//                                   several that add up the tensor's chunks together
+//   sum.of<Norm>(value)             combines value(c) of the tensor's chunks c in kTensorLanes
+//   lanes sum.leads()                     true in the worker that must store the result total(step)
+//   the sum of squares of all chunks; every worker gets it smallest(count, start, value)   the
+//   smallest of start and every value(i) that is not nan; every
+//                                   worker gets it
+//   ranked(norms, size, rank)       the sorted norms at rank and rank + 1; every worker gets them
+//   load(pointer)                   loads a value that another worker has written
+//   has_advanced(shape)             whether the update of the tensor's only chunk has already
+//                                   advanced its counters
 #pragma once
 
 #include "core/coefficients.h"
@@ -21,7 +24,7 @@
 
 namespace fusedopt {
 
-// What a chunk adds to its tensor's row of telemetry. A skipped step leaves no update.
+// The chunk's telemetry. A skipped step has measured neither updates nor parameters.
 template <class Workers>
 FUSEDOPT_INLINE ChunkMeasures load_measures(const StepParams& step, int64_t chunk, bool skipped) {
   const ChunkMeasures& measures = step.chunk_measures[chunk];
@@ -30,7 +33,7 @@ FUSEDOPT_INLINE ChunkMeasures load_measures(const StepParams& step, int64_t chun
           skipped ? 0 : Workers::load(&measures.param_squares)};
 }
 
-// The step's own row of telemetry.
+// Writes the row of the step.
 template <class Rule>
 FUSEDOPT_INLINE void record_step(const StepParams& step, const Decision& decision) {
   if (step.telemetry.steps == nullptr) return;
@@ -46,7 +49,7 @@ FUSEDOPT_INLINE void record_step(const StepParams& step, const Decision& decisio
   }
 }
 
-// The parameters' rows of telemetry.
+// Writes the rows of the parameters.
 template <class Workers>
 FUSEDOPT_INLINE void record_params(const StepParams& step, const Decision& decision,
                                    const Workers& workers) {
@@ -74,7 +77,7 @@ FUSEDOPT_INLINE void record_params(const StepParams& step, const Decision& decis
   });
 }
 
-// An adaptive limit takes the norms of this step into its statistics.
+// Adds the norms of this step to the statistics of an adaptive limit.
 template <class Workers>
 FUSEDOPT_INLINE void update_limit(const StepParams& step, const Decision& decision,
                                   const Workers& workers) {
@@ -101,7 +104,7 @@ FUSEDOPT_INLINE void update_limit(const StepParams& step, const Decision& decisi
   }
 }
 
-// `decision`: in memory that all workers share.
+// `decision` lies in memory that all workers share.
 template <class Rule, class Workers>
 FUSEDOPT_INLINE void finish(const StepParams& step, Decision& decision, const Workers& workers) {
   if (!decision.skip) {
@@ -111,7 +114,7 @@ FUSEDOPT_INLINE void finish(const StepParams& step, Decision& decision, const Wo
       }
     });
   }
-  if (!step.options.measure) {  // the update pass has summed up the squares on its way
+  if (!step.options.measure) {  // the update pass has summed up each chunk's squares
     const double sum = workers.total(step);
     workers.once([&] {
       step.control->sum_of_squares = sum;

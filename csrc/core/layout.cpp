@@ -55,7 +55,7 @@ Layout::Layout(const std::vector<TensorInfo>& tensors, const Needs& needs) : nee
   if (needs.on_cuda && args.bytes() > kInlinedArgs) step_args_ = add(args.bytes());
 }
 
-// Every part begins where any of its types is aligned.
+// Every part begins at a multiple of 16 bytes, which aligns every type in it.
 Layout::Part Layout::add(int64_t bytes) {
   constexpr int64_t kAlignment = 16;
   const Part part{bytes_, bytes};
@@ -78,14 +78,15 @@ void Layout::make_chunks(const std::vector<TensorInfo>& tensors) {
   }
 }
 
-// Long ranges suit the prefetchers; but at the end of a pass no thread is to wait long for another.
+// Long spans help the processor's prefetchers. Short spans shorten the wait for the slowest thread
+// at the end of a pass.
 void Layout::make_spans() {
   const auto size_of = [&](const Chunk& chunk) { return chunk.size(shapes_[chunk.tensor].numel); };
   int64_t total = 0;
   for (const Chunk& chunk : chunks_) total += size_of(chunk);
   constexpr int64_t kSpans = 64, kLongest = 16 * kChunkSize;
   const int64_t wanted = std::clamp(total / kSpans, kChunkSize, kLongest);
-  int64_t elements = wanted;  // as if a full span came before the first
+  int64_t elements = wanted;  // so that the first chunk begins a span
   for (int64_t i = 0; i < num_chunks(); ++i) {
     if (elements >= wanted) {
       spans_.push_back({i, i});

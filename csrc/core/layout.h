@@ -1,5 +1,6 @@
 // The workspace of a device: one piece of memory with all that the kernels need beside the arrays.
-// It begins with tables that are copied there once; the rest is what passes leave for each other.
+// It begins with tables, which are copied there once. The rest holds results that one pass leaves
+// for a later one.
 #pragma once
 
 #include <cstdint>
@@ -15,18 +16,18 @@ struct TensorInfo {
   int64_t numel;
   int64_t row_size;  // elements that one index of the first dimension selects
   uint32_t group;
-  uint32_t number;  // among the tensors of all devices
+  uint32_t number;  // index among the tensors of all devices
   Storage param, grad, states[kMaxStates];
 };
 
-// Where a tensor's arrays lie.
+// The addresses of a tensor's arrays.
 struct TensorPointers {
   void* param;
   void* states[kMaxStates];     // in the order of the rule's kStates; null where not used
-  float* scalars[kMaxScalars];  // in the order of the rule's kScalars: `step` and its like
+  float* scalars[kMaxScalars];  // in the order of the rule's kScalars; the first is often `step`
 };
 
-// What the steps of an optimizer will ask for.
+// The features that an optimizer's steps will use. They decide which parts the workspace has.
 struct Needs {
   bool on_cuda;
   bool telemetry;
@@ -35,8 +36,8 @@ struct Needs {
   int num_hyperparameters, num_states, num_scalars;  // of the rule
 };
 
-// The values of a step that may change at every step: gradient pointers, groups, hyperparameters.
-// They travel in the arguments of CUDA kernels.
+// The values that may change at every step: gradient pointers, groups, hyperparameters. They travel
+// in the arguments of CUDA kernels.
 struct StepArgs {
   int64_t num_tensors, num_groups, num_hyperparameters;
 
@@ -57,8 +58,8 @@ struct StepArgs {
   }
 };
 
-// Arguments of this size serve up to about 450 tensors. Larger ones are left in the workspace by
-// the first kernel of a step, for the second one.
+// StepArgs of up to this size, about 450 tensors, travel in the arguments of every kernel. Larger
+// ones are written to the workspace before or by the first kernel of a step.
 inline constexpr int64_t kInlinedArgs = 3776;
 
 class FUSEDOPT_API Layout {
@@ -70,7 +71,7 @@ class FUSEDOPT_API Layout {
   int64_t chunk_sums_at() const { return chunk_sums_.at; }
   int64_t num_chunks() const { return static_cast<int64_t>(chunks_.size()); }
 
-  // The tables, as they begin the workspace.
+  // The tables in the form that the workspace begins with.
   std::vector<char> tables(const std::vector<TensorPointers>& pointers) const;
 
   // Points a step to its tables and to its memory.

@@ -11,7 +11,7 @@
 
 namespace fusedopt {
 
-// Arguments come in the order of the fields of the Python class. kernels.h exports the kinds.
+// A limit's arguments have the order of the fields of its Python class.
 enum class LimitKind : int { kFixed, kPercentile, kZScore, kPerTensor, kUnit };
 
 // The names of the kinds, in order, for front ends.
@@ -23,24 +23,25 @@ inline constexpr int kMaxLimitArguments = 4;
 struct Limit {
   LimitKind kind;
   double arguments[kMaxLimitArguments];
-  // kPercentile and kZScore: the count, the mean or the limit, the variance; then the norms that a
-  // percentile is taken of. kPerTensor: the count and the average of every tensor.
+  // kZScore: the count, the mean, the variance. kPercentile: the count, the limit, an unused
+  // number, then the last norms. kPerTensor: for every tensor, the count and the average.
   double* state;
 };
 
-// What a norm is multiplied by to keep the limit. A norm of nan is left to the global limit.
+// The factor that brings a norm down to the limit. It is 1 for a norm of nan: the global limit
+// handles nan.
 FUSEDOPT_INLINE double coefficient_to(double limit, double norm) {
   return norm > limit ? limit / norm : 1.0;
 }
 
-// The same as torch.nn.utils.clip_grad_norm_ has it; nan stays nan.
+// The coefficient of torch.nn.utils.clip_grad_norm_. It is nan if the norm is nan.
 FUSEDOPT_INLINE double clip_coefficient(double limit, double norm) {
   if (limit == HUGE_VAL) return 1.0;
   const double coef = limit / (norm + 1e-6);
   return coef > 1.0 ? 1.0 : coef;
 }
 
-// The smaller of a segment's own coefficient and the one that all gradients share.
+// The smaller of a segment's own coefficient and the coefficient that all gradients share.
 FUSEDOPT_INLINE double smaller(double own, double shared) { return own < shared ? own : shared; }
 
 struct ZScore {
@@ -95,7 +96,7 @@ struct Percentile {
   FUSEDOPT_INLINE double& count() const { return state[0]; }
   FUSEDOPT_INLINE double& known_limit() const { return state[1]; }
   FUSEDOPT_INLINE double* norms() const { return state + 3; }
-  FUSEDOPT_INLINE int64_t size() const {  // of the norms that there are
+  FUSEDOPT_INLINE int64_t size() const {  // how many norms there are
     return static_cast<int64_t>(count() < window ? count() : window);
   }
 
@@ -105,7 +106,7 @@ struct Percentile {
     norms()[static_cast<int64_t>(count()) % static_cast<int64_t>(window)] = norm;
     count() += 1;
   }
-  // Where among the sorted norms the percentile lies: between `rank` and the one after it.
+  // The percentile's place among the sorted norms. It lies between `rank` and `rank + 1`.
   FUSEDOPT_INLINE double position() const {
     return static_cast<double>(size() - 1) * (percentile / 100);
   }
@@ -115,7 +116,7 @@ struct Percentile {
   }
 };
 
-// Norms are unscaled.
+// All norms are those of unscaled gradients.
 struct PerTensor {
   double threshold, beta, warmup, warmup_norm;
   double* state;
@@ -130,7 +131,8 @@ struct PerTensor {
   FUSEDOPT_INLINE double& average(int64_t tensor) const { return state[2 * tensor + 1]; }
 
   FUSEDOPT_INLINE double coef(int64_t tensor, double norm, double global_norm) const {
-    if (norm == 0) return 1.0;  // it never warms up, and is not to be the smallest coefficient
+    // Such a tensor never warms up. Its coefficient must not count as the smallest one.
+    if (norm == 0) return 1.0;
     if (count(tensor) < warmup) return clip_coefficient(warmup_norm, global_norm);
     return coefficient_to(threshold * average(tensor), norm);
   }
@@ -156,7 +158,7 @@ struct Unit {
   }
 };
 
-// The limit of the global norm; infinity: there is none.
+// The adaptive limit of the global norm. Infinity means no limit.
 FUSEDOPT_INLINE double adaptive_limit(const Limit& limit, double norm) {
   if (limit.kind == LimitKind::kPercentile) return Percentile(limit).limit();
   return limit.kind == LimitKind::kZScore ? ZScore(limit).limit(norm) : HUGE_VAL;

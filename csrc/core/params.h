@@ -1,4 +1,4 @@
-// What travels from a step's caller to the kernels: plain structs, no torch, no Python.
+// The structs that a step's caller passes to the kernels. They need neither torch nor Python.
 #pragma once
 
 #include <cstdint>
@@ -9,43 +9,45 @@
 
 namespace fusedopt {
 
-// A chunk is the unit of work and of summation: that many elements of one tensor, in memory order.
+// A chunk is the unit of work and of summation: kChunkSize elements of one tensor in memory order,
+// or fewer at the tensor's end.
 inline constexpr int64_t kChunkSize = 16384;
 
-// A chunk's squares are summed in lanes: element i goes to lane i % lanes, where a row of lanes is
-// as long as 256 accesses of 16 bytes to the parameter: what a block of CUDA threads reads at once.
+// A chunk's squares are summed in lanes: element i goes to lane i % lanes. A chunk has as many
+// lanes as elements of the parameter fit in kRowBytes. 256 CUDA threads read so many bytes at once,
+// 16 bytes each.
 inline constexpr int64_t kRowBytes = 4096;
 
-// The sums of all chunks are summed in that many lanes, chunk i in lane i % lanes.
+// The sums of all chunks are added in kTotalLanes lanes: chunk i goes to lane i % kTotalLanes.
 inline constexpr int kTotalLanes = 256;
 
-// The chunks of a tensor, and the parts of a segment, are summed in that many lanes, likewise.
+// The chunks of one tensor, and the parts of one segment, are added in kTensorLanes lanes.
 inline constexpr int kTensorLanes = 32;
 
 inline constexpr int kMaxStates = 3;
 inline constexpr int kMaxScalars = 2;
 
-// What doesn't change about a tensor from step to step.
+// The properties of a tensor that are the same at every step.
 struct TensorShape {
   int64_t numel;
-  int64_t first_chunk;  // among the chunks of all tensors of its device
+  int64_t first_chunk;  // index among the chunks of all tensors of its device
   uint32_t group;
-  uint32_t number;  // among the tensors of all devices
+  uint32_t number;  // index among the tensors of all devices
   Storage param, grad, states[kMaxStates];
 };
 static_assert(sizeof(TensorShape) == 32, "the table on the device is to cost 32 bytes per tensor");
 
-// The rows of a tensor: what one index of its first dimension selects.
+// The rows of a tensor. One index of the first dimension selects one row.
 struct TensorRows {
-  int64_t size;   // elements of each
-  int64_t first;  // among the rows of all tensors of its device
+  int64_t size;   // elements per row
+  int64_t first;  // index of the first row among the rows of all tensors of its device
 };
 
 FUSEDOPT_INLINE int64_t chunks_of(int64_t numel) { return (numel + kChunkSize - 1) / kChunkSize; }
 
 struct Chunk {
   uint32_t tensor;  // index into the tables of tensors
-  uint32_t index;   // of this chunk in its tensor
+  uint32_t index;   // index of this chunk in its tensor
 
   FUSEDOPT_INLINE int64_t begin() const { return index * kChunkSize; }
   FUSEDOPT_INLINE int64_t size(int64_t numel) const {
@@ -54,61 +56,61 @@ struct Chunk {
   }
 };
 
-// A range of neighboring chunks: what a CPU thread takes at a time.
+// A range of neighboring chunks. A CPU thread takes one span at a time.
 struct Span {
   int64_t first, last;
 };
 
-// One parameter group. Behind the table of all groups lie their hyperparameters: of every group as
-// many doubles as the rule has, in its order.
+// One parameter group. The hyperparameters of all groups follow the table of groups in memory: for
+// each group, the rule's hyperparameters as doubles, in the order of the rule.
 struct Group {
-  const void* lr;        // null, or where a tensor lr lives on the device
+  const void* lr;        // null, or the address of a learning rate on the device
   Storage lr_storage;    // float32 or float64
-  uint32_t states_used;  // bit k: the rule's kStates[k] is there
+  uint32_t states_used;  // bit k: the rule's kStates[k] is used
 };
 static_assert(sizeof(Group) == 2 * sizeof(double), "a table of groups is one of doubles");
 
-// Sums of squares over a segment, or over a part of one.
+// Sums of squares over a segment, or over a part of a segment.
 struct SegmentSums {
   double grads, params;
 };
 
-// Rings of rows, where a step leaves its telemetry.
+// The rings where a step writes its telemetry.
 struct Telemetry {
-  double* steps;     // rows of kStepColumns and the groups' lr; null but on the first device
-  ParamRow* params;  // rows of one per tensor; null: nobody asked for telemetry
+  double* steps;     // per row: kStepColumns, then each group's lr; set on the first device only
+  ParamRow* params;  // per row: one ParamRow per tensor; null: telemetry is off
   int64_t rows;      // step t, counted from 0, is in row t % rows
 };
 
-// All that a step reads and writes on one device. On CUDA, `grads` and `groups` lie in host
-// memory, and everything else on the device.
+// All that a step reads and writes on one device. On CUDA, `grads` and `groups` point to host
+// memory, and all other pointers to device memory.
 struct StepParams {
-  // Tables that stay as they are from step to step.
+  // Tables that are the same at every step.
   const TensorShape* shapes;
-  void* const* pointers;   // of each tensor: the parameter, the rule's states, the rule's scalars
+  void* const* pointers;   // per tensor: the parameter, the rule's states, the rule's scalars
   const TensorRows* rows;  // one per tensor, for limits of rows; else null
   const Chunk* chunks;
   const Span* spans;  // CPU only
   int64_t num_tensors, num_chunks, num_spans, num_groups;
-  int64_t num_pointers;  // of one tensor
+  int64_t num_pointers;  // per tensor
 
-  // What a step's caller gives anew.
-  const void* const* grads;     // one per tensor; null: no gradient, the tensor is left alone
-  const Group* groups;          // behind them, their hyperparameters
-  int64_t num_hyperparameters;  // of one group
+  // Values that the caller sets at every step.
+  const void* const* grads;     // one per tensor; null: no gradient, the tensor is not touched
+  const Group* groups;          // followed by their hyperparameters
+  int64_t num_hyperparameters;  // per group
   StepControl* control;
   StepOptions options;
-  bool updates_limit;  // the state of options.limit is not another device's: it takes the norm in
+  bool updates_limit;  // this device adds the step's norms to the statistics of options.limit
   Telemetry telemetry;
 
   // Memory that the kernels work with; see core/layout.h.
-  double* chunk_sums;             // one per chunk: the squares of its gradients, or their largest
+  double* chunk_sums;             // one per chunk: its gradients' squares, or largest magnitude
   ChunkMeasures* chunk_measures;  // one per chunk, for telemetry; else null
   SegmentSums* part_sums;  // for limits of rows: one per part, see core/segments.h; else null
-  double* part_coefs;      // at the same places
+  double* part_coefs;      // for limits of rows: one per part, as in part_sums; else null
   double* chunk_coefs;     // for limits of segments: the smallest of each chunk; else null
   unsigned* tickets;       // CUDA only: one per pass, zero between launches
-  void* step_args;         // CUDA only: room for what doesn't fit in a kernel's arguments; or null
+  void* step_args;         // CUDA only: room for StepArgs that exceed kInlinedArgs; else null
 };
 
 }  // namespace fusedopt

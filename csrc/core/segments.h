@@ -1,10 +1,10 @@
-// Segments: elements that share one norm and one clip coefficient. A limit of tensors takes every
-// tensor as one segment, a limit of rows takes every row of a tensor.
+// Segments: elements that share one norm and one clip coefficient. For a limit of tensors every
+// tensor is one segment. For a limit of rows every row of a tensor is one segment.
 //
-// A part is what one chunk holds of one segment. The parts of a tensor that is one segment are its
-// chunks, whose sums the norm pass has. For rows, the norm pass adds up each part by itself. Two
-// neighboring chunks share at most one row, so that `first row + row + first chunk + chunk` is a
-// place that no other part has.
+// A part is the elements of one segment that lie in one chunk. If a tensor is one segment, its
+// parts are its chunks, and chunk_sums holds their sums. For rows, the norm pass adds up each part
+// separately and stores it at the index `first row + row + first chunk + chunk`. The index is
+// unique: two neighboring chunks share at most one row.
 #pragma once
 
 #include <cmath>
@@ -42,7 +42,7 @@ class Segments {
     return (end(segment) - 1) / kChunkSize - first_chunk(segment) + 1;
   }
 
-  // Where the part of a segment that lies in a chunk of the tensor is kept.
+  // The index of the part of this segment in this chunk of the tensor.
   FUSEDOPT_INLINE int64_t part(int64_t segment, int64_t chunk) const {
     return first_part_ + segment + chunk;
   }
@@ -54,7 +54,7 @@ class Segments {
 // Walks over the parts that lie in one chunk.
 struct PartWalk {
   int64_t segment;
-  int64_t first, last;  // elements of the chunk
+  int64_t first, last;  // the part's elements in the chunk: [first, last)
 
   FUSEDOPT_INLINE PartWalk(const Segments& segments, int64_t begin, int64_t count)
       : segment(segments.at(begin)), first(0), size_(segments.size()), count_(count) {
@@ -72,7 +72,7 @@ struct PartWalk {
   int64_t size_, count_;
 };
 
-// What the gradient of one segment is clipped by, from the sums of squares over its elements.
+// The clip coefficient of one segment, from the sums of squares over its elements.
 FUSEDOPT_INLINE double segment_coef(const StepParams& step, const Decision& decision,
                                     const TensorShape& shape, SegmentSums sums) {
   const Limit& limit = step.options.limit;

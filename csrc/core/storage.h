@@ -21,7 +21,7 @@ FUSEDOPT_INLINE Storage computed_in(Storage storage) {
   return storage == Storage::kFloat64 ? Storage::kFloat64 : Storage::kFloat32;
 }
 
-// A type as a value, for generic lambdas.
+// A type wrapped in a value, for generic lambdas.
 template <class scalar_t>
 struct Tag {
   using type = scalar_t;
@@ -29,8 +29,8 @@ struct Tag {
 template <class tag>
 using type_of = typename tag::type;
 
-// Calls body(Tag<scalar_t>{}) with the type that the storage stands for. A backend that finds out
-// as it runs which of the two 16-bit formats it has gives one type for both.
+// Calls body(Tag<scalar_t>{}) with the type of this storage. A backend that selects the 16-bit
+// format at run time passes one type for both formats.
 template <class bfloat16_t = bfloat16, class float16_t = float16, class Body>
 FUSEDOPT_INLINE auto visit_storage(Storage storage, Body&& body) {
   if (storage == Storage::kFloat32) return body(Tag<float>{});
@@ -41,8 +41,8 @@ FUSEDOPT_INLINE auto visit_storage(Storage storage, Body&& body) {
   return body(Tag<bfloat16_t>{});
 }
 
-// The same for an array beside a parameter of type param_t, which has that type or the one that the
-// parameter is computed in.
+// The same for a gradient or a state of a parameter of type param_t. Such an array is stored as
+// param_t, or as the type that the parameter is computed in.
 template <class param_t, class Body>
 FUSEDOPT_INLINE auto visit_storage_beside(Storage storage, Body&& body) {
   if constexpr (!std::is_same_v<param_t, opmath_t<param_t>>) {

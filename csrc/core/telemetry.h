@@ -1,4 +1,4 @@
-// Telemetry: what a step finds out about every parameter on its way, for the user to read later.
+// Telemetry: measurements of every parameter that a step makes for the user to read later.
 #pragma once
 
 #include <cmath>
@@ -12,8 +12,8 @@
 
 namespace fusedopt {
 
-// A magnitude as an unsigned integer: they are in the same order, inf above all finite ones and nan
-// above inf, and integers have a maximum that needs no care.
+// A magnitude's bits as an unsigned integer. The integers have the same order as the magnitudes:
+// inf is above all finite ones, and nan is above inf. Their maximum needs no special case for nan.
 template <class scalar_t>
 using magnitude_bits =
     std::conditional_t<sizeof(scalar_t) == 2, uint16_t,
@@ -25,16 +25,16 @@ FUSEDOPT_INLINE magnitude_bits<scalar_t> magnitude(scalar_t value) {
   return bit_cast<bits_t>(value) & static_cast<bits_t>(static_cast<bits_t>(~bits_t{0}) >> 1);
 }
 
-// Of one chunk, beside the sum of its gradients' squares.
+// Telemetry of one chunk, in addition to its entry in chunk_sums.
 struct ChunkMeasures {
-  double grad_max;  // of the gradients as they are, before unscaling
-  double infs, nans;
-  double update_squares;  // the sum, of what was added to the elements
-  double param_squares;   // the sum, of the elements before
+  double grad_max;        // largest magnitude of the gradients, before unscaling
+  double infs, nans;      // how many gradients are inf, and nan
+  double update_squares;  // sum of the squares of the elements' changes
+  double param_squares;   // sum of the squares of the elements before the step
 };
 
-// Of one parameter in one step. All are doubles, so that Python reads a ring of rows as one float64
-// tensor.
+// Telemetry of one parameter in one step. All fields are doubles, so that Python reads a ring of
+// rows as one float64 tensor.
 struct ParamRow {
   double grad_norm, grad_max;  // after unscaling, before clipping
   double infs, nans;
@@ -42,7 +42,7 @@ struct ParamRow {
   double param_norm;  // before the step
 };
 
-// Their names, in order, for front ends.
+// The names of ParamRow's fields, in order, for front ends.
 inline constexpr const char* kParamColumns[] = {"grad_norm", "grad_max",    "infs",
                                                 "nans",      "update_norm", "param_norm"};
 static_assert(sizeof(ParamRow) == std::size(kParamColumns) * sizeof(double));
@@ -51,7 +51,8 @@ static_assert(sizeof(ParamRow) == std::size(kParamColumns) * sizeof(double));
 inline constexpr const char* kStepColumnNames[] = {"grad_norm", "clip_coef", "skipped"};
 inline constexpr int kStepColumns = std::size(kStepColumnNames);
 
-// From the sums over all chunks of a parameter. A step that is skipped doesn't look at parameters.
+// The row of a parameter, from the sums over all of its chunks. A skipped step reads no parameters:
+// their norm is nan then.
 FUSEDOPT_INLINE ParamRow param_row(double grad_squares, const ChunkMeasures& measures,
                                    const Decision& decision) {
   const double inv_scale = decision.inv_scale;
@@ -63,7 +64,7 @@ FUSEDOPT_INLINE ParamRow param_row(double grad_squares, const ChunkMeasures& mea
           decision.skip ? NAN : std::sqrt(measures.param_squares)};
 }
 
-// Of a parameter that had no gradient.
+// The row of a parameter without a gradient.
 FUSEDOPT_INLINE ParamRow absent_row() { return {NAN, NAN, NAN, NAN, NAN, NAN}; }
 
 }  // namespace fusedopt

@@ -1,4 +1,5 @@
-// Sums of squares, or largest magnitudes, in lanes: of a chunk, and of a tensor's chunks.
+// Sums of squares, or largest magnitudes, over a chunk and over a tensor's chunks. Both are
+// combined in lanes.
 #pragma once
 
 #include <algorithm>
@@ -10,19 +11,19 @@
 
 namespace fusedopt::cpu {
 
-// Combines neighboring terms: half as many results.
+// Combines neighboring terms. `count` is the number of results, half the number of terms.
 template <class Norm>
 FUSEDOPT_INLINE void combine_neighbors(const double* __restrict terms, double* __restrict results,
                                        int64_t count) {
   for (int64_t i = 0; i < count; ++i) results[i] = Norm::combine(terms[2 * i], terms[2 * i + 1]);
 }
 
-// Lanes of a sum (or of a maximum): term i is added to lane i % kLanes; then neighboring lanes are
-// added, then neighbors of these, until one is left.
+// The lanes of a sum or of a maximum. Term i goes to lane i % kLanes. fold() then combines
+// neighboring lanes, then neighboring results, until one is left.
 template <class Norm, int64_t kLanes>
 class Lanes {
  public:
-  // Terms [first, first + count), of which first is a multiple of kLanes.
+  // Adds the terms [first, first + count). `first` is a multiple of kLanes.
   template <class Term>
   FUSEDOPT_INLINE void add_row(Term term, int64_t first, int64_t count) {
     if (first == 0) {
@@ -43,7 +44,7 @@ class Lanes {
     }
   }
 
-  // Leaves nothing of the lanes. Those that were never used count as zero.
+  // Combines all lanes into one result and destroys them. Unused lanes count as zero.
   FUSEDOPT_INLINE double fold() {
     int64_t width = kFew;
     while (width < used_) width *= 4;
@@ -57,7 +58,8 @@ class Lanes {
   }
 
  private:
-  // So many are folded without a loop: small tensors would spend their time on the loops' ends.
+  // The last kFew lanes are folded without a loop: for small tensors the loop itself would take
+  // most of the time.
   static constexpr int64_t few() {
     int64_t width = kLanes;
     while (width > 16) width /= 4;
@@ -85,7 +87,7 @@ struct Term {
   FUSEDOPT_INLINE double operator()(int64_t i) const { return Norm::term(widen(grads[i])); }
 };
 
-// The lanes of a chunk whose parameter is stored as param_t.
+// The number of lanes of a chunk whose parameter is stored as param_t.
 template <class param_t>
 inline constexpr int64_t kNormLanes = kRowBytes / sizeof(param_t);
 
@@ -98,7 +100,7 @@ struct ChunkNorm {
   }
 };
 
-// The total of term(first), term(first + 1), ... in the lanes of a tensor.
+// Combines term(first) ... term(first + count - 1) in kTensorLanes lanes.
 template <class Norm, class Of>
 double total_of(int64_t first, int64_t count, Of term) {
   if (count == 1) return term(first);

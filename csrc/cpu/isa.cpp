@@ -16,7 +16,7 @@ Isa detect() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const Isa found = avx2 && avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kBaseline;
-  // For tests: a lower instruction set than the processor's, by name.
+  // Tests select a lower instruction set than the processor's by name.
   const char* limit = std::getenv("FUSEDOPT_ISA");
   for (Isa isa : {Isa::kBaseline, Isa::kAvx2}) {
     if (limit != nullptr && std::strcmp(limit, isa_name(isa)) == 0 && isa < found) return isa;

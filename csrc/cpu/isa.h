@@ -1,7 +1,9 @@
-// One source, several instruction sets: the best that the processor has is chosen at run time.
+// Compiles one source for several instruction sets. The best one that the processor has is chosen
+// at run time.
 #pragma once
 
-// -DFUSEDOPT_ONE_ISA: none but the baseline, for a build that is not for speed, as the emulator's.
+// -DFUSEDOPT_ONE_ISA compiles the baseline only. The emulator's build uses it, as it needs no
+// speed.
 #if defined(__x86_64__) && !defined(FUSEDOPT_ONE_ISA)
 #define FUSEDOPT_X86_ISAS 1
 #else
@@ -15,8 +17,9 @@ enum class Isa { kBaseline, kAvx2, kAvx512 };
 Isa best_isa();
 const char* isa_name(Isa isa);
 
-// Kernel::run(arguments...), always inlined, compiled once for each instruction set. Contraction
-// into FMA is off for the whole build, so that all of them give the same bits.
+// Each of these functions calls Kernel::run(arguments...), which is always inlined, so that it is
+// compiled for each instruction set. The whole build disables contraction into FMA: all of them
+// give the same bits.
 template <class Kernel, class... Arguments>
 void run_baseline(Arguments... arguments) {
   Kernel::run(arguments...);

@@ -14,7 +14,7 @@ namespace fusedopt::cpu {
 
 namespace {
 
-// The sum of squares and the largest magnitude, row by row, from one read.
+// Measures the sum of squares and the largest magnitude in one read of the gradients.
 template <int64_t kLanes, class grad_t>
 struct ChunkMeasure {
   static FUSEDOPT_INLINE void run(const grad_t* grads, int64_t count, double* sum,
@@ -40,7 +40,8 @@ void count_nonfinite(const grad_t* grads, int64_t count, ChunkMeasures& measures
   }
 }
 
-// Only a chunk whose sum is not finite holds inf or nan: chunks are hardly ever read again.
+// A chunk with inf or nan has a sum that is not finite. Only then is the chunk read again to count
+// them.
 template <class grad_t>
 void finish_measures(const StepParams& step, int64_t chunk, const grad_t* grads, int64_t count,
                      magnitude_bits<grad_t> largest) {
@@ -50,7 +51,8 @@ void finish_measures(const StepParams& step, int64_t chunk, const grad_t* grads,
   if (!std::isfinite(step.chunk_sums[chunk])) count_nonfinite(grads, count, measures);
 }
 
-// Calls body(std::integral_constant of the lanes, the chunk's first gradient, their number).
+// Calls body(lanes, grads, count): the number of lanes as a std::integral_constant, a pointer to
+// the chunk's gradients, and their number.
 template <class Body>
 void visit_chunk(const StepParams& step, int64_t index, Body body) {
   const Chunk chunk = step.chunks[index];

@@ -1,4 +1,4 @@
-// Compiled once per rule of rules/all.h: each is an object of its own.
+// This file is compiled once for each rule of rules/all.h, into an object of its own.
 #include "cpu/passes.h"
 
 #include "core/finish.h"
@@ -16,7 +16,7 @@ Decision decision_of(const StepParams& step) {
   return decide(step.options, step.options.measure ? step.control->sum_of_squares : 0.0);
 }
 
-// By every thread of a team.
+// Every thread of the team calls it.
 template <class Rule>
 void update_chunks(const StepParams& step, const Decision& decision, Walk& walk) {
   if (decision.skip) return;
@@ -42,7 +42,8 @@ void update(const StepParams& step, int threads) {
 
 template <class Rule>
 void run_step(const StepParams& step, int threads) {
-  // In reverse: what the norm pass has read last is still in the cache.
+  // The update goes in reverse: the gradients that the norm pass has read last are still in the
+  // cache.
   Walk norm_walk(step, Order::kForward), update_walk(step, Order::kReverse);
   Decision decision{};
   in_parallel(threads, [&] {

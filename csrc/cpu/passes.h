@@ -1,4 +1,4 @@
-// The three calls of a step on the CPU. All is done on return.
+// The three calls of a step on the CPU. Each has done its work when it returns.
 #pragma once
 
 #include "core/params.h"
@@ -10,7 +10,7 @@ void reduce(const StepParams& step);
 template <class Rule>
 void update(const StepParams& step, int threads);
 
-// All of them, in one parallel region.
+// All three calls in one parallel region. The first two run only if step.options.measure is set.
 template <class Rule>
 void run_step(const StepParams& step, int threads);
 

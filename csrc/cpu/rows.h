@@ -1,4 +1,4 @@
-// Rows of arrays, in the type that they are computed in.
+// Rows of a chunk's arrays, converted to the type that they are computed in.
 #pragma once
 
 #include <cstdint>
@@ -9,20 +9,20 @@
 
 namespace fusedopt::cpu {
 
-// Elements of a row. It stays in the first cache while a rule works on it.
+// The number of elements in a row. A row stays in the L1 cache while a rule works on it.
 template <class T>
 inline constexpr int64_t kRow = 4096 / sizeof(T);
 
-// Converts `count` elements from one storage, and back.
+// Convert `count` elements from a 16-bit storage to float32, and back.
 void widen_row(Isa isa, const void* from, Storage storage, int64_t count, float* to);
 void narrow_row(Isa isa, const float* from, int64_t count, void* to, Storage storage);
 
-// One array of a chunk. Where its elements are stored as T, a row is the array itself; elsewhere it
-// is a converted copy, which store() brings back.
+// One array of a chunk. If its elements are stored as T, load() returns a pointer into the array.
+// Otherwise load() returns a converted copy, and store() writes it back.
 template <class T>
 class Rows {
  public:
-  // The chunk begins with that element.
+  // Selects the array `data` of a tensor, and the chunk that begins at `first_element`.
   void begin(const void* data, Storage storage, int64_t first_element) {
     storage_ = storage;
     in_place_ = storage == kStorage;

@@ -1,4 +1,4 @@
-// Limits of single segments on the CPU.
+// The clip coefficients of segments on the CPU.
 #pragma once
 
 #include <optional>
@@ -9,23 +9,23 @@
 
 namespace fusedopt::cpu {
 
-// The squares of gradients and of parameters, of every part of a chunk.
+// Measures the SegmentSums of every part of a chunk.
 void measure_parts(const StepParams& step, Isa isa, int64_t chunk);
 
-// A thread's coefficients of segments.
+// Computes the coefficients of segments. Every thread has its own object.
 class SegmentCoefs {
  public:
   SegmentCoefs(const StepParams& step, Isa isa, const Decision& decision);
 
-  // What all gradients of a chunk are multiplied by, or nothing: they lie in several segments, or
-  // one multiplication is not enough.
+  // The factor that all gradients of a chunk share. nullopt if they lie in several segments, or if
+  // the factor is tiny: then use scaled_grads().
   std::optional<double> shared_factor(int64_t chunk) {
     const bool is_simple = kind_ == SegmentKind::kNone && !is_tiny<float>(decision_.grad_factor);
     return is_simple ? decision_.grad_factor : segment_factor(chunk);
   }
 
-  // Then: the chunk's gradients, unscaled and clipped, until the next call. They are of the type
-  // that the parameter is computed in.
+  // The chunk's gradients, unscaled and clipped, in the type that the parameter is computed in.
+  // They are valid until the next call.
   const void* scaled_grads(int64_t chunk);
 
  private:
@@ -41,7 +41,7 @@ class SegmentCoefs {
   const Decision decision_;
   const SegmentKind kind_;
   std::vector<double> scaled_;
-  // The last segment's coefficient: a long segment has many chunks.
+  // The coefficient of the last segment is remembered, as a long segment has many chunks.
   uint32_t tensor_ = UINT32_MAX;
   int64_t segment_ = -1;
   double coef_ = 0;

@@ -20,7 +20,8 @@ struct AddRow {
   }
 };
 
-// The halves of the lanes are added until kTensorLanes are left; these are folded in float64.
+// Adds the upper half of the lanes to the lower half until kTensorLanes are left, then folds these
+// in float64.
 template <class T>
 struct FoldLanes {
   static FUSEDOPT_INLINE void run(T* lanes, int64_t width, double* result) {

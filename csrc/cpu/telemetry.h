@@ -1,4 +1,4 @@
-// What a chunk's update adds to telemetry.
+// The telemetry that a chunk's update measures.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +8,15 @@
 
 namespace fusedopt::cpu {
 
-// Sums of squares of a chunk's parameters and of their changes. They are kept in lanes by the
-// element's place in its row, in single precision (double for double): so they hide behind the
-// memory.
+// Sums of squares of a chunk's parameters and of their changes. An element's lane is its place in
+// its row. The lanes are float32 (float64 for float64 parameters): float32 is fast enough to hide
+// behind memory traffic.
 template <class T>
 class UpdateLanes {
  public:
   UpdateLanes(const TensorShape& shape, int64_t chunk_size);
 
-  // A row of elements: before the update, and after it.
+  // Adds a row of elements: `before` the update, and `after` it.
   void add(Isa isa, int64_t first, int64_t count, const T* before, const T* after);
 
   void leave_totals(Isa isa, ChunkMeasures& measures);

@@ -1,5 +1,5 @@
-// The update of a chunk on the CPU: row by row, each array is loaded as T, the rule is applied, and
-// each array is stored.
+// The update of a chunk on the CPU. For each row, it loads every array as T, applies the rule, and
+// stores the arrays.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 
 namespace fusedopt::cpu {
 
-// The only loop over elements that a rule is in.
+// The only loop over elements that calls a rule.
 template <class Rule, unsigned kUsed, class T>
 struct RuleLoop {
   using Coefficients = typename Rule::template Coefficients<T>;
@@ -68,8 +68,8 @@ struct AddToNorm {
   }
 };
 
-// What a thread keeps between chunks for parameters that are computed in T: rows of the arrays, and
-// the last tensor's coefficients, as most tensors share them.
+// A thread's data for parameters that are computed in T: rows of the arrays, and the last tensor's
+// coefficients. They are kept between chunks, as most tensors share the same coefficients.
 template <class Rule, class T>
 struct Work {
   Rows<T> params, grads, states[state_slots<Rule>];
@@ -105,8 +105,7 @@ struct Work {
     }
   }
 
-  // Loads a row of every array, applies the rule, and stores the row. observe(params, grads) sees
-  // it before.
+  // Loads a row of every array, calls observe(params, grads), applies the rule, and stores the row.
   template <unsigned kUsed, class Observe>
   FUSEDOPT_INLINE void update_row(Isa isa, int64_t first, int64_t count, Observe observe) {
     T* const param_row = params.load(isa, first, count);
@@ -126,14 +125,14 @@ struct Work {
   double factor_ = 0;
 };
 
-// A thread's updates of chunks.
+// Updates chunks. Every thread has its own object.
 template <class Rule>
 class ChunkUpdater {
  public:
   ChunkUpdater(const StepParams& step, const Decision& decision)
       : step_(step), isa_(best_isa()), coefs_(step, isa_, decision) {}
 
-  // The chunk of that index, and what the step measures of it.
+  // Updates the chunk with this index, and measures it if the step asks for that.
   void update_chunk(int64_t index) {
     const Chunk chunk = step_.chunks[index];
     if (step_.shapes[chunk.tensor].param == Storage::kFloat64) {
@@ -163,8 +162,10 @@ class ChunkUpdater {
     });
   }
 
-  // The norm's arithmetic hides behind the memory traffic of the update. 16-bit types have none to
-  // spare: their chunks are measured first, and then are still in a cache.
+  // If no pass has measured the chunk before, it is measured here. For 32-bit and 64-bit types the
+  // update sums up squares in the same loop: the arithmetic hides behind memory traffic. For 16-bit
+  // types there is too little traffic to hide it: the chunk is measured first, and the update then
+  // finds it in a cache.
   template <unsigned kUsed, class T>
   void update_and_measure(Work<Rule, T>& work, const TensorShape& shape, int64_t index,
                           int64_t size) {
@@ -212,7 +213,7 @@ class ChunkUpdater {
       work.template update_row<kUsed>(isa_, first, count, [&](const T* params, const T*) {
         memcpy(before, params, count * sizeof(T));
       });
-      // Loaded again: as it was rounded.
+      // The parameters are loaded again, to see how they were rounded.
       lanes.add(isa_, first, count, before, work.params.load(isa_, first, count));
     }
     lanes.leave_totals(isa_, step_.chunk_measures[index]);

@@ -9,8 +9,9 @@
 
 namespace fusedopt::cpu {
 
-// IEEE arithmetic for as long as it lives, on its thread: torch.set_flush_denormal, or a library
-// that was built with -ffast-math, may have switched subnormal numbers off on some threads.
+// Switches its thread to IEEE arithmetic for as long as the object lives. torch.set_flush_denormal,
+// or a library that was built with -ffast-math, may have disabled subnormal numbers on some
+// threads.
 class IeeeArithmetic {
  public:
   IeeeArithmetic() {
@@ -25,7 +26,7 @@ class IeeeArithmetic {
   fenv_t before_;
 };
 
-// Calls body() in so many threads at once, the caller's among them.
+// Calls body() in `threads` threads at once. The caller's thread is one of them.
 template <class Body>
 void in_parallel(int threads, Body body) {
 #pragma omp parallel num_threads(threads)
@@ -35,8 +36,8 @@ void in_parallel(int threads, Body body) {
   }
 }
 
-// The first lines of an array: a small tensor is over before the processor has begun to fetch ahead
-// by itself.
+// Prefetches the first cache lines of an array. A small tensor ends before the processor's own
+// prefetcher starts.
 inline void prefetch(const void* data) {
   constexpr int kLine = 64, kLines = 4;
   for (int line = 0; line < kLines; ++line) {
@@ -51,18 +52,18 @@ inline void prefetch(const StepParams& step, int64_t chunk, Order order) {
   if (chunk >= step.num_chunks || step.chunks[chunk].index != 0) return;
   const uint32_t tensor = step.chunks[chunk].tensor;
   prefetch(step.grads[tensor]);
-  if (order == Order::kForward) return;  // the norm pass reads no more than that
+  if (order == Order::kForward) return;  // the norm pass reads gradients only
   void* const* const pointers = step.pointers + tensor * step.num_pointers;
   for (int64_t i = 0; i < step.num_pointers; ++i) prefetch(pointers[i]);
 }
 
-// Deals out the spans of chunks to the threads that ask.
+// Gives the spans of chunks to the threads, one span at a time.
 class Walk {
  public:
   Walk(const StepParams& step, Order order) : step_(step), order_(order) {}
 
-  // Calls body(chunk) for every chunk that has a gradient, each in one of the threads that call
-  // this. Within a span, chunks follow each other in memory.
+  // Calls body(chunk) for every chunk that has a gradient. All threads of a team call run(), and
+  // each chunk goes to one of them. The chunks of a span are neighbors in memory.
   template <class Body>
   void run(Body body) {
     constexpr int64_t kAhead = 3;

@@ -1,4 +1,4 @@
-// Who ends a step on the CPU: one thread alone. See core/finish.h.
+// The workers that end a step on the CPU: a single thread. See core/finish.h.
 #pragma once
 
 #include <algorithm>

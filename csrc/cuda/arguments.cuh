@@ -1,4 +1,4 @@
-// A kernel's arguments: the step, and behind it by value what changes from step to step.
+// A kernel's arguments: StepParams, followed by the StepArgs, the values that change at every step.
 #pragma once
 
 #include <cstdint>
@@ -10,10 +10,11 @@
 
 namespace fusedopt::cuda {
 
-// CUDA takes 4 KiB of arguments anywhere, and 32,764 bytes since 12.1 on compute capability 7.0.
+// Every GPU takes 4 KiB of arguments. From CUDA 12.1 on, compute capability 7.0 and later take
+// 32,764 bytes.
 inline constexpr int64_t kLargeArgs = 32440;
 
-// From a kernel's arguments, by all blocks.
+// Copies words from a kernel's arguments. All blocks call it.
 __device__ inline void copy_words(const uint64_t* arguments, uint64_t* to, int64_t count) {
   const uint64_t* const from = like_other_memory(arguments);
   for (int64_t i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads) {
@@ -24,9 +25,9 @@ __device__ inline void copy_words(const uint64_t* arguments, uint64_t* to, int64
 template <int64_t kBytes>
 struct Arguments {
   StepParams step;
-  bool reduces;     // the norm pass: its last block reduces
-  bool is_inlined;  // the step's arguments are below, and not in step.step_args
-  void* spill;      // null, or where to leave what is below for a later kernel
+  bool reduces;     // norm pass only: the last block adds up the chunks
+  bool is_inlined;  // the StepArgs are in `inlined`; else they are in step.step_args
+  void* spill;      // null, or where to copy `inlined` for a later kernel
   alignas(8) unsigned char inlined[kBytes];
 
   __device__ void spill_args() const {
@@ -35,7 +36,7 @@ struct Arguments {
                StepArgs(step).bytes() / static_cast<int64_t>(sizeof(uint64_t)));
   }
 
-  // The step as the device sees it.
+  // The step, with `grads` and `groups` at their addresses on the device.
   __device__ StepParams on_device() const {
     StepParams result = step;
     const StepArgs args(step);

@@ -1,4 +1,4 @@
-// What the threads of a block do together.
+// Operations that the threads of a block do together.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +15,7 @@ inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 static_assert(kThreads == kTotalLanes, "a thread holds one lane of the sum of all chunks");
 
-// Neighboring lanes are combined, then neighbors of these, until one is left.
+// Combines neighboring lanes, then neighboring results, until one is left.
 template <class Norm, int kCount>
 __device__ double fold(double (&lanes)[kCount]) {
 #pragma unroll
@@ -26,8 +26,8 @@ __device__ double fold(double (&lanes)[kCount]) {
   return lanes[0];
 }
 
-// The sum (or the maximum) over a warp's threads. Neighbors are combined first, then neighbors of
-// these: the same tree as on the CPU.
+// The sum (or the maximum) over a warp's threads. It combines neighbors, then neighboring results,
+// as the CPU does.
 template <class Norm>
 __device__ double warp_total(double value) {
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
@@ -36,7 +36,7 @@ __device__ double warp_total(double value) {
   return value;
 }
 
-// The same over all threads, in thread 0.
+// The sum (or the maximum) over a block's threads. Only thread 0 gets it.
 template <class Norm>
 __device__ double block_total(double value) {
   __shared__ double warps[kThreads / kWarpSize];
@@ -50,11 +50,12 @@ __device__ double block_total(double value) {
     for (int k = 0; k < kThreads / kWarpSize; ++k) lanes[k] = warps[k];
     result = fold<Norm>(lanes);
   }
-  __syncthreads();  // the next total may overwrite warps
+  __syncthreads();  // the next call may overwrite `warps`
   return result;
 }
 
-// The total of all chunks, in thread 0. They come from other blocks: past the L1 cache.
+// The total of all chunks. Only thread 0 gets it. Other blocks have written the sums: the loads go
+// past the L1 cache.
 template <class Norm>
 __device__ double total(const double* chunk_sums, int64_t num_chunks) {
   double lane = 0;
@@ -64,8 +65,8 @@ __device__ double total(const double* chunk_sums, int64_t num_chunks) {
   return block_total<Norm>(lane);
 }
 
-// All tensors of a pass, by a block: alone(t) in a thread where a tensor has one chunk, together(t)
-// in all threads of a warp where it has none or several.
+// Visits all tensors. One thread calls alone(t) for a tensor of one chunk. All threads of a warp
+// call together(t) for a tensor of none or several.
 template <class Alone, class Together>
 __device__ void visit_tensors(const StepParams& step, Alone alone, Together together) {
   const int lane = threadIdx.x % kWarpSize;
@@ -79,13 +80,13 @@ __device__ void visit_tensors(const StepParams& step, Alone alone, Together toge
   }
 }
 
-// True in the last block to arrive, which then sees what all others wrote.
+// True in the last block that arrives. It sees everything that the other blocks have written.
 __device__ inline bool is_last_block(unsigned* ticket) {
   __shared__ bool is_last;
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    is_last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;  // which leaves it at zero
+    is_last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;  // the last one resets it to 0
   }
   __syncthreads();
   if (is_last) __threadfence();

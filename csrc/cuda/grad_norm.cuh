@@ -1,5 +1,5 @@
-// The norm pass: the sum of squares of every chunk, or its largest magnitude. The last block to
-// finish adds them up, or takes the largest.
+// The norm pass: measures the sum of squares of every chunk, or its largest magnitude. The last
+// block that finishes combines them.
 #pragma once
 
 #include "core/dispatch.h"
@@ -38,7 +38,7 @@ __device__ GradMeasures measure_chunk(const void* grad, Chunk chunk, int size, F
   return meter.result(format);
 }
 
-// What one chunk adds to the norm; 0 where there is no gradient.
+// Measures one chunk, and writes its entry in chunk_sums: 0 if there is no gradient.
 template <class Norm, bool detailed>
 __device__ void measure_chunk(const StepParams& step, int64_t index) {
   const Chunk chunk = step.chunks[index];
@@ -61,15 +61,15 @@ __device__ void measure_chunk(const StepParams& step, int64_t index) {
   if (detailed && step.part_sums != nullptr) measure_parts(step, index);
 }
 
-// By one block, once all chunks are measured.
+// Combines the entries of chunk_sums. One block calls it, after all chunks are measured.
 template <class Norm>
 __device__ void reduce_chunks(const StepParams& step) {
   const double sum = total<Norm>(step.chunk_sums, step.num_chunks);
   if (threadIdx.x == 0) step.control->sum_of_squares = sum;
 }
 
-// For telemetry and for limits of rows it is a kernel of its own: without these, it has no register
-// to spare.
+// `detailed`: a separate kernel for telemetry and for limits of rows. The plain kernel has no
+// registers left for them.
 template <class Norm, bool detailed, int64_t kBytes>
 __global__ void __launch_bounds__(kThreads, detailed ? 3 : 4)
     grad_norm_kernel(const __grid_constant__ Arguments<kBytes> arguments) {

@@ -1,4 +1,4 @@
-// How kernels are launched: on which device, with how many blocks, and which arguments.
+// Launches kernels: selects the device, the number of blocks, and the arguments.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@ namespace fusedopt::cuda {
 #define FUSEDOPT_RETURN_IF_ERROR(call) \
   if (const cudaError_t error = (call); error != cudaSuccess) return error
 
-// Makes a device current, and the one before it again at the end.
+// Makes a device current. The destructor makes the previous device current again.
 class DeviceScope {
  public:
   explicit DeviceScope(int device) {
@@ -30,8 +30,8 @@ class DeviceScope {
   bool changed_ = false;
 };
 
-// As many blocks as the device holds at once, each of which walks over many chunks. Asked once: the
-// answer takes the runtime longer than a launch.
+// The number of blocks that the device can hold at once. It is asked for once per kernel and
+// device: CUDA takes longer to answer than to launch a kernel.
 template <auto kernel>
 cudaError_t grid_size(int device, int* blocks) {
   constexpr int kRemembered = 64;  // devices
@@ -57,7 +57,8 @@ cudaError_t launch_kernel(void (*kernel)(Argument), unsigned blocks, cudaStream_
   return cudaLaunchKernelEx(&config, kernel, argument);
 }
 
-// A launch of one block per chunk, as far as they fit the device.
+// Launches one block per chunk, but no more than the device can hold at once. Each block then walks
+// over several chunks.
 template <auto kernel, int64_t kBytes>
 cudaError_t launch_pass(const StepParams& step, const Launch& launch,
                         const Arguments<kBytes>& arguments) {
@@ -67,8 +68,7 @@ cudaError_t launch_pass(const StepParams& step, const Launch& launch,
   return launch_kernel(kernel, static_cast<unsigned>(wanted), launch.stream, arguments);
 }
 
-// Bytes [offset, offset + size) of the step's arguments: gradient pointers, groups,
-// hyperparameters.
+// Copies the bytes [offset, offset + size) of the StepArgs.
 void copy_step_args(const StepParams& step, int64_t offset, int64_t size, void* to);
 
 template <int64_t kBytes>
@@ -82,7 +82,8 @@ Arguments<kBytes> inlined_arguments(const StepParams& step, bool reduces, void* 
   return arguments;
 }
 
-// Where there is room in the workspace for the step's arguments, they are there by now.
+// The arguments of a pass that reads StepArgs. If the workspace has room for them (step_args), an
+// earlier launch has put them there.
 inline Arguments<kInlinedArgs> make_arguments(const StepParams& step, bool reduces) {
   if (step.step_args == nullptr) return inlined_arguments<kInlinedArgs>(step, reduces, nullptr);
   Arguments<kInlinedArgs> arguments;

@@ -1,4 +1,4 @@
-// One load or store of global memory, at an address that is aligned as its type.
+// Loads and stores of global memory. The address must be aligned as its type.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,8 +7,9 @@ namespace fusedopt::cuda {
 
 #if defined(__CUDACC__)
 
-// The pointers come from tables. Unless the compiler is told what they point to, each access finds
-// out for itself.
+// The pointers come from tables, so that the compiler doesn't know that they point to global
+// memory. Without the assumption it uses generic instructions, which check the address at each
+// access.
 template <class T>
 __device__ T load_global(const T* from) {
   __builtin_assume(__isGlobal(from));
@@ -21,8 +22,9 @@ __device__ void store_global(T* to, const T& value) {
   *to = value;
 }
 
-// Arguments lie in constant memory, which serves a warp one address after the other. Where the
-// compiler doesn't know what it points to, all threads' addresses are loaded at once.
+// Hides from the compiler that a pointer points to a kernel's arguments. They lie in constant
+// memory, whose instructions serve a warp one address after the other. Generic loads serve all
+// threads' addresses at once.
 template <class T>
 __device__ const T* like_other_memory(const T* argument) {
   asm("" : "+l"(argument));
@@ -36,7 +38,7 @@ const T* like_other_memory(const T* argument) {
   return argument;
 }
 
-// The emulator's check the address, and count the bytes.
+// The emulator's versions check the address, and count the bytes.
 using emulator::load_global;
 using emulator::store_global;
 

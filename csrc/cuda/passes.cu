@@ -1,4 +1,4 @@
-// Compiled once per rule of rules/all.h: each is an object of its own.
+// This file is compiled once for each rule of rules/all.h, into an object of its own.
 #include "cuda/passes.h"
 
 #include "cuda/launch.cuh"

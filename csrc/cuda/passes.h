@@ -1,4 +1,4 @@
-// The three calls of a step on CUDA: enqueued on a stream, never waited for.
+// The three calls of a step on CUDA. They enqueue kernels on a stream and never wait.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,26 +9,28 @@
 
 namespace fusedopt::cuda {
 
-// Where kernels are launched.
+// The device and the stream that kernels are launched on.
 struct Launch {
   int device;
   cudaStream_t stream;
 };
 
-// What changes from step to step (core/layout.h, StepArgs) travels in the kernels' arguments: there
-// is no copy to wait for, and a captured graph keeps its own. Up to about 450 tensors it stays
-// there. More of it is left in step.step_args by the first kernel that has it. Beyond about 4,000
-// tensors one more launch per 4,000 carries it there.
+// StepArgs (core/layout.h), the values that change at every step, travel in the kernels' arguments:
+// there is no copy to wait for, and a captured graph keeps its own. Up to about 450 tensors every
+// kernel carries them. Up to about 4,000 tensors the norm pass carries them and copies them to
+// step.step_args for the update. Beyond that, or without a norm pass, separate launches carry them
+// to step.step_args first, one per 4,000 tensors.
 cudaError_t measure(const StepParams& step, Launch launch);
 cudaError_t reduce(const StepParams& step, Launch launch);
 template <class Rule>
 cudaError_t update(const StepParams& step, Launch launch);
 
-// All of them, in two launches: the last block of the norm pass reduces.
+// The whole step in two launches: the last block of the norm pass reduces. Without
+// step.options.measure, only the update is launched.
 template <class Rule>
 cudaError_t run_step(const StepParams& step, Launch launch);
 
-// A copy of host memory, in kernels' arguments as above: 32 KB a launch.
+// Copies host memory to the device in kernels' arguments, 32 KB per launch.
 cudaError_t upload(Launch launch, void* to, const void* from, size_t bytes);
 
 }  // namespace fusedopt::cuda

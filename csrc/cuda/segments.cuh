@@ -1,4 +1,4 @@
-// Limits of single segments on CUDA.
+// The clip coefficients of segments on CUDA.
 #pragma once
 
 #include "core/segments.h"
@@ -8,7 +8,7 @@
 
 namespace fusedopt::cuda {
 
-// The squares of gradients and of parameters, of every part of a chunk: a warp for each part.
+// Measures the SegmentSums of every part of a chunk. A warp measures one part at a time.
 __device__ inline void measure_parts(const StepParams& step, int64_t index) {
   const Chunk chunk = step.chunks[index];
   const TensorShape& shape = step.shapes[chunk.tensor];
@@ -39,21 +39,22 @@ __device__ inline void measure_parts(const StepParams& step, int64_t index) {
   });
 }
 
-// What a block knows of a chunk's segments, in shared memory.
+// A chunk's segments, in shared memory of the block that updates the chunk.
 struct ChunkSegments {
   double inv_scale;     // of the step
-  bool is_shared;       // all elements lie in one segment
-  double factor;        // what the gradients are multiplied by then
-  int64_t size;         // else: elements of each segment
-  int64_t begun;        // elements of the first segment that lie before the chunk
-  const double* coefs;  // from the first segment on
+  bool is_shared;       // all elements of the chunk lie in one segment
+  double factor;        // if is_shared: the factor of the gradients
+  int64_t size;         // if not is_shared: elements per segment
+  int64_t begun;        // if not is_shared: elements of the first segment before the chunk
+  const double* coefs;  // if not is_shared: coefficients, from the chunk's first segment on
 
-  // The last segment of the block, as long segments have many chunks.
+  // The last coefficient that leave_one() has used. It is remembered, as a long segment has many
+  // chunks.
   uint32_t known_tensor;
   int64_t known_segment;
   double known_coef;
 
-  // By one thread, before the first chunk.
+  // One thread calls it, before the first chunk.
   __device__ void begin(const Decision& decision) {
     inv_scale = decision.inv_scale;
     is_shared = true;
@@ -61,15 +62,15 @@ struct ChunkSegments {
     known_tensor = UINT32_MAX;
   }
 
-  // All elements are multiplied by one factor, once.
+  // Whether all elements have the same factor, and one multiplication by it is enough.
   __device__ bool is_uniform(const TensorShape& shape) const {
     return is_shared && (shape.param == Storage::kFloat64 || !is_tiny<float>(factor));
   }
 
-  // What an element of the chunk is multiplied by.
+  // The factor of element i of the chunk.
   __device__ __forceinline__ double factor_of(int i) const {
     if (is_shared) return factor;
-    constexpr int64_t kLongest = INT32_MAX;  // a chunk meets at most two segments of that length
+    constexpr int64_t kLongest = INT32_MAX;  // longer segments: at most two meet in a chunk
     const int64_t place = begun + i;
     return inv_scale *
            coefs[size > kLongest ? (place < size ? 0 : 1)
@@ -77,8 +78,9 @@ struct ChunkSegments {
   }
 };
 
-// The coefficients of a chunk's segments, by a block. Two chunks that share a segment have a copy
-// each, so that no block reads what another one writes.
+// Computes the coefficients of a chunk's segments. All threads of a block work on one chunk. If two
+// chunks share a segment, each has its own copy of the coefficient, so that no block reads what
+// another block writes.
 class SegmentCoefs {
  public:
   __device__ SegmentCoefs(const StepParams& step, const Decision& decision, int64_t index)
@@ -92,7 +94,7 @@ class SegmentCoefs {
         first_(segments_.at(chunk_.begin())),
         last_(segments_.at(chunk_.begin() + chunk_.size(shape_.numel) - 1)) {}
 
-  // The chunk's smallest coefficient is left as well.
+  // Writes the coefficients to part_coefs and to `shared`, and the smallest one to chunk_coefs.
   __device__ void leave(ChunkSegments& shared) const {
     if (first_ == last_) return leave_one(shared);
     double* const coefs = step_.part_coefs + segments_.part(0, chunk_.index);
@@ -100,7 +102,7 @@ class SegmentCoefs {
       for (int64_t segment = first_ + threadIdx.x; segment <= last_; segment += kThreads) {
         coefs[segment] = coef_of_short(segment);
       }
-    } else {  // two, by a warp each
+    } else {  // two segments: a warp for each
       const int64_t segment = first_ + threadIdx.x / kWarpSize;
       if (segment <= last_) {
         const double coef = coef_of_long(segment);
@@ -136,7 +138,7 @@ class SegmentCoefs {
     shared.known_coef = coef;
   }
 
-  // Its parts are in one chunk or in two.
+  // For a segment no longer than a chunk: it has one part or two.
   __device__ double coef_of_short(int64_t segment) const {
     const int64_t part = first_part(segment);
     SegmentSums sums = load(part);
@@ -148,7 +150,7 @@ class SegmentCoefs {
     return segment_coef(step_, decision_, shape_, sums);
   }
 
-  // By a warp.
+  // For a segment of any length. All threads of a warp call it.
   __device__ double coef_of_long(int64_t segment) const {
     const int64_t part = first_part(segment), count = segments_.num_chunks(segment);
     SegmentSums sums{};

@@ -1,4 +1,4 @@
-// What a block measures of a chunk.
+// The measurements that a block makes of a chunk.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace fusedopt::cuda {
 
-// What one thread has seen of a chunk's gradients.
+// One thread's measurements of a chunk's gradients.
 struct GradMeasures {
   double norm, largest;
 };
@@ -31,7 +31,7 @@ struct GradMeter {
   }
 };
 
-// Leaves the numbers of inf and of nan among a chunk's gradients in thread 0.
+// Counts inf and nan among a chunk's gradients. Only thread 0 gets the results.
 template <class grad_t>
 __device__ void count_nonfinite(const Slice<grad_t>& grads, int size, Format format, double& infs,
                                 double& nans) {
@@ -46,7 +46,8 @@ __device__ void count_nonfinite(const Slice<grad_t>& grads, int size, Format for
   nans = block_total<SumOfSquares>(nans);
 }
 
-// Of a chunk that has gradients, from what each thread has seen of them.
+// Combines the threads' measurements of a chunk, and writes chunk_sums and chunk_measures. The
+// chunk must have gradients.
 template <class Norm>
 __device__ void leave_grad_measures(const StepParams& step, int64_t index, const GradMeasures& mine,
                                     bool telemetry) {
@@ -55,7 +56,7 @@ __device__ void leave_grad_measures(const StepParams& step, int64_t index, const
   if (!telemetry) return;
   const double grad_max = block_total<MaxAbs>(mine.largest);
   double infs = 0, nans = 0;
-  // Hardly ever is a chunk read again.
+  // Read the chunk again only if its largest magnitude is inf or nan.
   if (__syncthreads_or(mine.largest - mine.largest != 0) != 0) {
     const Chunk chunk = step.chunks[index];
     const TensorShape& shape = step.shapes[chunk.tensor];
@@ -73,13 +74,13 @@ __device__ void leave_grad_measures(const StepParams& step, int64_t index, const
   }
 }
 
-// The sums of squares of a chunk's parameters and of their updates, lane by lane, in shared memory:
-// registers are what the update has none to spare of.
+// Sums of squares of a chunk's parameters and of their updates, in lanes. They lie in shared
+// memory, as the update has no registers left for them.
 struct alignas(kVectorBytes) UpdateLanes {
   unsigned char bytes[2 * kRowBytes / sizeof(raw16) * sizeof(opmath_t<raw16>)];
 };
 
-// The lanes of a chunk whose parameters are param_t.
+// The lanes for a parameter that is stored as param_t.
 template <class param_t>
 struct LanesOf {
   using T = opmath_t<param_t>;
@@ -91,7 +92,7 @@ struct LanesOf {
   __device__ explicit LanesOf(UpdateLanes& lanes)
       : params(reinterpret_cast<T*>(lanes.bytes)), updates(params + kRow) {}
 
-  // By the thread that owns the lanes of a vector.
+  // Each thread clears the lanes of its own vector.
   __device__ void clear() const {
     constexpr int kVector = vector_size<param_t>;
 #pragma unroll
@@ -100,7 +101,8 @@ struct LanesOf {
     }
   }
 
-  // Elements first, first + kStride, ... as far as they are there: as they were, and as they are.
+  // Adds the elements first, first + kStride, ... that are below `size`: `before` the update, and
+  // `after` it.
   template <int kStride, int kCount>
   __device__ void add(int first, int size, const Vector<param_t, kCount>& before,
                       const Vector<param_t, kCount>& after, Format format) const {
@@ -115,12 +117,13 @@ struct LanesOf {
     }
   }
 
-  // By two warps, a sum each.
+  // Two warps add up the lanes, one sum each.
   __device__ void leave_totals(ChunkMeasures& measures) const {
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     if (warp > 1) return;
     T* const lanes = warp == 0 ? params : updates;
-    // Halves are added, by the thread that has these lanes to itself, until there is one for each.
+    // The upper half of the lanes is added to the lower half until one lane per thread is left. A
+    // thread always works on the same lanes: no barrier is needed.
 #pragma unroll 1
     for (int half = kRow / 2; half >= kWarpSize; half /= 2) {
 #pragma unroll 4
@@ -131,7 +134,7 @@ struct LanesOf {
   }
 };
 
-// Of a chunk whose elements have all been added.
+// Writes the sums of a chunk to chunk_measures. Call it after all elements have been added.
 __device__ inline void leave_update_measures(const StepParams& step, int64_t index,
                                              UpdateLanes& lanes) {
   const Chunk chunk = step.chunks[index];

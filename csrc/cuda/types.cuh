@@ -1,5 +1,5 @@
-// The types that the kernels are compiled for. Memory is what bounds them: which of the two 16-bit
-// formats it is, and which states a rule uses, they find out as they run.
+// The types that the kernels are compiled for. The kernels select the 16-bit format, and the states
+// that a rule uses, at run time: memory bounds them, so that a few more instructions cost little.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace fusedopt {
 
-// A bfloat16 or a float16.
+// Stands for bfloat16 and for float16.
 struct raw16 {
   uint16_t bits;
 };
@@ -20,15 +20,15 @@ struct opmath<raw16> {
 
 namespace cuda {
 
-// Which of the two formats a tensor's elements of 16 bits have.
+// The format of a tensor's 16-bit elements.
 struct Format {
   bool is_bfloat16;
 
   __device__ explicit Format(const TensorShape& shape)
       : is_bfloat16(shape.param == Storage::kBFloat16) {}
 
-  // Calls body(bfloat16{}) or body(float16{}) if scalar_t is raw16, else body(scalar_t{}): one
-  // question for as many elements as the body converts.
+  // Calls body(bfloat16{}) or body(float16{}) if scalar_t is raw16, else body(scalar_t{}). The body
+  // converts several elements, so that the format is tested once for all of them.
   template <class scalar_t, class Body>
   __device__ __forceinline__ void visit(Body&& body) const {
     if constexpr (!std::is_same_v<scalar_t, raw16>) {
@@ -65,7 +65,7 @@ __device__ __forceinline__ void visit_array(Storage storage, Body&& body) {
   visit_storage<raw16, raw16>(storage, body);
 }
 
-// Calls body(Types<...>{}) for a tensor's arrays. Its states have one storage, that of the first.
+// Calls body(Types<...>{}) for a tensor's arrays. All of its states have the storage of the first.
 template <class Body>
 __device__ __forceinline__ void visit_types(const TensorShape& shape, Body&& body) {
   visit_array(shape.param, [&](auto param) {

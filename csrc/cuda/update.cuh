@@ -1,4 +1,5 @@
-// The update pass: returns at once if the step is skipped; the last block advances the counters.
+// The update pass. If the step is skipped, it updates no chunk. The last block ends the step: see
+// core/finish.h.
 #pragma once
 
 #include <utility>
@@ -31,7 +32,7 @@ class ChunkUpdate {
   __device__ ChunkUpdate(const StepParams& step, Chunk chunk, const Prepared<Rule>& prepared,
                          const ChunkSegments& segments, UpdateLanes& lanes)
       : segments_(segments),
-        // What is always used needs no question.
+        // always_used() is a constant, so that the compiler removes the tests for these states.
         used_(step.groups[step.shapes[chunk.tensor].group].states_used | always_used<Rule>()),
         size_(static_cast<int>(chunk.size(step.shapes[chunk.tensor].numel))),
         measures_(!step.options.measure),
@@ -43,14 +44,14 @@ class ChunkUpdate {
         arrays_(Pointers<Rule>(step, chunk.tensor), step.grads[chunk.tensor], chunk, used_),
         squares_(lanes) {}
 
-  // If no pass has measured the gradients before: returns what the thread has seen of them. With
-  // telemetry: leaves sums of squares in the lanes.
+  // Updates the chunk. If no pass has measured the gradients before, it returns this thread's
+  // measurements of them. With telemetry, it adds squares to the lanes.
   __device__ __forceinline__ GradMeasures run() {
     GradMeter<SumOfSquares, grad_t, kVector> meter;
     if (telemetry_) squares_.clear();
     const int done = update_vectors(meter);
     if (measures_) measure_rest(done, meter);
-    if (telemetry_) __syncthreads();  // other threads own the lanes than of vectors
+    if (telemetry_) __syncthreads();  // update_singles() gives the lanes to other threads
     update_singles(done);
     return meter.result(format_);
   }
@@ -68,7 +69,7 @@ class ChunkUpdate {
     Slice<param_t> param;
     Slice<grad_t> grad;
     Slice<state_t> state[state_slots<Rule>];
-    unsigned used;  // bit k: state[k] is there
+    unsigned used;  // bit k: state[k] is used
 
     __device__ Arrays(const Pointers<Rule>& tensor, const void* grad, Chunk chunk, unsigned used)
         : param(tensor.param(), chunk.begin()), grad(grad, chunk.begin()), used(used) {
@@ -87,7 +88,7 @@ class ChunkUpdate {
       return result;
     }
 
-    // `load` takes a Slice of any type. States that are not used stay zero.
+    // `load` takes a Slice of any type. Unused states stay zero.
     template <int kCount, class Load>
     __device__ Elements<kCount> load(Load load) const {
       Elements<kCount> elements{};
@@ -110,10 +111,11 @@ class ChunkUpdate {
     }
   };
 
-  // The rows that are whole, where all arrays are aligned. Returns the first element that is left.
+  // Updates whole rows, if all arrays are aligned. Returns the first element that is left.
   __device__ __forceinline__ int update_vectors(GradMeter<SumOfSquares, grad_t, kVector>& meter) {
     constexpr int kBytes = sizeof(Elements<kVector>) + sizeof(Lanes<SumOfSquares, kVector>);
-    // Before the first use. For 128 registers: float64's divisions and roots need some themselves.
+    // Rows that are loaded before the first is used. The limit keeps the kernel below 128
+    // registers; float64 gets one row, as its divisions and roots need registers themselves.
     constexpr int kRowsInFlight = kBytes <= 144 && sizeof(T) == sizeof(float) ? 2 : 1;
     const int aligned_size = arrays_.aligned() && is_uniform_ ? size_ : 0;
     int done = 0;
@@ -130,7 +132,7 @@ class ChunkUpdate {
       for (int i = 0; i < kRowsInFlight; ++i) {
         if (measures_) meter.add(rows[i].grad, format_, telemetry_);
         update(rows[i], [&](T grad, int) { return grad * grad_factor_; }, kAllStates);
-        if (telemetry_) {  // the parameter is loaded again, from the cache: no register holds it
+        if (telemetry_) {  // load the parameter again, from the cache: no register is left for it
           squares_.template add<1>(first + i * kRow, size_,
                                    arrays_.param.template load<kVector>(first + i * kRow),
                                    rows[i].param, format_);
@@ -149,8 +151,8 @@ class ChunkUpdate {
     }
   }
 
-  // What is left, all of it where an array is not aligned: neighboring threads take neighboring
-  // elements, so that single accesses are coalesced too.
+  // Updates the elements that are left: all of them if an array is not aligned. Neighboring threads
+  // take neighboring elements, so that single accesses are coalesced too.
   __device__ __forceinline__ void update_singles(int done) {
     constexpr int kCount = kVectorBytes / sizeof(T);
 #pragma unroll 1
@@ -177,11 +179,11 @@ class ChunkUpdate {
     return scaled(grad, segments_.factor_of(i)) * grad_factor_;
   }
 
-  // `scale(grad, i)`: the gradient of the i-th of the elements, unscaled and clipped.
+  // scale(grad, i) unscales and clips the gradient of elements[i].
   template <int kCount, class Scale, size_t... k>
   __device__ __forceinline__ void update(Elements<kCount>& elements, Scale scale,
                                          std::index_sequence<k...>) const {
-    constexpr int kTogether = 2;  // what one instruction rounds to 16 bits, and registers allow
+    constexpr int kTogether = 2;  // one instruction rounds 2 values to 16 bits
 #pragma unroll
     for (int begin = 0; begin < kCount; begin += kTogether) {
       T param[kTogether], grad[kTogether], state[state_slots<Rule>][kTogether];
@@ -205,7 +207,7 @@ class ChunkUpdate {
   static constexpr auto kAllStates = std::make_index_sequence<kStates>{};
 
   const ChunkSegments& segments_;
-  const unsigned used_;  // bit k: the rule's kStates[k] is there
+  const unsigned used_;  // bit k: the rule's kStates[k] is used
   const int size_;
   const bool measures_, telemetry_, is_uniform_;
   const Format format_;
@@ -215,7 +217,8 @@ class ChunkUpdate {
   const LanesOf<param_t> squares_;
 };
 
-// What a block keeps between chunks: the last tensor's coefficients, as most tensors share them.
+// The last tensor's coefficients. A block keeps them between chunks, as most tensors share the same
+// coefficients.
 template <class Rule>
 struct CoefficientCache {
   uint32_t group;
@@ -223,7 +226,7 @@ struct CoefficientCache {
   double grad_factor;
   Prepared<Rule> prepared;
 
-  // By thread 0, between two barriers.
+  // Thread 0 calls it, between two barriers.
   __device__ void prepare_for(const StepParams& step, uint32_t tensor, double factor) {
     const TensorShape& shape = step.shapes[tensor];
     const Pointers<Rule> pointers(step, tensor);
@@ -248,12 +251,12 @@ struct Shared {
   Decision decision;
   ChunkSegments segments;
   UpdateLanes lanes;
-  double values[2];  // of BlockWorkers
+  double values[2];  // for BlockWorkers
   // Raw storage: __shared__ objects can't have constructors.
   alignas(8) unsigned char cache[sizeof(CoefficientCache<Rule>)];
 };
 
-// With the gradients' squares, if no pass has measured them before.
+// Updates a chunk. Also measures its gradients, if no pass has measured them before.
 template <class Rule>
 __device__ __forceinline__ void update_chunk(const StepParams& step, int index,
                                              CoefficientCache<Rule>& cache, Shared<Rule>& shared) {
@@ -295,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     cache.group = UINT32_MAX;
   }
   __syncthreads();
-  // In reverse: what the norm pass has read last is still in the cache.
+  // In reverse order: the gradients that the norm pass has read last are still in the cache.
   for (int i = static_cast<int>(step.num_chunks) - 1 - static_cast<int>(blockIdx.x);
        i >= 0 && !shared.decision.skip; i -= static_cast<int>(gridDim.x)) {
     update_chunk(step, i, cache, shared);

@@ -10,19 +10,19 @@ namespace fusedopt::cuda {
 
 namespace {
 
-// As much of a table as the arguments of one launch carry.
+// The piece of a table that the arguments of one launch carry.
 struct Carried {
   uint64_t* to;
   int64_t words;
   uint64_t from[kLargeArgs / sizeof(uint64_t)];
 };
 
-// Through arguments, as a copy from pageable memory would wait for the stream.
+// Copies from its arguments: cudaMemcpyAsync from pageable memory would wait for the stream.
 __global__ void __launch_bounds__(kThreads) upload_kernel(const __grid_constant__ Carried carried) {
   copy_words(carried.from, carried.to, carried.words);
 }
 
-// `fill(offset, size, to)` copies that part of the table.
+// fill(offset, size, to) copies the bytes [offset, offset + size) of the table.
 template <class Fill>
 cudaError_t upload_table(void* to, int64_t bytes, cudaStream_t stream, Fill fill) {
   constexpr int64_t kWord = sizeof(uint64_t);

@@ -1,4 +1,4 @@
-// Loads and stores of the arrays, 16 bytes at a time where they are aligned.
+// Loads and stores of the arrays: 16 bytes at a time if they are aligned.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace fusedopt::cuda {
 
 inline constexpr int kVectorBytes = 16;
 
-// How many elements a thread takes at a time: 16 bytes of the parameter.
+// The number of elements that a thread takes at a time: 16 bytes of the parameter.
 template <class param_t>
 inline constexpr int vector_size = kVectorBytes / sizeof(param_t);
 
@@ -24,7 +24,7 @@ struct alignas(sizeof(scalar_t) * kVector < kVectorBytes ? sizeof(scalar_t) * kV
   scalar_t at[kVector];
 };
 
-// One array's stretch of a chunk.
+// The elements of one array that belong to a chunk.
 template <class scalar_t>
 struct Slice {
   scalar_t* data;
@@ -46,14 +46,14 @@ struct Slice {
     store_global(reinterpret_cast<Vector<scalar_t, kVector>*>(data + first), values);
   }
 
-  // Needs no alignment; elements from `size` on read as zero.
+  // Needs no alignment. Elements from `size` on read as zero.
   template <int kVector>
   __device__ Vector<scalar_t, kVector> load_some(int first, int size) const {
     if (first + kVector <= size && aligned<kVector>()) return load<kVector>(first);
     return load_each<kVector, 1>(first, size);
   }
 
-  // Elements first, first + kStride, ... one by one, as far as they are there.
+  // Loads the elements first, first + kStride, ... one by one. Those from `size` on read as zero.
   template <int kCount, int kStride>
   __device__ Vector<scalar_t, kCount> load_each(int first, int size) const {
     Vector<scalar_t, kCount> values{};
@@ -74,8 +74,8 @@ struct Slice {
   }
 };
 
-// Elements begin, begin + 1, ... of a vector in the type that they are computed in, and back. Those
-// that are raw16 are half_t.
+// Convert the elements begin, begin + 1, ... of a vector to the type that they are computed in, and
+// back. half_t is the format of raw16 elements.
 template <class half_t, class scalar_t, int kVector, int kCount>
 __device__ void widen(const Vector<scalar_t, kVector>& from, int begin,
                       opmath_t<scalar_t> (&to)[kCount]) {
@@ -105,7 +105,7 @@ __device__ void narrow(const opmath_t<scalar_t> (&from)[kCount], int begin,
   }
 }
 
-// A thread's lanes of the norm: one per element of its vector.
+// A thread's lanes of the norm, one per element of its vector.
 template <class Norm, int kVector>
 struct Lanes {
   double at[kVector] = {};

@@ -1,4 +1,4 @@
-// Who ends a step on CUDA: the threads of one block together. See core/finish.h.
+// The workers that end a step on CUDA: the threads of one block. See core/finish.h.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace fusedopt::cuda {
 
-// A tensor of one chunk, in one thread.
+// The sum over a tensor of one chunk. One thread calls it.
 struct OneChunk {
   int64_t chunk;
 
@@ -20,7 +20,7 @@ struct OneChunk {
   __device__ bool leads() const { return true; }
 };
 
-// The chunks of a tensor, added up by a warp.
+// The sum over a tensor's chunks. All threads of a warp call it.
 struct WarpSum {
   int64_t first, count;
 
@@ -45,7 +45,7 @@ struct Ranked {
   double lower, upper;
 };
 
-// `shared`: room for two values that all threads see.
+// `shared` points to two doubles in shared memory.
 struct BlockWorkers {
   double* shared;
 
@@ -82,7 +82,7 @@ struct BlockWorkers {
     return broadcast(block_total<Smallest>(mine));
   }
 
-  // A norm's place, were they sorted, is the number of those before it. Equal norms stay in order.
+  // A norm's rank is the number of norms that sort before it. Equal norms keep their order.
   __device__ Ranked ranked(const double* norms, int64_t size, int64_t rank) const {
     const int64_t next = std::min(rank + 1, size - 1);
     for (int64_t i = threadIdx.x; i < size; i += kThreads) {
@@ -97,13 +97,14 @@ struct BlockWorkers {
     return {shared[0], shared[1]};
   }
 
-  // Other blocks have written it: past the L1 cache.
+  // Other blocks have written the value: the load goes past the L1 cache.
   template <class T>
   __device__ static T load(const T* value) {
     return __ldcg(value);
   }
 
-  // No other block reads the counters of a tensor of one chunk: they go on with the chunk.
+  // The block that updates the only chunk of a tensor also advances its counters: no other block
+  // reads them.
   __device__ static bool has_advanced(const TensorShape& shape) {
     return chunks_of(shape.numel) == 1;
   }

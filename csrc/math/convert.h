@@ -1,4 +1,4 @@
-// Storage types, the type each is computed in, and the conversions between the two.
+// Storage types, the type that each is computed in, and the conversions between them.
 #pragma once
 
 #include <cstdint>
@@ -40,7 +40,7 @@ FUSEDOPT_INLINE To bit_cast(From from) {
   return to;
 }
 
-// Where no instruction converts: a 16-bit type's bits, in the low half of a word, and its value.
+// Conversions in plain C++, where no instruction converts. `bits` is the low half of a word.
 template <class scalar_t>
 struct bits_of;
 
@@ -56,8 +56,8 @@ struct bits_of<bfloat16> {
 
 template <>
 struct bits_of<float16> {
-  // Move exponent and mantissa into place, then let one multiplication mend the exponent's bias:
-  // it is exact, and normalizes subnormals on the way.
+  // Move exponent and mantissa into place, then correct the exponent's bias by one multiplication.
+  // The multiplication is exact, and it normalizes subnormal numbers too.
   static FUSEDOPT_INLINE float widen(uint32_t bits) {
     const uint32_t sign = (bits & 0x8000u) << 16;
     const uint32_t magnitude = (bits & 0x7fffu) << 13;
@@ -69,9 +69,9 @@ struct bits_of<float16> {
     const uint32_t bits = bit_cast<uint32_t>(value);
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
-    // Normal numbers: shift the exponent's bias, round on the 13 bits that fall away.
+    // Normal numbers: correct the exponent's bias, then round by the 13 bits that are dropped.
     const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    // Subnormals: adding 0.5 lines the mantissa up so that the addition itself does the rounding.
+    // Subnormal numbers: adding 0.5 aligns the mantissa, so that the addition does the rounding.
     const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
     uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
     result = magnitude >= 0x47800000u ? 0x7c00u : result;
@@ -80,7 +80,7 @@ struct bits_of<float16> {
   }
 };
 
-// widen: exact for every type.
+// widen() is exact for every type.
 FUSEDOPT_INLINE float widen(float value) { return value; }
 FUSEDOPT_INLINE double widen(double value) { return value; }
 FUSEDOPT_INLINE float widen(bfloat16 value) { return bits_of<bfloat16>::widen(value.bits); }
@@ -94,7 +94,7 @@ FUSEDOPT_INLINE float widen(float16 value) {
 #endif
 }
 
-// narrow: rounds to nearest, ties to even. A NaN stays a NaN; its payload is not specified.
+// narrow() rounds to nearest, ties to even. A NaN stays a NaN; its payload is not specified.
 template <class scalar_t>
 FUSEDOPT_INLINE scalar_t narrow(opmath_t<scalar_t> value) {
   if constexpr (sizeof(scalar_t) == sizeof(value)) {
@@ -112,7 +112,7 @@ FUSEDOPT_INLINE scalar_t narrow(opmath_t<scalar_t> value) {
   }
 }
 
-// Two of them in one word, the first in its low half.
+// Narrows two values into one word. The first one is in the low half.
 template <class scalar_t>
 FUSEDOPT_INLINE uint32_t narrow_pair(float first, float second) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -128,8 +128,8 @@ FUSEDOPT_INLINE uint32_t narrow_pair(float first, float second) {
 #endif
 }
 
-// widen(narrow(value)), for loops that a host's compiler is to make vectors of: it knows no vectors
-// of words that become 16 bits and words again.
+// widen(narrow(value)). Host compilers vectorize this version, but not one with a 16-bit type in
+// between.
 template <class scalar_t>
 FUSEDOPT_INLINE opmath_t<scalar_t> round_to(opmath_t<scalar_t> value) {
   if constexpr (sizeof(scalar_t) == sizeof(value)) {

@@ -1,4 +1,4 @@
-// FUSEDOPT_INLINE: the formulas are inlined into every loop, of the host and of the device alike.
+// FUSEDOPT_INLINE: inlines the formulas into every loop, on the host and on the device.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -7,7 +7,7 @@
 #define FUSEDOPT_INLINE __attribute__((always_inline)) inline
 #endif
 
-// What the kernels' library shows to those that link to it. Everything else is hidden.
+// Exports a symbol from the kernels' library. All other symbols are hidden.
 #if !defined(FUSEDOPT_API)
 #define FUSEDOPT_API __attribute__((visibility("default")))
 #endif

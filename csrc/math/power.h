@@ -1,5 +1,5 @@
-// base ** exponent by repeated squaring: libm's pow differs between the host, the device and
-// Python.
+// base ** exponent by repeated squaring. libm's pow gives other bits on the host, on the device and
+// in Python.
 #pragma once
 
 #include <cstdint>

@@ -39,7 +39,7 @@ struct Adam : RuleDefaults {
   struct Coefficients {
     T beta1, one_minus_beta1, beta2, one_minus_beta2;
     T step_size, inv_sqrt_bias_correction2, eps;
-    T l2, decay;  // weight decay as a part of the gradient, or of the parameter itself
+    T l2, decay;  // l2: weight decay added to the gradient; decay: factor of the parameter
   };
 
   static FUSEDOPT_INLINE Coefficients<double> coefficients(const Hyperparameters& h,

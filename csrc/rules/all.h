@@ -1,5 +1,5 @@
-// The rules: optimizers, a header each, and scaling by itself. A new rule is listed here and
-// nowhere else in C++.
+// The list of rules: one header for each optimizer, and one for scaling alone. In C++, a new rule
+// is listed only here.
 #pragma once
 
 #include "rules/adam.h"

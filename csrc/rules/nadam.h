@@ -35,7 +35,7 @@ struct NAdam : RuleDefaults {
 
   static FUSEDOPT_INLINE unsigned states_used(const Hyperparameters&) { return kMoments; }
 
-  // The momentum of a step.
+  // The momentum at this step.
   static FUSEDOPT_INLINE double mu(const Hyperparameters& h, uint64_t step) {
     return h.beta1 * (1 - 0.5 * power(h.mu_base, step));
   }
@@ -49,7 +49,7 @@ struct NAdam : RuleDefaults {
   struct Coefficients {
     T beta1, one_minus_beta1, beta2, one_minus_beta2;
     T grad_step_size, exp_avg_step_size, inv_sqrt_bias_correction2, eps;
-    T l2, decay;  // weight decay as a part of the gradient, or of the parameter itself
+    T l2, decay;  // l2: weight decay added to the gradient; decay: factor of the parameter
   };
 
   static FUSEDOPT_INLINE Coefficients<double> coefficients(const Hyperparameters& h,

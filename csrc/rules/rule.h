@@ -1,39 +1,42 @@
-// The contract of a rule: what an optimizer's formula declares of itself.
+// The contract of a rule. A rule is an optimizer's formula; it declares:
 //
-//   kName             as kernels.h knows it
-//   Hyperparameters   doubles, and kHyperparameters: where a param group's options go in it
-//   kStates           the arrays that it keeps for a parameter, shaped as the parameter
-//   kScalars          the numbers that it keeps for a parameter; the first one counts its steps
-//   kVariants         the sets of states that its options lead to, and states_used(h): which one
-//   kHasLr            whether h.lr is there; it may be a tensor on the device
-//   kHasMaximize      whether h.maximize is there; the kernels turn the gradient around then
-//   advance           the scalars of the next step
-//   coefficients      all that the elements of a tensor share in a step, in float64
-//   direction         from the gradient to the direction of the update; it updates the states
-//   apply             the parameter, moved along the direction
+//   kName             the name that find_rule() takes
+//   Hyperparameters   a struct of doubles
+//   kHyperparameters  the options of a param group, and the fields that they fill
+//   kStates           the arrays that the rule keeps per parameter, shaped as the parameter
+//   kScalars          the numbers that the rule keeps per parameter; the first counts its steps
+//   kVariants         all sets of states that options can select
+//   states_used(h)    the set that these hyperparameters select
+//   kHasLr            whether h.lr exists; the learning rate may be a tensor on the device
+//   kHasMaximize      whether h.maximize exists; if it is set, the kernels negate the gradient
+//   advance           updates the scalars for the next step
+//   coefficients      the numbers that all elements of a tensor share in a step, in float64
+//   direction         turns the gradient into the direction of the update; updates the states
+//   apply             moves the parameter along the direction
 #pragma once
 
 #include "math/inline.h"
 
 namespace fusedopt {
 
-// Where an option of a param group goes.
+// An option of a param group, and the fields of Hyperparameters that it fills.
 template <class Hyperparameters>
 struct Option {
   const char* name;
-  double Hyperparameters::* first;  // of the numbers that it holds
-  int count = 1;                    // `betas` is a pair
-  // Null, or what the host makes of the number: libm's functions differ on the device.
+  double Hyperparameters::* first;
+  int count = 1;  // how many fields; `betas` fills two
+  // Null, or a function that the host applies to the number. libm's functions give other bits on
+  // the device.
   double (*on_host)(double) = nullptr;
 };
 
-// A state or a scalar of a parameter, and the value that it starts from.
+// A state or a scalar of a parameter, and its first value.
 struct StateName {
   const char* name;
   double first_value = 0;
 };
 
-// What most rules have in common.
+// Declarations that most rules share.
 struct RuleDefaults {
   static constexpr bool kHasLr = true;
   static constexpr bool kHasMaximize = true;
@@ -44,20 +47,20 @@ struct RuleDefaults {
   }
 };
 
-// Weight decay as a part of the gradient (L2 regularization).
+// Adds weight decay to the gradient (L2 regularization).
 template <class T>
 FUSEDOPT_INLINE T with_l2(T grad, T weight_decay, T param) {
   return weight_decay != 0 ? grad + weight_decay * param : grad;
 }
 
-// The averages of the gradient and of its square, which Adam and its family share.
+// Updates the averages of the gradient and of its square. Adam and NAdam share them.
 template <class Coefficients, class T>
 FUSEDOPT_INLINE void update_moments(const Coefficients& c, T grad, T& exp_avg, T& exp_avg_sq) {
   exp_avg = c.beta1 * exp_avg + c.one_minus_beta1 * grad;
   exp_avg_sq = c.beta2 * exp_avg_sq + (c.one_minus_beta2 * grad) * grad;
 }
 
-// One element: `grad` is unscaled and clipped.
+// Updates one element. `grad` is already unscaled and clipped.
 template <class Rule, class T, class... State>
 FUSEDOPT_INLINE void update_element(unsigned used, const typename Rule::template Coefficients<T>& c,
                                     T grad, T& param, State&... states) {

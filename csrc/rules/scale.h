@@ -1,4 +1,5 @@
-// Scaling by itself: the "parameter" is the gradient, which clip_grad_norm_ multiplies in place.
+// Scaling alone, for clip_grad_norm_. The "parameter" is the gradient, and it is multiplied in
+// place.
 #pragma once
 
 #include <array>

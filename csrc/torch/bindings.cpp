@@ -26,7 +26,7 @@ py::dict names_of(const std::vector<StateName>& states) {
   return result;
 }
 
-// What Python has to agree with: see fusedopt/core/agreement.py.
+// The constants that fusedopt/core/agreement.py compares with Python's.
 py::dict constants() {
   py::dict result;
   result["chunk_size"] = kChunkSize;
@@ -65,7 +65,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("tensors"), py::arg("of_params"), py::arg("checked"), py::arg("backend"),
       py::arg("max_norm"), py::arg("norm_type"), py::arg("skip_nonfinite"), py::arg("total_norm"));
 
-  // Local, so that a second build (the emulated one, for tests) can live beside this one.
+  // Local to this module, so that a second build can be loaded too: tests load the emulated one.
   py::class_<Plan>(m, "Plan", py::module_local())
       .def(py::init<const std::string&, const std::string&, const py::list&, const py::dict&,
                     const py::dict&, const std::vector<at::Tensor>&>(),

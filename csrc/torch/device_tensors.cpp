@@ -11,7 +11,8 @@ namespace fusedopt {
 
 namespace {
 
-// The emulator has one device's memory, and its own idea of which tensors lie apart.
+// The emulator has the memory of one device only. To test several devices, its build decides by
+// this macro which device a tensor belongs to.
 #if !defined(FUSEDOPT_DEVICE_KEY)
 #define FUSEDOPT_DEVICE_KEY(tensor) (tensor).device()
 #endif
@@ -57,7 +58,7 @@ StepParams DeviceTensors::step_params(SegmentKind segments) {
   return step;
 }
 
-// A later limit may need more room than an earlier one.
+// A step whose limit needs more room than earlier ones makes the workspace anew.
 void DeviceTensors::make_workspace(SegmentKind segments) {
   segments_ = std::max(segments, segments_);
   Needs needs{};

@@ -1,4 +1,4 @@
-// The tensors of one device: what the kernels are to see of them, and their workspace.
+// The tensors of one device, as the kernels see them, and their workspace.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,39 +11,39 @@
 
 namespace fusedopt {
 
-// A parameter with gaps between its elements, and the dense copy that the kernels see.
+// A parameter with gaps between its elements, and a dense copy. The kernels work on the copy.
 struct DenseParam {
   c10::TensorImpl* param;  // not owned
-  int index;               // in the tensors of its device
+  int index;               // index among the tensors of its device
   at::Tensor dense;
   at::Tensor original;  // the parameter, during a step
 };
 
 struct DeviceTensors {
   c10::Device device = at::kCPU;
-  c10::Device device_key = at::kCPU;  // tells devices apart: `device`, but for tests
+  c10::Device device_key = at::kCPU;  // tells devices apart; differs from `device` only in tests
   bool on_cuda = false;
   const RuleInfo* rule = nullptr;
   std::vector<TensorInfo> infos;
   std::vector<TensorPointers> pointers;
   std::vector<const void*> grads;  // null: no gradient at this step
   size_t num_groups = 0;
-  std::vector<double> group_table;  // the groups, and behind them their hyperparameters
+  std::vector<double> group_table;  // the groups, followed by their hyperparameters
   std::vector<DenseParam> dense_params;
-  std::vector<at::Tensor> dense_grads;  // of gradients laid out otherwise, at this step
-  at::Tensor step_ring, param_ring;     // telemetry, if it was asked for
+  std::vector<at::Tensor> dense_grads;  // copies of this step's gradients with other strides
+  at::Tensor step_ring, param_ring;     // telemetry; undefined: it is off
   at::Tensor control;                   // a StepControl
-  at::Tensor limit_state;               // of an adaptive limit, at this step
+  at::Tensor limit_state;               // the adaptive limit's state, during a step
 
   std::optional<Layout> layout;
   at::Tensor workspace;
-  bool tables_are_current = false;          // in the workspace; false: a pointer has moved
-  std::optional<c10::Stream> alloc_stream;  // CUDA only: the current one at the first step
+  bool tables_are_current = false;          // false: copy the tables to the workspace again
+  std::optional<c10::Stream> alloc_stream;  // CUDA only: the current stream at the first step
 
-  // One more tensor; returns its index.
+  // Adds a tensor, and returns its index.
   int add(const TensorInfo& info, const TensorPointers& pointers);
 
-  // Once all tensors are known.
+  // Call it after all tensors are added.
   void begin(const RuleInfo& its_rule, size_t groups, bool runs_on_cuda);
 
   Group* group(size_t index) { return reinterpret_cast<Group*>(group_table.data()) + index; }
@@ -51,10 +51,10 @@ struct DeviceTensors {
     return reinterpret_cast<double*>(group(num_groups)) + index * rule->num_hyperparameters;
   }
 
-  // The sum of every chunk, as the last step has left them: float64, shape (chunks,).
+  // The last step's entry of every chunk in StepParams::chunk_sums: float64, shape (chunks,).
   at::Tensor chunk_sums() const;
 
-  // All but the options, for a step whose limit looks at these segments.
+  // The StepParams of a step whose limit has segments of this kind. The caller sets the options.
   StepParams step_params(SegmentKind segments);
 
  private:
@@ -67,10 +67,10 @@ struct DeviceTensors {
 // The device's index and its current stream.
 Device kernels_device(const DeviceTensors& tensors);
 
-// The double at that offset in the control of these tensors, shape (1,).
+// The double at this offset of the StepControl, as a tensor of shape (1,).
 at::Tensor control_slot(const DeviceTensors& tensors, size_t offset);
 
-// The entry of the tensor's device: a new one for the first tensor on it.
+// The index in `devices` of the tensor's device. Adds an entry for the first tensor of a device.
 size_t device_tensors_for(const at::Tensor& tensor, std::vector<DeviceTensors>& devices);
 
 }  // namespace fusedopt

@@ -1,4 +1,4 @@
-// What the devices of one optimizer tell each other in a step.
+// The exchange between the devices of one optimizer in a step.
 #pragma once
 
 #include <vector>
@@ -7,15 +7,14 @@
 
 namespace fusedopt {
 
-// The sum of squares of each device (or its largest magnitude) becomes that of all, combined in the
-// order of the devices.
+// Combines the devices' sums of squares (or largest magnitudes) in the order of the devices, and
+// gives every device the result.
 void exchange_norms(std::vector<DeviceTensors>& devices, NormType norm_type);
 
-// The smallest clip coefficient of each device becomes the first device's reading, and goes to its
-// telemetry.
+// Writes the smallest clip coefficient of all devices to the first device's control and telemetry.
 void exchange_coefs(std::vector<DeviceTensors>& devices);
 
-// The number of steps so far, by which rows of telemetry are found, becomes the first device's.
+// Gives every device the first device's number of steps. It selects the rows of telemetry.
 void exchange_step_number(std::vector<DeviceTensors>& devices);
 
 }  // namespace fusedopt

@@ -16,7 +16,7 @@ void prefer_huge_pages(const at::Tensor& tensor) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
   const uintptr_t first = (begin + page - 1) / page * page;
   const uintptr_t last = (begin + tensor.nbytes()) / page * page;
-  // It is a wish: where it isn't granted, the step is slower and no less correct.
+  // madvise() may fail: the step is slower then, but still correct.
   if (last >= first + 2 * kHugePage) {
     madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
   }

@@ -1,12 +1,12 @@
-// Large pages for large states: a step walks all of them, and each small page costs a lookup.
+// Huge pages for large states. A step reads all of a state's memory, and every page costs a lookup.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 namespace fusedopt {
 
-// Asks the operating system to back a tensor's memory, which is best not yet written to, with huge
-// pages. Changes nothing where there are none, or the tensor is small.
+// Asks the operating system for huge pages for a tensor's memory. Call it before the memory is
+// written to. Does nothing if the system has none, or if the tensor is small.
 void prefer_huge_pages(const at::Tensor& tensor);
 
 }  // namespace fusedopt

@@ -17,7 +17,8 @@ std::vector<at::Tensor> defined_of(std::initializer_list<at::Tensor> tensors) {
   return result;
 }
 
-// What Python has made, and the workspace, which a new limit may have made anew.
+// Memory that may have been allocated on another stream than alloc_stream: tensors that Python has
+// made, and the workspace, which a new limit replaces.
 std::vector<at::Tensor> from_any_stream(const DeviceTensors& tensors) {
   return defined_of({tensors.control, tensors.step_ring, tensors.param_ring, tensors.limit_state,
                      tensors.workspace});
@@ -32,11 +33,11 @@ std::vector<at::Tensor> from_alloc_stream(const DeviceTensors& tensors) {
 }  // namespace
 
 void keep_for_current_stream(DeviceTensors& tensors, void* stream) {
-  // A graph reads the tables at every replay, also when this plan has been replaced. torch has no
-  // way to say so: they stay, with the rings and dense copies that there may be, until the process
-  // ends.
+  // A captured graph reads this memory at every replay, even after the plan is replaced. torch
+  // can't tell how long the graph lives: the memory stays until the process ends.
   if (is_capturing(stream)) {
-    // By storage, as a later graph may read more. Never destroyed: CUDA may be gone.
+    // The map is keyed by storage: a later capture adds only what is new. It is never destroyed, as
+    // CUDA may be gone by then.
     static auto* const kept = new std::unordered_map<const void*, at::Tensor>;
     for (const auto& memory : {from_alloc_stream(tensors), from_any_stream(tensors)}) {
       for (const at::Tensor& it : memory) {
@@ -45,8 +46,8 @@ void keep_for_current_stream(DeviceTensors& tensors, void* stream) {
     }
   }
   if (!tensors.device.is_cuda()) return;
-  // torch's allocator gives memory back to the stream that it was allocated on, unless it knows of
-  // others.
+  // torch's allocator lets the stream that memory was allocated on use it again at once. Tell the
+  // allocator that the current stream uses it too.
   const c10::Stream current = c10::impl::VirtualGuardImpl(c10::kCUDA).getStream(tensors.device);
   for (const at::Tensor& it : from_any_stream(tensors)) it.record_stream(current);
   if (!tensors.alloc_stream.has_value()) tensors.alloc_stream = current;

@@ -1,5 +1,4 @@
-// Memory that others may still read after we have let go of it: other threads, other streams, and
-// captured graphs.
+// Keeps memory alive that other threads, other streams or captured graphs may still use.
 #pragma once
 
 #include <c10/core/Storage.h>
@@ -11,10 +10,10 @@
 
 namespace fusedopt {
 
-// Owners of all memory of the caller's that a step reads and writes.
+// Returns the storages of all memory of the caller that a step reads or writes.
 using KeepAlive = c10::function_ref<std::vector<c10::Storage>()>;
 
-// Before kernels that use the tensors' memory are launched on the current stream, on CUDA.
+// Call it on CUDA, before launching kernels on the current stream.
 void keep_for_current_stream(DeviceTensors& tensors, void* stream);
 
 }  // namespace fusedopt

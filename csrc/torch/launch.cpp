@@ -14,13 +14,14 @@ namespace fusedopt {
 
 namespace {
 
-// With fewer elements a thread costs more to wake than it saves; a chunk isn't divided anyway.
+// To wake a thread for fewer elements costs more time than it saves. A chunk is never divided
+// anyway.
 constexpr int64_t kElementsPerThread = kChunkSize;
 
-// Above this many elements a step is long enough to let other Python threads run meanwhile.
+// A step of so many elements takes long enough to let other Python threads run meanwhile.
 constexpr int64_t kElementsToReleaseGil = 1 << 20;
 
-// A forked child has none of its parent's threads, and GNU's OpenMP would wait for them forever.
+// A forked child has none of its parent's threads, but GNU's OpenMP would wait for them forever.
 std::atomic<bool> in_forked_child{false};
 [[maybe_unused]] const int at_fork =
     pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
@@ -39,14 +40,14 @@ int64_t num_elements(const DeviceTensors& tensors) {
   return count;
 }
 
-// Makes the calls of one step.
+// Calls the kernels for one step.
 class Launcher {
  public:
   Launcher(std::vector<DeviceTensors>& devices, const std::vector<StepParams>& steps,
            KeepAlive keep_alive)
       : devices_(devices), steps_(steps), keep_alive_(keep_alive) {}
 
-  // Makes one call on every device. call(step, device) returns a status.
+  // Calls call(step, device) for every device. It returns a status.
   template <class Call>
   void on_all(Call call) {
     for (size_t i = 0; i < devices_.size(); ++i) on_one(devices_[i], steps_[i], call);
@@ -74,7 +75,7 @@ class Launcher {
   std::vector<DeviceTensors>& devices_;
   const std::vector<StepParams>& steps_;
   KeepAlive keep_alive_;
-  // From the first time that other Python threads may run until the end of the step.
+  // Filled before other Python threads may run; kept until the end of the step.
   std::vector<c10::Storage> kept_;
 };
 

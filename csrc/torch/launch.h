@@ -1,4 +1,4 @@
-// Hands a step to the kernels: threads, streams, and the exchange between several devices.
+// Launches a step: chooses threads and streams, and exchanges norms between several devices.
 #pragma once
 
 #include <vector>
@@ -7,11 +7,11 @@
 
 namespace fusedopt {
 
-// `steps`: one per device. `keep_alive` is called where other Python threads may run meanwhile.
+// `steps` has one entry per device. `keep_alive` is called before other Python threads may run.
 void launch_step(const RuleInfo& rule, std::vector<DeviceTensors>& devices,
                  const std::vector<StepParams>& steps, KeepAlive keep_alive);
 
-// The update by itself, where the controls hold the norm.
+// Launches the update alone. The norm must be in the controls already.
 void launch_update(const RuleInfo& rule, std::vector<DeviceTensors>& devices,
                    const std::vector<StepParams>& steps, KeepAlive keep_alive);
 

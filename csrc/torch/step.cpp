@@ -10,7 +10,7 @@ namespace fusedopt {
 
 namespace {
 
-// A 0-d float32 on the device, which `kept` keeps alive.
+// The address of the scalar on the device, as float32. `kept` keeps its tensor alive.
 const float* scalar_on(const std::optional<at::Tensor>& scalar, c10::Device device,
                        std::vector<at::Tensor>& kept) {
   if (!scalar.has_value()) return nullptr;
@@ -22,7 +22,7 @@ LimitKind kind_of(const StepCall& call) {
   return call.limit.has_value() ? static_cast<LimitKind>(call.limit->kind) : LimitKind::kFixed;
 }
 
-// `is_first`: the limit's state lies on this device, as the first parameter does.
+// `is_first`: this is the first parameter's device, where the limit's state lies.
 StepParams make_params(DeviceTensors& tensors, bool is_first, const StepCall& call,
                        std::vector<at::Tensor>& kept) {
   const LimitKind kind = kind_of(call);
@@ -45,7 +45,8 @@ StepParams make_params(DeviceTensors& tensors, bool is_first, const StepCall& ca
   return step;
 }
 
-// What the limit has learned on the other devices, each of its own tensors, in its own copy.
+// Every device has updated its own tensors in its own copy of the limit's state. Collects the
+// changes in the first device's state.
 void gather_limit_states(const std::vector<DeviceTensors>& devices, at::Tensor state,
                          const at::Tensor& before) {
   for (size_t i = 1; i < devices.size(); ++i) {
@@ -86,7 +87,7 @@ void step(const RuleInfo& rule, std::vector<DeviceTensors>& devices, const StepC
     steps.push_back(make_params(tensors, steps.empty(), call, kept));
   }
   if (devices.size() > 1 && devices[0].step_ring.defined()) {
-    // A step's own row tells of all devices, and the update writes it: the norm comes first.
+    // The update writes the step's row, which holds the norm over all devices: measure it first.
     for (StepParams& params : steps) params.options.measure = true;
   }
   const bool gathers = steps.size() > 1 && kind_of(call) == LimitKind::kPerTensor;
