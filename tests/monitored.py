@@ -42,7 +42,7 @@ class Steps(fusedopt.FusedSGD):
         rings, control = self._rings, self._readings()
         assert rings is not None
         if not rings.params:
-            rings.fit(self.param_groups)
+            rings.resize(self.param_groups)
         row = int(control[Control.STEPS]) % rings.size
         control[Control.STEPS] += 1
         rings.steps[row] = torch.tensor([3.0, 0.3, 0.0, 0.1])

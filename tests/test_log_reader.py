@@ -13,12 +13,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from log_rows import make_rows, rows_of
 
 from fusedopt import NotALogError, Telemetry, read_log
 from fusedopt.monitoring.log_format import BY_SUFFIX, Header
 from fusedopt.monitoring.log_reader import LogReader
+from fusedopt.monitoring.log_rows import join
 from fusedopt.monitoring.log_writer import LogWriter
-from fusedopt.monitoring.telemetry_rows import concatenate, from_matrix, select
+from fusedopt.monitoring.telemetry_rows import select
 from fusedopt.telemetry import PARAM_COLUMNS
 
 ROWS = 6
@@ -37,7 +39,8 @@ def telemetry(steps: int = ROWS, first: int = 1, names: dict[str, int] = NAMES) 
         params[1, 0, 0], params[1, 2, 0], params[1, 5] = torch.inf, 123_456_789_012, torch.nan
         params[2, :, -1] = torch.nan
     lr = torch.rand(steps, 1, generator=generator, dtype=torch.float64)
-    return from_matrix(torch.arange(first, first + steps), readings, lr, names, params)
+    step = torch.arange(first, first + steps)
+    return make_rows(step, readings, lr, names, params).telemetry()
 
 
 def write(path: Path, *batches: Telemetry) -> Path:
@@ -97,7 +100,7 @@ def test_a_log_in_many_batches(path):
     batches = list(reader.batches())
     assert len(batches) >= 4
     assert max(len(batch.step) for batch in batches) * 300 * 6 <= 1.01 * 2**20
-    whole = concatenate(batches)
+    whole = join(batches).telemetry()
     assert whole.step.tolist() == list(range(1, 1801))
     expected = telemetry(900, first=901, names=names).params["layer.7"].grad_norm
     torch.testing.assert_close(
@@ -260,8 +263,9 @@ def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
     path = write(tmp_path / "run.jsonl", telemetry())
     with open(path, "ab") as file:
         file.write(b"x" * 50_000)
-    assert "line 8: cut off" in str(read_log(path).damage)
-    assert "line 8: cut off" in str(_read_growing(LogReader(path)).damage)
+    words = "line 8: longer than 10,000 bytes; this line is left out"
+    assert words in str(read_log(path).damage)
+    assert words in str(_read_growing(LogReader(path)).damage)
 
 
 def _read_growing(reader: LogReader) -> LogReader:
@@ -280,16 +284,17 @@ def test_rows_of_a_resumed_run_replace_those_of_the_first(path):
     torch.testing.assert_close(rows.lr[:3], first.lr[:3], rtol=1e-6, atol=0)
 
 
-def test_concatenate_and_select_agree_with_the_parts():
+def test_join_and_select_agree_with_the_parts():
     rows = telemetry(6)
     parts = [
         select(rows, slice(0, 2)),
         select(rows, torch.tensor([2, 3, 4])),
         select(rows, slice(5, 6)),
     ]
-    for name, column in concatenate(parts).columns().items():
+    joined = join([rows_of(part) for part in parts]).telemetry()
+    for name, column in joined.columns().items():
         torch.testing.assert_close(column, rows.columns()[name], rtol=0, atol=0, equal_nan=True)
-    assert len(concatenate([]).step) == 0
+    assert len(join([]).step) == 0
 
 
 # As it grows

@@ -20,13 +20,14 @@ from typing import Any
 
 import pytest
 import torch
+from log_rows import make_rows, rows_of
 from test_log_reader import write
 
 from fusedopt import Telemetry
 from fusedopt.__main__ import main
 from fusedopt.monitoring.history import History
 from fusedopt.monitoring.layers import gather
-from fusedopt.monitoring.telemetry_rows import from_matrix, select
+from fusedopt.monitoring.telemetry_rows import select
 
 plot = pytest.importorskip("fusedopt.monitoring.plot")
 watch = pytest.importorskip("fusedopt.monitoring.watch")
@@ -56,13 +57,13 @@ def run_of(steps: int, names: list[str] = NAMES, groups: int = 1) -> Telemetry:
         params[: FIRST_WITH_BIAS - 1, :, 1] = math.nan
     lr = (0.1 / step)[:, None].double().expand(-1, groups)
     readings = torch.stack([norm, coef, skipped.double()], 1)
-    return from_matrix(step, readings, lr, dict.fromkeys(names, 10), params)
+    return make_rows(step, readings, lr, dict.fromkeys(names, 10), params).telemetry()
 
 
 def history_of(rows: Telemetry, batch: int = 1000, intervals: int = 64) -> History:
     history = History(intervals)
     for start in range(0, len(rows.step), batch):
-        history.add(select(rows, slice(start, start + batch)))
+        history.add(rows_of(select(rows, slice(start, start + batch))))
     return history
 
 
@@ -103,17 +104,17 @@ def test_a_history_of_a_resumed_run_forgets_what_is_replaced():
     history = history_of(rows)
     assert history["skipped"].sum() == 1
     again = select(run_of(26), slice(20, None))
-    history.add(again)
+    history.add(rows_of(again))
     assert history["steps"].tolist() == [1] * 26 and history["skipped"].sum() == 0
-    history.add(select(rows, slice(26, None)))
+    history.add(rows_of(select(rows, slice(26, None))))
     assert history["steps"].tolist() == [1] * 40 and history["skipped"].sum() == 1
 
 
 def test_a_history_in_which_parameters_and_groups_come_and_go():
     history = history_of(run_of(5, ["a", "b"]))
     rows = run_of(10, ["b", "c"], groups=2)
-    history.add(select(rows, slice(5, None)))
-    history.add(select(run_of(12, ["a"]), slice(10, None)))
+    history.add(rows_of(select(rows, slice(5, None))))
+    history.add(rows_of(select(run_of(12, ["a"]), slice(10, None))))
     assert history.names == ["a", "b", "c"]
     known = ~history["param_max"].isnan()
     assert known[:, 0].tolist() == [True] * 5 + [False] * 5 + [True] * 2
@@ -202,7 +203,8 @@ def test_odd_runs_are_drawn(tmp_path, kind):
     elif kind == "not logged":
         params[torch.arange(1, steps + 1) % 10 != 0] = math.nan
     lr = torch.full((steps, 1), 0.1, dtype=torch.float64)
-    rows = from_matrix(torch.arange(1, steps + 1), readings, lr, {"a": 1, "b": 2}, params)
+    step = torch.arange(1, steps + 1)
+    rows = make_rows(step, readings, lr, {"a": 1, "b": 2}, params).telemetry()
     figure = plot.draw(history_of(rows), kind)
     norm, *_ = figure.axes
     figure.savefig(tmp_path / "out.png")
@@ -275,7 +277,7 @@ def test_a_missing_package_is_one_line(tmp_path, capsys, monkeypatch, command, p
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     assert main([command, str(log)]) == 2
-    error = f"python -m fusedopt: {command} needs {package}: pip install 'fusedopt[{command}]'\n"
+    error = f"python -m fusedopt: {command} needs {package}: pip install {package}\n"
     assert capsys.readouterr().err == error
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from fusedopt.monitoring.telemetry_rows import not_replaced, param_matrix, select
-from fusedopt.telemetry import Telemetry
+from fusedopt.monitoring.log_rows import Block, Rows, not_replaced
+from fusedopt.telemetry import PARAM_COLUMNS
 
-INTERVALS = 1024  # at most; when they are full, neighbors become one
+INTERVALS = 1024  # at most; when there would be more, neighbors become one
+MOST_CELLS = 2**22  # of a column with a value for every parameter; then there are fewer intervals
 
-# How values meet in an interval: what it starts from, and how another one is added.
+# How values of one interval become one: the first value, and how another one is added.
 REDUCTIONS = {
     "max": (-math.inf, torch.maximum),
     "min": (math.inf, torch.minimum),
@@ -22,14 +24,15 @@ COLUMNS = {
     "norm_max": "max",
     "norm_min": "min",
     "coef_min": "min",
-    "lr": "max",
     "steps": "sum",
     "clipped": "sum",
     "skipped": "sum",
     "nonfinite": "sum",
+    "lr": "max",
     "param_max": "max",
     "param_bad": "max",
 }
+WIDE = ("lr", "param_max", "param_bad")  # several values for every interval
 
 
 class History:
@@ -49,103 +52,178 @@ class History:
     """
 
     def __init__(self, most_intervals: int = INTERVALS) -> None:
-        assert most_intervals % 2 == 0
         self._most = most_intervals
-        self.names: list[str] = []
+        self._indices: dict[str, int] = {}  # of the parameters, by name
+        self._last_sizes: Mapping[str, int] = {}
+        self._last_where = torch.empty(0, dtype=torch.int64)
+        self._groups = 0
         self._restart(0)
 
     def _restart(self, first: int) -> None:
         self.first, self.last, self.width = first, first - 1, 1
-        self._columns = {
-            name: torch.full(self._shape(name, 0), REDUCTIONS[kind][0], dtype=torch.float64)
-            for name, kind in COLUMNS.items()
-        }
+        self._used = torch.zeros(self._most, dtype=torch.bool)  # the intervals with steps
+        self._columns = {name: _Column(kind) for name, kind in COLUMNS.items()}
 
-    def _shape(self, column: str, groups: int) -> tuple[int, ...]:
-        width = {"lr": groups, "param_max": len(self.names), "param_bad": len(self.names)}
-        return (self._most, width[column]) if column in width else (self._most,)
+    @property
+    def names(self) -> list[str]:
+        return list(self._indices)
 
     def __len__(self) -> int:
         return (self.last - self.first) // self.width + 1
 
-    def __getitem__(self, column: str) -> Tensor:
-        values = self._columns[column][: len(self)]
-        fill, _ = REDUCTIONS[COLUMNS[column]]
-        return values.clone() if fill == 0 else values.masked_fill(values == fill, torch.nan)
+    def __getitem__(self, name: str) -> Tensor:
+        column, used = self._columns[name], self._used[: len(self)]
+        values = torch.full((len(self), column.width), column.start, dtype=torch.float64)
+        values[used] = column.values[used.nonzero().flatten(), : column.width]
+        if column.start != 0:
+            values.masked_fill_(values == column.start, torch.nan)
+        return values if name in WIDE else values[:, 0]
 
     def starts(self) -> Tensor:
         """The first step of every interval: int64."""
         return self.first + self.width * torch.arange(len(self))
 
-    def add(self, rows: Telemetry) -> None:
-        """Rows behind those that are known, or in their place: a run resumed from before its end.
+    def add(self, rows: Rows) -> None:
+        """Adds rows of later steps, or of earlier ones, which replace all from there on.
 
-        Of an interval that is only partly replaced, what stood out before stays.
+        Where an interval is only partly replaced, its old values stay and count.
         """
-        kept = not_replaced(rows.step)
-        if not kept.all():
-            rows = select(rows, kept)
+        where = [self._where(block) for block in rows.blocks]
+        rows = rows.select(not_replaced(rows.step))
         if len(rows.step) == 0:
             return
+        self._groups = max(self._groups, rows.lr.shape[1])
         first = int(rows.step[0])
         if self.last < self.first or first <= self.first:
             self._restart(first)
         elif first <= self.last:
-            self._cut(first)
+            self._used[-(-(first - self.first) // self.width) :] = False
         self.last = int(rows.step[-1])
-        while len(self) > self._most:
-            self._merge_neighbors()
-        self._reduce((rows.step - self.first) // self.width, self._values(rows))
+        self._make_room()
+        places = (rows.step - self.first) // self.width
+        self._use(places)
+        for name, values in _readings(rows).items():
+            self._columns[name].add(places, values, slice(0, values.shape[1]))
+        for block, columns in zip(rows.blocks, where):
+            if len(block.rows):
+                for name, values in _measurements(block).items():
+                    self._columns[name].add(places[block.rows], values, columns)
 
-    def _values(self, rows: Telemetry) -> dict[str, Tensor]:
-        finite = rows.grad_norm.isfinite()
-        clipped = (rows.clip_coef < 1) & ~rows.skipped
-        params = dict(zip(rows.params, range(len(rows.params))))
-        self.names = list(dict.fromkeys((*self.names, *params)))
-        norms, infs, nans = param_matrix(rows, ("grad_norm", "infs", "nans")).unbind(1)
-        bad = torch.where(infs.isnan(), -math.inf, ((infs > 0) | (nans > 0)).double())
-        places = dict(zip(self.names, range(len(self.names))))
-        where = [places[name] for name in params]
-        param_max = torch.full((len(rows.step), len(self.names)), -math.inf, dtype=torch.float64)
-        param_bad = param_max.clone()
-        param_max[:, where] = norms.masked_fill(~norms.isfinite(), -math.inf)
-        param_bad[:, where] = bad
-        return {
-            "norm_max": rows.grad_norm.masked_fill(~finite, -math.inf),
-            "norm_min": rows.grad_norm.masked_fill(~finite, math.inf),
-            "coef_min": rows.clip_coef.nan_to_num(math.inf).masked_fill(rows.skipped, math.inf),
-            "lr": rows.lr.nan_to_num(-math.inf),
-            "steps": torch.ones_like(rows.grad_norm),
-            "clipped": clipped.double(),
-            "skipped": rows.skipped.double(),
-            "nonfinite": (~finite & ~rows.skipped).double(),
-            "param_max": param_max,
-            "param_bad": param_bad,
+    def _where(self, block: Block) -> Tensor:
+        """The columns of a block's parameters, new ones included."""
+        if block.sizes is not self._last_sizes:
+            indices = [self._indices.setdefault(n, len(self._indices)) for n in block.sizes]
+            self._last_where = torch.tensor(indices, dtype=torch.int64)
+            self._last_sizes = block.sizes
+        return self._last_where
+
+    def _make_room(self) -> None:
+        """Makes columns wide enough, and intervals long enough, for there to be few cells."""
+        widths = dict.fromkeys(COLUMNS, 1)
+        widths |= {
+            "lr": self._groups,
+            **dict.fromkeys(("param_max", "param_bad"), len(self._indices)),
         }
+        capacity = {
+            name: column.capacity_for(widths[name]) for name, column in self._columns.items()
+        }
+        most = max(1, min(self._most, MOST_CELLS // max(capacity.values())))
+        self._lengthen_intervals(most)
+        for name, column in self._columns.items():
+            column.resize(most, capacity[name], widths[name], self._used[:most])
 
-    def _reduce(self, places: Tensor, values: dict[str, Tensor]) -> None:
-        """Adds values to the intervals at these places, which only grow."""
+    def _lengthen_intervals(self, most: int) -> None:
+        factor = 1
+        while (self.last - self.first) // (self.width * factor) >= most:
+            factor *= 2
+        if factor == 1:
+            return
+        before = self._used.nonzero().flatten()
+        places = before // factor
+        for column in self._columns.values():
+            column.merge(before, places)
+        self._used[:] = False
+        self._used[places] = True
+        self.width *= factor
+
+    def _use(self, places: Tensor) -> None:
+        new = places[~self._used[places]]
+        for column in self._columns.values():
+            column.values[new] = column.start
+        self._used[places] = True
+
+
+class _Column:
+    """A number for every interval, or several. Rows of intervals that are not used are undefined.
+
+    Attributes:
+        values: float64, shape (intervals, capacity), of which the first `width` columns count.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.start, self._combine = REDUCTIONS[kind]
+        self.values = torch.empty((0, 0), dtype=torch.float64)
+        self.width = 0
+
+    def capacity_for(self, width: int) -> int:
+        """At least twice as many columns as before, if more are needed."""
+        capacity = self.values.shape[1]
+        return capacity if width <= capacity else max(width, 2 * capacity)
+
+    def resize(self, intervals: int, capacity: int, width: int, used: Tensor) -> None:
+        """Makes room; the values that are new in an interval in use are `start`."""
+        self.width = max(self.width, width)
+        before = self.values
+        if before.shape == (intervals, capacity):
+            return
+        self.values = torch.empty((intervals, capacity), dtype=torch.float64)
+        rows = used.nonzero().flatten()
+        self.values[rows] = self.start
+        self.values[rows, : before.shape[1]] = before[rows]
+
+    def add(self, places: Tensor, new: Tensor, where: Tensor | slice) -> None:
+        """Adds rows of values to the intervals at these places, which are ascending."""
         place, lengths = places.unique_consecutive(return_counts=True)
-        for name, new in values.items():
-            kind, column = COLUMNS[name], self._columns[name]
-            start, combine = REDUCTIONS[kind]
-            new = torch.segment_reduce(new, kind, lengths=lengths, axis=0, initial=start)
-            if new.dim() == 2:  # there may be more parameters or groups than before, or less
-                missing = new.shape[1] - column.shape[1]
-                column = torch.nn.functional.pad(column, (0, max(0, missing)), value=start)
-                new = torch.nn.functional.pad(new, (0, max(0, -missing)), value=start)
-            column[place] = combine(column[place], new)
-            self._columns[name] = column
+        new = torch.segment_reduce(new, self.kind, lengths=lengths, axis=0, initial=self.start)
+        cells = (place[:, None], where) if isinstance(where, Tensor) else (place, where)
+        self.values[cells] = self._combine(self.values[cells], new)
 
-    def _cut(self, first: int) -> None:
-        """Forgets the steps from there on, as far as they have intervals of their own."""
-        start = -(-(first - self.first) // self.width)
-        for name, column in self._columns.items():
-            column[start:] = REDUCTIONS[COLUMNS[name]][0]
+    def merge(self, rows: Tensor, places: Tensor) -> None:
+        """Moves the values of these rows to these places, which are ascending."""
+        if len(rows) == 0:
+            return
+        place, lengths = places.unique_consecutive(return_counts=True)
+        merged = torch.segment_reduce(
+            self.values[rows], self.kind, lengths=lengths, axis=0, initial=self.start
+        )
+        self.values[place] = merged
 
-    def _merge_neighbors(self) -> None:
-        for name, column in self._columns.items():
-            start, combine = REDUCTIONS[COLUMNS[name]]
-            merged = combine(column[0::2], column[1::2])
-            self._columns[name] = torch.cat([merged, torch.full_like(merged, start)])
-        self.width *= 2
+
+def _readings(rows: Rows) -> dict[str, Tensor]:
+    """The values of the columns for every row: float64, shape (steps, 1), or (steps, groups)."""
+    norm, coef, skipped = rows.grad_norm, rows.clip_coef, rows.skipped
+    finite = norm.isfinite()
+    values = {
+        "norm_max": norm.masked_fill(~finite, -math.inf),
+        "norm_min": norm.masked_fill(~finite, math.inf),
+        "coef_min": coef.masked_fill(coef.isnan() | skipped, math.inf),
+        "steps": torch.ones_like(norm),
+        "clipped": ((coef < 1) & ~skipped).double(),
+        "skipped": skipped.double(),
+        "nonfinite": (~finite & ~skipped).double(),
+    }
+    lr = rows.lr.masked_fill(rows.lr.isnan(), -math.inf)
+    return {**{name: column[:, None] for name, column in values.items()}, "lr": lr}
+
+
+def _measurements(block: Block) -> dict[str, Tensor]:
+    """The same for the parameters: shape (rows of the block, its parameters)."""
+    norms, infs, nans = (
+        block.values[:, PARAM_COLUMNS.index(name)] for name in ("grad_norm", "infs", "nans")
+    )
+    bad = ((infs > 0) | (nans > 0)).double()
+    return {
+        "param_max": norms.masked_fill(~norms.isfinite(), -math.inf),
+        "param_bad": bad.masked_fill(infs.isnan(), -math.inf),
+    }

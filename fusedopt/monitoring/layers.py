@@ -8,14 +8,18 @@ from collections.abc import Sequence
 def gather(names: Sequence[str], most: int) -> list[tuple[str, list[int]]]:
     """Rows for a table of parameters, in their order: each a label and the parameters in it.
 
-    As many levels of the names as give no more than `most` rows; where not even the outermost do,
-    neighbors are put together.
+    A row is all parameters whose names begin with the same parts. Names are cut after as many parts
+    as give no more than `most` rows. Where even one part gives more, neighbors are put together.
     """
-    levels = max((name.count(".") + 1 for name in names), default=1)
-    rows = _at_depth(names, levels)
-    while len(rows) > most and levels > 1:
-        levels -= 1
-        rows = _at_depth(names, levels)
+    parts = [name.split(".") for name in names]
+    low, high = 1, max(map(len, parts), default=1)
+    while low < high:  # more parts never give fewer rows
+        middle = (low + high + 1) // 2
+        if len(_at_depth(parts, middle)) <= most:
+            low = middle
+        else:
+            high = middle - 1
+    rows = _at_depth(parts, low)
     if len(rows) <= most:
         return list(rows.items())
     size = -(-len(rows) // most)
@@ -29,8 +33,8 @@ def gather(names: Sequence[str], most: int) -> list[tuple[str, list[int]]]:
     ]
 
 
-def _at_depth(names: Sequence[str], levels: int) -> dict[str, list[int]]:
+def _at_depth(parts: Sequence[Sequence[str]], depth: int) -> dict[str, list[int]]:
     rows: dict[str, list[int]] = {}
-    for index, name in enumerate(names):
-        rows.setdefault(".".join(name.split(".")[:levels]), []).append(index)
+    for index, name in enumerate(parts):
+        rows.setdefault(".".join(name[:depth]), []).append(index)
     return rows

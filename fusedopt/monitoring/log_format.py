@@ -33,11 +33,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fusedopt.monitoring.telemetry_rows import param_matrix
+from fusedopt.monitoring.words import short_value
 from fusedopt.telemetry import PARAM_COLUMNS, STEP_COLUMNS, Telemetry
 
 VERSION = 1
 COUNTS = ("infs", "nans")
 NUMBER = "%.7g"
+LONGEST_LINE = 2**26  # bytes
+MOST_STEPS = 2**48  # exact in float64, with room for fractions
 CSV_PARAM_COLUMNS = (*PARAM_COLUMNS, "update_ratio")
 
 NONFINITE = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -125,12 +128,12 @@ class Jsonl:
         content = _parse_json(line)
         version, names, sizes = (content.get(key) for key in ("fusedopt_log", "params", "numel"))
         if version != VERSION:
-            raise FormatError(f"version {version!r} of the format; expected {VERSION}")
+            raise FormatError(f"version {short_value(version)} of the format; expected {VERSION}")
         if not isinstance(names, list) or not isinstance(sizes, list) or len(names) != len(sizes):
             raise FormatError("a header without its parameters")
         if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
             raise FormatError("a header whose parameters have no names of their own")
-        if not all(isinstance(size, int) and size >= 0 for size in sizes):
+        if not all(isinstance(size, int) and 0 <= size < 2**63 for size in sizes):
             raise FormatError("a header whose parameters have no sizes")
         optimizer = content.get("optimizer")
         return Header(dict(zip(names, sizes)), optimizer if isinstance(optimizer, str) else None)
@@ -138,7 +141,7 @@ class Jsonl:
     def parse_row(self, line: str, header: Header | None) -> Row:
         content = _parse_json(line)
         step = content.get("step")
-        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**63:
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < MOST_STEPS:
             raise FormatError("no number of a step")
         skipped = content.get("skipped")
         if not isinstance(skipped, bool):
@@ -202,15 +205,17 @@ class Csv:
 
     def parse_row(self, line: str, header: Header | None) -> Row:
         cells = _parse_csv(line)
-        if header is not None and len(cells) != len(self._columns(header)):
-            raise FormatError(f"{len(cells)} cells; expected {len(self._columns(header))}")
         start = 1 + len(STEP_COLUMNS)
+        if header is not None:
+            columns = start + (header.groups or 0) + len(CSV_PARAM_COLUMNS) * len(header.params)
+            if len(cells) != columns:
+                raise FormatError(f"{len(cells)} cells; expected {columns}")
         try:
             step = int(cells[0])
             readings = array("d", map(float, cells[1:start]))
         except (ValueError, IndexError):
             raise FormatError("a cell that is no number") from None
-        if not 0 <= step < 2**63 or readings[-1] not in (0, 1):
+        if not 0 <= step < MOST_STEPS or readings[-1] not in (0, 1):
             raise FormatError("a step or a flag that can't be")
         if header is None:
             return Row(step, readings, array("d"), None)

@@ -8,17 +8,25 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from fusedopt.monitoring.log_format import Format, FormatError, Header, Row, format_of
-from fusedopt.monitoring.telemetry_rows import concatenate, from_matrix
+from fusedopt.monitoring.log_format import (
+    LONGEST_LINE,
+    Format,
+    FormatError,
+    Header,
+    Row,
+    format_of,
+)
+from fusedopt.monitoring.log_rows import Block, Rows, join
 from fusedopt.telemetry import PARAM_COLUMNS, STEP_COLUMNS, Telemetry
 
 BATCH_ROWS = 1024
 BATCH_NUMBERS = 2**20  # a batch of many parameters has fewer rows
-LONGEST_LINE = 2**26
+LEAST_NUMBERS = 2**22  # so many fit in a table of learning rates, however small the file is
 START = 4096  # that many bytes tell one run's file from another's: the header has a date
 
 
@@ -50,8 +58,22 @@ def read_log(path: str | os.PathLike[str]) -> RunLog:
         OSError: it can't be read.
     """
     reader = LogReader(path)
-    rows = concatenate(list(reader.batches()))
-    return RunLog(rows, reader.header.optimizer if reader.header else None, reader.damage)
+    rows = join(list(_in_proportion(reader)))
+    optimizer = reader.header.optimizer if reader.header else None
+    return RunLog(rows.telemetry(), optimizer, reader.damage)
+
+
+def _in_proportion(reader: LogReader) -> Iterator[Rows]:
+    """The batches; refuses a table of learning rates that is far larger than its file."""
+    steps, groups = 0, 0
+    for rows in reader.batches():
+        steps, groups = steps + len(rows.step), max(groups, rows.lr.shape[1])
+        if steps * groups > LEAST_NUMBERS + reader.bytes_read:
+            raise NotALogError(
+                f"{reader.path}: a step with {groups:,} learning rates makes a table of {steps:,} "
+                "steps too large; plot and watch can show this log"
+            )
+        yield rows
 
 
 class LogReader:
@@ -74,6 +96,11 @@ class LogReader:
         self._format: Format | None = None
         self._offset = self._line = self._rows = 0
 
+    @property
+    def bytes_read(self) -> int:
+        """Of the lines that are neither cut nor damaged."""
+        return self._offset
+
     def was_replaced(self) -> bool:
         """Whether the file is another one by now, or was cut; it is then read from its start."""
         with open(self.path, "rb") as file:
@@ -90,7 +117,7 @@ class LogReader:
             self._forget()
         return replaced
 
-    def batches(self, growing: bool = False) -> Iterator[Telemetry]:
+    def batches(self, growing: bool = False) -> Iterator[Rows]:
         """The rows that were not read yet, up to a damaged line.
 
         Args:
@@ -111,36 +138,37 @@ class LogReader:
             file.seek(self._offset)
             yield from self._rest(file, self._format, growing)
 
-    def _rest(self, file, known: Format, growing: bool) -> Iterator[Telemetry]:
-        batch = _Batch()
+    def _rest(self, file: BinaryIO, known: Format, growing: bool) -> Iterator[Rows]:
+        batch = _Batch(self.header)
         while self.damage is None and (line := file.readline(LONGEST_LINE)):
-            whole = line.endswith(b"\n")
-            if not whole and growing and len(line) < LONGEST_LINE:
+            ended = line.endswith(b"\n")
+            if not ended and growing and len(line) < LONGEST_LINE:
                 break
             try:
-                if not whole:
-                    raise FormatError("cut off in the middle")
+                if not ended:
+                    cut = len(line) < LONGEST_LINE
+                    too_long = f"longer than {LONGEST_LINE:,} bytes"
+                    raise FormatError("cut off in the middle" if cut else too_long)
                 text = line.decode().rstrip("\r\n")
                 if self.header is None or known.is_header(line):
-                    header = known.parse_header(text)
-                    yield from batch.take()
-                    self.header, batch = header, _Batch()
+                    self.header = known.parse_header(text)
+                    batch.begin_block(self.header)
                 else:
                     row = known.parse_row(text, self.header)
                     if not batch.has_room_for(row):
-                        yield from batch.take()
-                        batch = _Batch()
-                    batch.add(row, self.header)
+                        yield batch.rows()
+                        batch = _Batch(self.header)
+                    batch.add(row)
                     self._rows += 1
             except (FormatError, UnicodeDecodeError) as error:
                 reason = str(error) if isinstance(error, FormatError) else "not UTF-8"
                 if self.header is None:
                     raise NotALogError(f"{self.path}, line 1: {reason}") from None
-                self.damage = self._describe(reason, _count_lines(file))
+                self.damage = self._describe(reason, max(0, _count_lines(file) - (not ended)))
                 break
             self._offset += len(line)
             self._line += 1
-        yield from batch.take()
+        yield batch.rows()
 
     def _describe(self, reason: str, later: int) -> str:
         rest = f" and the {later} after it are" if later else " is"
@@ -151,39 +179,64 @@ class LogReader:
 
 
 class _Batch:
-    """Rows of one header, on their way to tensors."""
+    """Lines on their way to tensors."""
 
-    def __init__(self) -> None:
-        self._header: Header | None = None
-        self._groups = 0
+    def __init__(self, header: Header | None) -> None:
         self._steps: list[int] = []
-        self._readings, self._lr, self._params = array("d"), array("d"), array("d")
+        self._readings = array("d")
+        self._lr: list[array[float]] = []
+        self._groups = 0
+        self._numbers = 0
+        self._blocks: list[_OpenBlock] = []
+        if header is not None:
+            self.begin_block(header)
+
+    def begin_block(self, header: Header) -> None:
+        self._blocks.append(_OpenBlock(header))
 
     def has_room_for(self, row: Row) -> bool:
         if not self._steps:
             return True
-        fits = len(self._steps) < BATCH_ROWS and len(self._params) < BATCH_NUMBERS
-        return fits and len(row.lr) == self._groups
+        rows, groups = len(self._steps) + 1, max(self._groups, len(row.lr))
+        few = rows <= BATCH_ROWS and len(self._blocks) <= BATCH_ROWS
+        return few and self._numbers + rows * groups <= BATCH_NUMBERS
 
-    def add(self, row: Row, header: Header) -> None:
-        self._header, self._groups = header, len(row.lr)
+    def add(self, row: Row) -> None:
+        if row.params is not None:
+            self._blocks[-1].rows.append(len(self._steps))
+            self._blocks[-1].values.extend(row.params)
+            self._numbers += len(row.params)
         self._steps.append(row.step)
         self._readings.extend(row.readings)
-        self._lr.extend(row.lr)
-        width = len(PARAM_COLUMNS) * len(header.params)
-        self._params.extend(array("d", [math.nan]) * width if row.params is None else row.params)
+        self._lr.append(row.lr)
+        self._groups = max(self._groups, len(row.lr))
 
-    def take(self) -> Iterator[Telemetry]:
-        if self._header is None:
-            return
-        steps, params = len(self._steps), self._header.params
-        yield from_matrix(
-            torch.tensor(self._steps),
+    def rows(self) -> Rows:
+        steps = len(self._steps)
+        lr = array("d")
+        for numbers in self._lr:
+            lr.extend(numbers)
+            lr.extend([math.nan] * (self._groups - len(numbers)))
+        return Rows(
+            torch.tensor(self._steps, dtype=torch.int64),
             _tensor(self._readings, (steps, len(STEP_COLUMNS))),
-            _tensor(self._lr, (steps, self._groups)),
-            params,
-            _tensor(self._params, (steps, len(PARAM_COLUMNS), len(params))),
+            _tensor(lr, (steps, self._groups)),
+            [block.close() for block in self._blocks],
         )
+
+
+class _OpenBlock:
+    """Rows of one header."""
+
+    def __init__(self, header: Header) -> None:
+        self._sizes = header.params
+        self.rows: list[int] = []
+        self.values = array("d")
+
+    def close(self) -> Block:
+        shape = (len(self.rows), len(PARAM_COLUMNS), len(self._sizes))
+        rows = torch.tensor(self.rows, dtype=torch.int64)
+        return Block(self._sizes, rows, _tensor(self.values, shape))
 
 
 def _tensor(values: array[float], shape: tuple[int, ...]) -> Tensor:
@@ -192,7 +245,7 @@ def _tensor(values: array[float], shape: tuple[int, ...]) -> Tensor:
     return torch.frombuffer(values, dtype=torch.float64).view(shape)
 
 
-def _count_lines(file) -> int:
+def _count_lines(file: BinaryIO) -> int:
     """How many more lines there are, whole or not."""
     lines, last = 0, b"\n"
     while block := file.read(2**20):

@@ -13,7 +13,14 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from fusedopt.monitoring.log_format import BY_SUFFIX, FormatError, Header, format_of
+from fusedopt.monitoring.log_format import (
+    BY_SUFFIX,
+    LONGEST_LINE,
+    FormatError,
+    Header,
+    format_of,
+)
+from fusedopt.monitoring.words import short_name
 from fusedopt.telemetry import PARAM_COLUMNS, ParamTelemetry, Telemetry
 
 try:
@@ -33,7 +40,7 @@ class LogWriter:
 
     Args:
         last_step: the log may have steps up to this one; None: any, and what is written replaces
-            those that it overlaps with (see `concatenate`).
+            those that it overlaps with (see `log_rows.join`).
 
     Attributes:
         params_every: the measurements of every parameter are for every step.
@@ -75,7 +82,7 @@ class LogWriter:
 
     def _continue(self, file: BinaryIO, header: Header, last_step: int | None) -> None:
         """Changes nothing before all is checked."""
-        first = file.readline()
+        first = file.readline(LONGEST_LINE)
         if first and format_of(first) is not self._format:
             raise FileExistsError(
                 f"{self.path} is not a {self._format.name} log that a Monitor writes; it is left "
@@ -115,8 +122,8 @@ class LogWriter:
             if expected is None or numel not in (0, expected):
                 has = "no such parameter" if expected is None else f"{expected} elements"
                 raise FileExistsError(
-                    f"{self.path} is the log of another model: {name!r} has {numel} elements "
-                    f"there, and this optimizer has {has}; it is left as it is"
+                    f"{self.path} is the log of another model: {short_name(name)!r} has {numel} "
+                    f"elements there, and this optimizer has {has}; it is left as it is"
                 )
         columns = (list(known.params), known.groups), (list(header.params), header.groups)
         if not self._format.takes_new_params and columns[0] != columns[1]:
@@ -191,10 +198,16 @@ def _end_of_lines(file: BinaryIO, end: int) -> int:
 
 
 def _lines_from_end(file: BinaryIO) -> Iterator[bytes]:
-    """The lines that have an end, the last one first."""
+    """The lines that have an end, the last one first.
+
+    Raises:
+        FormatError: a line is too long.
+    """
     end = _end_of_lines(file, file.seek(0, os.SEEK_END))
     while end > 0:
         start = _end_of_lines(file, end - 1)
+        if end - start > LONGEST_LINE:
+            raise FormatError(f"a line longer than {LONGEST_LINE:,} bytes")
         file.seek(start)
         yield file.read(end - start)
         end = start

@@ -3,6 +3,7 @@
 from fusedopt.monitoring.plot import draw, history_of
 
 history, reader = history_of("run.jsonl")
+draw(history, "my run")  # a notebook shows it
 draw(history, "my run").savefig("run.png")
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ from torch import Tensor
 from fusedopt.monitoring.history import History
 from fusedopt.monitoring.layers import gather
 from fusedopt.monitoring.log_reader import LogReader, NotALogError
+from fusedopt.monitoring.words import printable, short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +34,10 @@ BLUE, ORANGE, RED, GREEN = "#0072b2", "#e69f00", "#d55e00", "#009e73"
 ABSENT = "#d9d9d9"
 MOST_ROWS = 48  # of the heat map
 MOST_COLUMNS = 1024
+MOST_LRS = 32  # lines of learning rates
+LONGEST_LABEL, LONGEST_TITLE = 45, 120
+DPI = 120
+DRAWN = 1e-100, 1e100  # smaller and larger values are drawn as these
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,27 +52,34 @@ def main(argv: Sequence[str]) -> int:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        return fail("plot needs matplotlib: pip install 'fusedopt[plot]'")
+        return fail("plot needs matplotlib: pip install matplotlib")
     try:
         history, reader = history_of(args.log)
         if reader.damage:
-            print(reader.damage, file=sys.stderr)
+            print(printable(reader.damage), file=sys.stderr)
         if len(history) == 0:
             return fail(f"{args.log} has no steps yet")
         optimizer = reader.header.optimizer if reader.header else None
-        draw(history, args.log.name, optimizer).savefig(output, dpi=120)
+        save(draw(history, args.log.name, optimizer), output)
     except NotALogError as error:
         return fail(str(error))
     except OSError as error:
         return fail(f"{error.filename or output}: {error.strerror or error}")
     except ValueError as error:  # a format that matplotlib doesn't know
         return fail(f"{output}: {error}")
-    print(f"wrote {output}")
+    print(f"wrote {printable(str(output))}")
     return 0
 
 
+def save(figure: Figure, path: Path) -> None:
+    with warnings.catch_warnings():
+        # The font may lack a letter of a name; a box stands for it.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(path, dpi=DPI)
+
+
 def fail(reason: str) -> int:
-    print(f"python -m fusedopt: {reason}", file=sys.stderr)
+    print(f"python -m fusedopt: {printable(reason)}", file=sys.stderr)
     return 2
 
 
@@ -78,14 +92,24 @@ def history_of(path: str | os.PathLike[str]) -> tuple[History, LogReader]:
 
 
 def draw(history: History, title: str, optimizer: str | None = None) -> Figure:
-    """The norm, the clip coefficient and the learning rate over the steps; the layers below."""
-    from matplotlib.figure import Figure
+    """The norm, the clip coefficient and the learning rate over the steps; the layers below.
 
+    Returns:
+        A figure of matplotlib's, which a notebook shows as a picture.
+
+    Raises:
+        ValueError: the history has no steps.
+    """
+    from fusedopt.monitoring.notebook_figure import NotebookFigure
+
+    if len(history) == 0:
+        raise ValueError("history has no steps; expected at least one")
     rows = gather(history.names, MOST_ROWS)
     heights = [3.0, 1.3, 1.3, max(1.2, 0.5 + 0.17 * len(rows))]
-    figure = Figure(figsize=(12, 1.2 + sum(heights)), layout="constrained")
+    figure = NotebookFigure(figsize=(12, 1.2 + sum(heights)), layout="constrained")
     norm, coef, lr, layers = figure.subplots(4, sharex=True, height_ratios=heights)
-    figure.suptitle(f"{title}\n{summary(history, optimizer)}", fontsize=11)
+    lines = f"{short_name(title, LONGEST_TITLE)}\n{summary(history, optimizer)}"
+    figure.suptitle(lines, fontsize=11, parse_math=False)
     draw_norm(norm, history)
     draw_coef(coef, history)
     draw_lr(lr, history)
@@ -100,7 +124,7 @@ def summary(history: History, optimizer: str | None) -> str:
     total, clipped, skipped, bad = (
         int(history[name].sum()) for name in ("steps", "clipped", "skipped", "nonfinite")
     )
-    parts = [optimizer] if optimizer else []
+    parts = [short_name(optimizer)] if optimizer else []
     parts.append(f"{total:,} steps")
     parts.append(f"{clipped:,} clipped ({clipped / total:.1%})")
     parts.append(f"{skipped:,} skipped")
@@ -110,8 +134,12 @@ def summary(history: History, optimizer: str | None) -> str:
 
 
 def positive(values: Tensor) -> Tensor:
-    """What a logarithmic axis can't show becomes a gap."""
-    return values.masked_fill(values <= 0, torch.nan)
+    """Values for a logarithmic axis: 0 and less become gaps, and so do inf and nan.
+
+    matplotlib computes with margins around the values, which must not overflow.
+    """
+    shown = values.clamp(*DRAWN)
+    return shown.masked_fill(~(values > 0) | ~values.isfinite(), torch.nan)
 
 
 def draw_norm(axes: Axes, history: History) -> None:
@@ -158,16 +186,21 @@ def draw_coef(axes: Axes, history: History) -> None:
 
 
 def draw_lr(axes: Axes, history: History) -> None:
-    lrs = history["lr"].unbind(1)
-    shown: list[Tensor] = []
-    for group, lr in enumerate(lrs):
-        if group == 0 or not any(torch.equal(lr, other) for other in shown):
-            color = GREEN if group == 0 else None
-            axes.plot(history.starts(), lr, color=color, linewidth=1, label=f"group {group}")
-            shown.append(lr)
+    """The groups with the same learning rate in all steps share a line."""
+    lrs: dict[bytes, tuple[int, Tensor]] = {}
+    for group, lr in enumerate(history["lr"].unbind(1)):
+        lrs.setdefault(lr.numpy().tobytes(), (group, lr))
+    shown = list(lrs.values())[:MOST_LRS]
+    drawn = [
+        lr.masked_fill(~lr.isfinite(), torch.nan).clamp(-DRAWN[1], DRAWN[1]) for _, lr in shown
+    ]
+    for (group, _), lr in zip(shown, drawn):
+        color = GREEN if group == 0 else None
+        axes.plot(history.starts(), lr, color=color, linewidth=1, label=f"group {group}")
     if 1 < len(shown) <= 8:
         axes.legend(loc="upper right", fontsize=7, ncols=4)
-    axes.set_ylim(bottom=0)
+    if drawn and not (torch.stack(drawn) < 0).any():
+        axes.set_ylim(bottom=0)
     finish(axes, "learning\nrate")
 
 
@@ -176,6 +209,9 @@ def draw_layers(axes: Axes, history: History, rows: list[tuple[str, list[int]]])
     from matplotlib.colors import ListedColormap, LogNorm
     from matplotlib.patches import Patch
 
+    if not rows:
+        finish(axes, "no parameters")
+        return
     largest, bad = history["param_max"], history["param_bad"]
     largest = largest[_last_logged(history, bad)]
     norms = torch.stack([_nanmax(largest[:, members]) for _, members in rows])
@@ -190,7 +226,7 @@ def draw_layers(axes: Axes, history: History, rows: list[tuple[str, list[int]]])
     if len(seen):
         # The few smallest share a color, so that the others can be told apart.
         low, high = float(seen.sort().values[len(seen) // 100]), float(seen.max())
-        colors = LogNorm(min(low, high / 10), high)
+        colors = LogNorm(min(low, high / 10), high)  # positive: see DRAWN
         picture = axes.imshow(shown.numpy(), norm=colors, cmap="viridis", **place)
         bar = axes.figure.colorbar(picture, ax=axes, pad=0.01, aspect=15, extend="min")
         bar.set_label("gradient norm")
@@ -203,7 +239,8 @@ def draw_layers(axes: Axes, history: History, rows: list[tuple[str, list[int]]])
         style: Any = {"marker": "X", "s": 40, "color": RED, "linewidths": 0.5, "zorder": 3}
         style |= {"edgecolors": "white", "clip_on": False, "label": "inf or nan"}
         handles.append(axes.scatter(history.starts()[column], row, **style))
-    axes.set_yticks(range(len(rows)), [label_of(*row) for row in rows], fontsize=7)
+    text: Any = {"fontsize": 7, "parse_math": False}  # a name may hold a $
+    axes.set_yticks(range(len(rows)), [label_of(*row) for row in rows], **text)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     legend: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False}
     axes.legend(handles=handles, ncols=2, borderpad=0, **legend)
@@ -221,12 +258,12 @@ def _only(cells: Tensor) -> Any:
 
 
 def label_of(name: str, members: list[int]) -> str:
-    short = name if len(name) <= 45 else f"{name[:14]}...{name[-28:]}"
+    short = short_name(name, LONGEST_LABEL)
     return short if len(members) == 1 or name.endswith("more") else f"{short} ({len(members)})"
 
 
 def _nanmax(values: Tensor) -> Tensor:
-    largest = values.nan_to_num(-torch.inf).amax(1)
+    largest = values.masked_fill(values.isnan(), -torch.inf).amax(1)
     return largest.masked_fill(largest == -torch.inf, torch.nan)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import math
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +18,24 @@ from torch import Tensor
 
 from fusedopt.monitoring.history import History
 from fusedopt.monitoring.log_reader import LogReader, NotALogError
+from fusedopt.monitoring.log_rows import Block, Rows, join
 from fusedopt.monitoring.plot import fail
-from fusedopt.monitoring.telemetry_rows import concatenate, select
-from fusedopt.telemetry import Telemetry
-from fusedopt.telemetry.explain import NAMED, and_more, nonfinite_params
+from fusedopt.monitoring.words import printable, short_name
+from fusedopt.telemetry import PARAM_COLUMNS
+from fusedopt.telemetry.explain import NAMED, and_more
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
 BARS = "▁▂▃▄▅▆▇█"
-WINDOW = 256  # steps that what is called recent looks back on
+ASCII_BARS = "_.:-=+*#"  # for terminals that lack the others
+WINDOW = 256  # recent steps are so many
 MOST_SKIPS = 5
 MOST_LAYERS = 12
+MOST_LRS = 8
+MOST_NUMBERS = 2**22  # of the parameters in the recent steps; a model of many has fewer steps
 NOTHING_YET = "no steps yet"
+NO_LOG_YET = "there is no such file yet; waiting for it"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,56 +49,94 @@ def main(argv: Sequence[str]) -> int:
         "--once", action="store_true", help="print it once and exit, as into a pipe"
     )
     parser.add_argument(
-        "--interval", type=float, default=1.0, help="seconds between looks (default: 1)"
+        "--interval", type=_seconds, default=1.0, help="seconds between looks (default: 1)"
     )
     args = parser.parse_args(argv)
     try:
         from rich.console import Console
-        from rich.live import Live
     except ImportError:
-        return fail("watch needs rich: pip install 'fusedopt[watch]'")
+        return fail("watch needs rich: pip install rich")
     console = Console(markup=False, highlight=False, emoji=False)  # names may hold brackets
-    view = View(args.log)
+    view = View(args.log, BARS if _can_print(BARS, console.encoding) else ASCII_BARS)
     try:
-        view.update()
         if args.once or not console.is_terminal:
-            console.print(view.render(console.width))
-            return 0
-        with Live(view.render(console.width), console=console, auto_refresh=False) as live:
-            while True:
-                time.sleep(max(0.05, args.interval))
-                with contextlib.suppress(FileNotFoundError):  # about to be replaced
-                    view.update()
-                live.update(view.render(console.width), refresh=True)
+            view.update()
+            _print(view.render(console.width), console)
+        else:
+            _follow(view, console, args.interval)
     except KeyboardInterrupt:
         return 0
     except NotALogError as error:
         return fail(str(error))
     except OSError as error:
         return fail(f"{args.log}: {error.strerror or error}")
+    return 0
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 86400")
+    return value
+
+
+_seconds.__name__ = "float"  # argparse says "invalid float value"
+
+
+def _can_print(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _print(shown: RenderableType, console: Console) -> None:
+    """Prints it; a character that the encoding of the output lacks becomes a question mark."""
+    with console.capture() as capture:
+        console.print(shown)
+    encoding = console.encoding
+    console.file.write(capture.get().encode(encoding, "replace").decode(encoding))
+
+
+def _follow(view: View, console: Console, interval: float) -> None:
+    """Shows the log until Ctrl-C. A log that isn't there yet is waited for."""
+    from rich.live import Live
+
+    # A terminal of another encoding shows a question mark for a character that it lacks.
+    if isinstance(console.file, io.TextIOWrapper):
+        console.file.reconfigure(errors="replace")
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            with contextlib.suppress(FileNotFoundError):  # not there yet, or about to be replaced
+                view.update()
+            live.update(view.render(console.width), refresh=True)
+            time.sleep(max(0.05, interval))
 
 
 class View:
-    """What is known of a run: all of it in outline, and its last steps whole."""
+    """What is shown of a run: an outline of all of it, and its last steps."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, bars: str = BARS) -> None:
         self._reader = LogReader(path)
+        self._bars = bars
         self._restart()
 
     def _restart(self) -> None:
         self._history = History()
-        self._recent: Telemetry | None = None
+        self._recent: Rows | None = None
         self._skips: deque[str] = deque(maxlen=MOST_SKIPS)
 
     def update(self) -> None:
-        """Reads what is new. A file that was replaced is read from its start."""
+        """Reads the new lines. A file that was replaced is read from its start."""
         if self._reader.was_replaced():
             self._restart()
         for rows in self._reader.batches(growing=True):
             self._history.add(rows)
-            last = select(rows, slice(-WINDOW, None))
-            known = [last] if self._recent is None else [self._recent, last]
-            self._recent = select(concatenate(known), slice(-WINDOW, None))
+            if len(rows.step) == 0:
+                continue
+            known = [rows] if self._recent is None else [self._recent, rows]
+            self._recent = last_rows(join([_with_few_groups(part) for part in known]))
             for i in rows.skipped.nonzero().flatten()[-MOST_SKIPS:].tolist():
                 self._skips.append(f"step {int(rows.step[i]):,}: {culprits(rows, i)}")
 
@@ -101,25 +146,24 @@ class View:
 
         history, recent = self._history, self._recent
         header = self._reader.header
-        title = Text(str(self._reader.path), style="bold")
+        title = Text(printable(str(self._reader.path)), style="bold")
         if header is not None:
-            title.append(
-                f"  {header.optimizer or ''}  {count(len(header.params), 'parameter')}", "dim"
-            )
+            optimizer = short_name(header.optimizer or "")
+            title.append(f"  {optimizer}  {count(len(header.params), 'parameter')}", "dim")
         parts: list[Any] = [title]
         if recent is None:
-            parts.append(Text(NOTHING_YET))
+            there = self._reader.path.exists()
+            parts.append(Text(NOTHING_YET if there else NO_LOG_YET))
         else:
             parts += [self._table(history, recent, width), Text(""), layers_table(recent)]
         if self._skips:
             parts.append(Text(f"\nlast skips, of {int(history['skipped'].sum()):,}:"))
             parts += [Text(f"  {skip}", style="red") for skip in reversed(self._skips)]
         if self._reader.damage:
-            parts.append(Text(f"\n{self._reader.damage}", style="yellow"))
+            parts.append(Text(f"\n{printable(self._reader.damage)}", style="yellow"))
         return Group(*parts)
 
-    @staticmethod
-    def _table(history: History, recent: Telemetry, width: int) -> Any:
+    def _table(self, history: History, recent: Rows, width: int) -> Any:
         from rich.table import Table
 
         norms = recent.grad_norm
@@ -131,7 +175,7 @@ class View:
             ("  recent", norms.masked_fill(~norms.isfinite(), torch.nan)),
             ("  all steps", history["norm_max"]),
         ):
-            table.add_row(label, sparkline(values, room))
+            table.add_row(label, sparkline(values, room, self._bars))
         coef = recent.clip_coef
         clipped = ((coef < 1) & ~recent.skipped).double().mean()
         table.add_row("clip coefficient", f"{coef[-1]:.4g}   {clipped:.0%} of recent steps clipped")
@@ -140,8 +184,30 @@ class View:
         broken = int((~norms.isfinite() & ~recent.skipped).sum())
         if broken:
             table.add_row("inf or nan", f"{count(broken, 'recent step')} not skipped", style="red")
-        table.add_row("learning rate", ", ".join(f"{lr:.4g}" for lr in recent.lr[-1].tolist()[:8]))
+        lrs = recent.lr[-1].tolist()
+        table.add_row("learning rate", ", ".join(f"{lr:.4g}" for lr in lrs))
         return table
+
+
+def _with_few_groups(rows: Rows) -> Rows:
+    return replace(rows, lr=rows.lr[:, :MOST_LRS])
+
+
+def last_rows(rows: Rows) -> Rows:
+    """The last rows, and the parameters' measurements in the last of these."""
+    mask = torch.arange(len(rows.step)) >= len(rows.step) - WINDOW
+    rows = rows.select(mask)
+    blocks: list[Block] = []
+    room = MOST_NUMBERS
+    for block in reversed(rows.blocks):
+        if len(block.rows) == 0:
+            continue
+        kept = min(len(block.rows), max(1, room // max(1, block.values[0].numel())))
+        blocks.append(Block(block.sizes, block.rows[-kept:], block.values[-kept:].clone()))
+        room -= blocks[-1].values.numel()
+        if room <= 0:
+            break
+    return replace(rows, blocks=blocks[::-1])
 
 
 def count(number: int, what: str) -> str:
@@ -151,15 +217,15 @@ def count(number: int, what: str) -> str:
 def spread(norms: Tensor) -> str:
     finite = norms[norms.isfinite()]
     if len(finite) == 0:
-        return "none of the recent ones is finite"
+        return "no recent norm is finite"
     low, middle, high = finite.min(), finite.median(), finite.max()
     return f"recent: {low:.4g} to {high:.4g}, median {middle:.4g}"
 
 
-def sparkline(values: Tensor, room: int) -> str:
-    """Bars on a logarithmic scale, the largest of neighbors where there are more than bars.
+def sparkline(values: Tensor, room: int, bars: str = BARS) -> str:
+    """Bars on a logarithmic scale. Where there are more values than room, the largest of neighbors.
 
-    `!` is where nothing was finite.
+    `!` stands where no value was finite.
     """
     size = -(-len(values) // room)
     padded = torch.nn.functional.pad(values, (0, -len(values) % size), value=torch.nan)
@@ -167,51 +233,85 @@ def sparkline(values: Tensor, room: int) -> str:
     logs = largest.clamp(min=1e-30).log()
     seen = logs[largest > 0]
     if len(seen) == 0:
-        return "!" * len(largest) if (largest < 0).all() else BARS[0] * len(largest)
+        return "!" * len(largest) if (largest < 0).all() else bars[0] * len(largest)
     low, high = seen.min(), seen.max()
-    places = ((logs - low) / (high - low).clamp(min=0.1) * (len(BARS) - 1)).round()
+    places = ((logs - low) / (high - low).clamp(min=0.1) * (len(bars) - 1)).round()
     return "".join(
-        "!" if value < 0 else BARS[max(0, int(place))] for value, place in zip(largest, places)
+        "!" if value < 0 else bars[max(0, int(place))] for value, place in zip(largest, places)
     )
 
 
-def culprits(rows: Telemetry, index: int) -> str:
+def culprits(rows: Rows, index: int) -> str:
     """The parameters whose gradients held inf or nan in one step."""
-    names = nonfinite_params(rows, index)
-    if not names:
-        return "no parameter with inf or nan: a gradient scaler's overflow, or not logged"
-    return f"inf or nan in {', '.join(names[:NAMED])}{and_more(len(names) - NAMED)}"
+    for block in rows.blocks:
+        for row in (block.rows == index).nonzero().flatten().tolist():
+            infs, nans = (block.values[row, PARAM_COLUMNS.index(name)] for name in ("infs", "nans"))
+            bad = ((infs > 0) | (nans > 0)).nonzero().flatten().tolist()
+            if bad:
+                params = list(block.sizes)
+                names = [short_name(params[i]) for i in bad[:NAMED]]
+                return f"inf or nan in {', '.join(names)}{and_more(len(bad) - NAMED)}"
+    return "no parameter with inf or nan: a gradient scaler's overflow, or not logged"
 
 
-def layers_table(recent: Telemetry) -> Any:
+@dataclass(frozen=True)
+class LayerRow:
+    """How one parameter's gradient was in the recent steps."""
+
+    name: str
+    bad: int  # steps with inf or nan
+    last: float  # the last norm
+    usual: float  # the median of the finite norms
+    update: float  # the last update as a share of the parameter's norm
+
+    @property
+    def growth(self) -> float:
+        return self.last / self.usual if self.usual > 0 else math.nan
+
+    def sort_key(self) -> tuple[int, float]:
+        return -self.bad, -self.growth if math.isfinite(self.growth) else 0.0
+
+
+def layer_rows(recent: Rows) -> list[LayerRow]:
+    """The parameters of the last header that has measurements, in its order."""
+    blocks = [block for block in recent.blocks if len(block.rows)]
+    if not blocks:
+        return []
+    names = list(blocks[-1].sizes)
+    values = torch.cat([b.values for b in blocks if list(b.sizes) == names])
+    norm, _, infs, nans, update, size = values.unbind(1)
+    logged = ~infs.isnan()
+    bad = ((infs > 0) | (nans > 0)).sum(0)
+    usual = norm.masked_fill(~norm.isfinite(), torch.nan).nanmedian(0).values
+    ratio = torch.where(update == 0, 0.0, update / size)
+    columns = (bad, _last_where(logged, norm), usual, _last_where(ratio > 0, ratio))
+    rows = zip(names, *(column.tolist() for column in columns), logged.any(0).tolist())
+    return [LayerRow(*row) for *row, known in rows if known]
+
+
+def _last_where(mask: Tensor, values: Tensor) -> Tensor:
+    """The last value of each column for which the mask is set; nan where there is none."""
+    last = (mask * torch.arange(1, len(mask) + 1)[:, None]).amax(0)
+    found = values.gather(0, (last - 1).clamp(min=0)[None])[0]
+    return found.masked_fill(last == 0, torch.nan)
+
+
+def layers_table(recent: Rows) -> Any:
     """The parameters with inf or nan first, then those whose gradients grew most."""
     from rich.table import Table
 
-    rows = []
-    for name, param in recent.params.items():
-        logged = ~param.infs.isnan()
-        if not logged.any():
-            continue
-        bad = int(((param.infs > 0) | (param.nans > 0)).sum())
-        norms = param.grad_norm[logged]
-        finite = norms[norms.isfinite()]
-        usual = float(finite.median()) if len(finite) else math.nan
-        last = float(norms[-1])
-        growth = last / usual if usual > 0 else math.nan
-        ratios = param.update_ratio[logged]
-        ratio = ratios[ratios > 0]
-        update = float(ratio[-1]) if len(ratio) else math.nan
-        rows.append((bad, growth, name, last, usual, update))
-    rows.sort(key=lambda row: (-row[0], -row[1] if math.isfinite(row[1]) else 0.0))
+    rows = sorted(layer_rows(recent), key=LayerRow.sort_key)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("parameter", no_wrap=True)
     for title in ("norm", "median", "grown", "update ratio", "inf or nan"):
         table.add_column(title, justify="right")
-    for bad, growth, name, last, usual, update in rows[:MOST_LAYERS]:
-        style = "red" if bad or not math.isfinite(last) else "yellow" if growth > 10 else ""
-        cells = [f"{last:.3g}", f"{usual:.3g}", f"{growth:.2f}x", f"{update:.2g}"]
+    for row in rows[:MOST_LAYERS]:
+        broken = row.bad or not math.isfinite(row.last)
+        style = "red" if broken else "yellow" if row.growth > 10 else ""
+        cells = [f"{row.last:.3g}", f"{row.usual:.3g}", f"{row.growth:.2f}x", f"{row.update:.2g}"]
         shown = ["-" if cell.startswith("nan") else cell for cell in cells]
-        table.add_row(name, *shown, count(bad, "step") if bad else "", style=style)
+        last = count(row.bad, "step") if row.bad else ""
+        table.add_row(short_name(row.name), *shown, last, style=style)
     if len(rows) > MOST_LAYERS:
         table.add_row(f"... {len(rows) - MOST_LAYERS} more", style="dim")
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +61,7 @@ class Telemetry:
     clip_coef: Tensor
     skipped: Tensor
     lr: Tensor
-    params: dict[str, ParamTelemetry]
+    params: Mapping[str, ParamTelemetry]
 
     def columns(self) -> dict[str, Tensor]:
         """All of it by name, a tensor of shape (steps,) each: `pandas.DataFrame(it)` is a table.
