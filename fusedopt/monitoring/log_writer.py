@@ -67,6 +67,13 @@ class LogWriter:
             self._file.close()
             raise
 
+    def is_at(self, path: Path) -> bool:
+        """Whether the file that is written to is the one at this path."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(path))
+        except (OSError, ValueError):
+            return False
+
     def _lock(self) -> None:
         if fcntl is None:
             return

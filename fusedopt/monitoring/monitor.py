@@ -1,54 +1,62 @@
-"""Writes what an optimizer's steps are like to a file or a logger, as they happen."""
+"""Writes the telemetry of an optimizer's steps to a file or a logger while it trains."""
 
 from __future__ import annotations
 
 import atexit
-import math
+import gc
+import multiprocessing
+import multiprocessing.util
 import numbers
 import os
+import sys
+import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from fusedopt.core import checks
 from fusedopt.core.optimizer import FusedOptimizer
-from fusedopt.monitoring.log_format import BY_SUFFIX, Header
-from fusedopt.monitoring.log_writer import LogWriteError, LogWriter
+from fusedopt.monitoring.log_format import Header
+from fusedopt.monitoring.log_writer import LogWriteError
+from fusedopt.monitoring.outputs import Output, output_for, writes_to
 from fusedopt.monitoring.telemetry_rows import select
-from fusedopt.telemetry import PendingTelemetry, Telemetry
+from fusedopt.telemetry import PendingTelemetry
 
-LOGGERS_PARAMS_EVERY = 100
+EXIT_SECONDS = 10.0
 
 
 class Monitor:
-    """Writes a row for every step of an optimizer, without a line in the training loop.
+    """Writes a row for every step of an optimizer. The training loop stays as it is.
 
         opt = fusedopt.FusedAdamW(model.named_parameters(), telemetry=64, max_grad_norm=1.0)
         monitor = fusedopt.Monitor(opt, "run.jsonl")
 
     Rows are copied from the device in the background, many at once: a step doesn't wait for them,
     and they arrive a little late. All are out after `flush()` or `close()`, at the end of a `with`
-    block, and when Python exits. A step is written once.
+    block, and when Python exits. A step is written once. Several threads may step, flush and close.
+
+    A notebook's cell can be run again: an open Monitor of the same optimizer that writes to the
+    same file or logger is closed, and the new one goes on with its numbering. A copy of a Monitor,
+    as in a copy of a module that has one, is closed and writes nothing. The same holds in a forked
+    process.
 
     Args:
         optimizer: made with `telemetry=N`; name its parameters (`model.named_parameters()`).
-        to: where to.
+        to: one of these.
 
             * A path that ends in .jsonl or .csv. Lines are written whole: the log of a process
               that is killed is readable, but for a last line that may be cut. An existing log of
               the same parameters is continued (a cut line at its end is removed first) by later
               steps, or as `first_step` says; any other file is refused. While it is written, no
               other Monitor can open it.
-            * A TensorBoard SummaryWriter, or whatever has its `add_scalar(tag, value, step)`.
-            * A function of one argument, called with a dict of numbers for every step: what
-              `telemetry().columns()` has, as in "step", "grad_norm", "grad_norm/layers.0.weight".
+            * A TensorBoard SummaryWriter, or any object with its `add_scalar(tag, value, step)`.
+            * A function of one argument. It is called for every step with a dict of numbers, by the
+              names of `telemetry().columns()`: "step", "grad_norm", "grad_norm/layers.0.weight".
         every: how many steps to copy at once, at most N. None: N // 2.
         params_every: the measurements of every single parameter are written once in so many steps,
             and where a step was skipped or its norm is not finite. None: at each for a file, at
@@ -56,18 +64,20 @@ class Monitor:
         first_step: the number of the next step: of a resumed run, the one after its checkpoint's;
             of a new run, 1. Rows of an existing log from there on are replaced by those that come.
             None: as the optimizer counts, from 1 when it was made, or on from the largest "step" in
-            a loaded checkpoint, which has no skipped steps; and nothing is replaced.
+            a loaded checkpoint, which has no skipped steps; or on from the Monitor that this one
+            takes over from. Nothing is replaced then.
 
     A file that can't be written any more (a full disk) ends the log with a warning, not the run.
-    What a logger raises comes out of `step()`.
+    An exception of a logger comes out of `step()`.
 
-    Steps that Python doesn't see, as those of a replayed CUDA graph, count for nobody: call
-    `flush()` at least every N of them.
+    A Monitor can't count steps that Python doesn't see, as those of a replayed CUDA graph: call
+    `flush()` at least once in N of them.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument is refused.
-        FileExistsError: the path is no log of these parameters, or has later steps and
-            `first_step` is not given; it has not been touched.
+        FileExistsError: the path is no log of these parameters; or it has later steps and
+            `first_step` is not given; or a Monitor of another optimizer or process is writing it.
+            It has not been touched.
     """
 
     def __init__(
@@ -95,27 +105,33 @@ class Monitor:
                 f"others would be lost; expected at most {kept}"
             )
         params_every = checks.check_count("params_every", params_every)
+        _check_first_step(first_step)
+        counted = optimizer._steps_taken()
+        offset, numbers_given = 0, first_step is not None
         if first_step is not None:
-            if isinstance(first_step, bool) or not isinstance(first_step, numbers.Integral):
-                raise TypeError(f"first_step is a {type(first_step).__name__}; expected an int")
-            if first_step < 0:
-                raise ValueError(f"first_step is {first_step}; expected an int of 0 or more")
-        written = optimizer._steps_taken()
-        header = Header.of(now, type(optimizer).__name__)
-        # A checkpoint's count may lack skipped steps: it alone doesn't say where a log goes on.
-        own_steps = written if written > optimizer._loaded_steps() else 0
-        output = _output_for(to, header, own_steps if first_step is None else None)
+            offset = first_step - counted - 1
+        output, before = None, _open_monitor(to, optimizer)
+        if before is not None:
+            output = before._hand_over()
+            if first_step is None:
+                offset, numbers_given = before._offset, before._numbers_given
+        if output is None:
+            header = Header.of(now, type(optimizer).__name__)
+            # A checkpoint's count may lack skipped steps: it alone doesn't say where a log goes on.
+            own_steps = counted if counted > optimizer._loaded_steps() else 0
+            output = output_for(to, header, own_steps if first_step is None else None)
         self._output = output
         self._optimizer = optimizer
         self._every = every
         self._params_every = params_every or output.params_every
-        self._written = written
-        self._offset = 0 if first_step is None else first_step - written - 1
-        self._numbers_given = first_step is not None
+        self._written = counted  # the last step that was written, as the optimizer counts
+        self._offset = offset
+        self._numbers_given = numbers_given
         self._taken = 0  # steps since the last copy was started
         self._pending: PendingTelemetry | None = None
         self._process = os.getpid()
         self._warned = False
+        self._lock = threading.RLock()  # steps, flush() and close() may come from several threads
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -123,6 +139,7 @@ class Monitor:
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
         _open_monitors.add(self)
+        _close_with_this_process()
 
     def __enter__(self) -> Monitor:
         return self
@@ -133,26 +150,57 @@ class Monitor:
     def __del__(self) -> None:
         self.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, by `copy`, `pickle` or `torch.save`, is closed and has no optimizer."""
+        return _closed_monitor, ()
+
     def flush(self) -> None:
         """Writes all steps that were taken so far; waits for the device."""
         if self._is_open():
-            self._take_rows()
-            self._write_pending()
-            if self._output is not None:
-                self._output.flush()
+            with self._lock:
+                self._take_rows()
+                self._write_pending()
+                if self._output is not None:
+                    self._output.flush()
 
     def close(self) -> None:
         """Writes all steps that were taken so far, and ends. A logger is left open."""
         if not self._is_open():
             return
+        with self._lock:
+            try:
+                self.flush()
+            finally:
+                self._end()
+
+    def _close_at_exit(self) -> None:
+        """As `close()`, but doesn't wait long for another thread that is in this Monitor."""
+        if not self._is_open():
+            return
+        if not self._lock.acquire(timeout=EXIT_SECONDS):
+            warnings.warn(
+                f"Python exits while a thread has been in a Monitor for {EXIT_SECONDS:g} seconds; "
+                "its last steps are not written",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return
         try:
-            self.flush()
+            self.close()
         finally:
-            self._end()
+            self._lock.release()
 
     def _is_open(self) -> bool:
         """A forked child has the parent's monitor, and is not to write the parent's log."""
         return self._output is not None and self._process == os.getpid()
+
+    def _hand_over(self) -> Output | None:
+        """Ends, and returns the output for another Monitor; None if it has come to its end."""
+        with self._lock:
+            self.flush()
+            output, self._output = self._output, None
+            self._end()
+        return output
 
     def _end(self) -> None:
         output, self._output, self._pending = self._output, None, None
@@ -162,21 +210,25 @@ class Monitor:
         if output is not None:
             output.close()
 
-    @_disable_dynamo  # the step breaks a compiled graph as it is
+    @_disable_dynamo  # the step breaks a compiled graph anyway
     def _before_step(self, *_: object) -> None:
-        # Counted before, as a step that raises has been taken too, and has no end to be counted at.
-        if self._taken >= self._every:
-            self._after_step()
-        self._taken += 1
+        if not self._is_open():
+            return
+        with self._lock:
+            # Counted before the step: one that raises is taken too, but calls no hook at its end.
+            if self._taken >= self._every:
+                self._after_step()
+            self._taken += 1
 
     @_disable_dynamo
     def _after_step(self, *_: object) -> None:
         if not self._is_open() or _is_capturing():
             return
-        if self._taken >= self._every:
-            self._take_rows()
-        if self._pending is not None and self._pending.done():
-            self._write_pending()
+        with self._lock:
+            if self._taken >= self._every:
+                self._take_rows()
+            if self._pending is not None and self._pending.done():
+                self._write_pending()
 
     @_disable_dynamo
     def _before_load(self, *_: object) -> None:
@@ -185,14 +237,19 @@ class Monitor:
     @_disable_dynamo
     def _after_load(self, *_: object) -> None:
         """The optimizer counts on from its checkpoint; a number that was given counts on too."""
-        counted = self._optimizer._steps_taken()
-        if self._numbers_given:
-            self._offset += self._written - counted
-        self._written = counted
+        if not self._is_open():
+            return
+        with self._lock:
+            counted = self._optimizer._steps_taken()
+            if self._numbers_given:
+                self._offset += self._written - counted
+            self._written = counted
 
     def _take_rows(self) -> None:
-        """Starts a copy; the one before it, started many steps ago, is to be written first."""
+        """Starts a copy, after the rows of the copy before it are written."""
         self._write_pending()
+        if self._output is None:  # the log has come to its end
+            return
         self._pending = self._optimizer.telemetry(non_blocking=True)
         self._taken = 0
 
@@ -225,89 +282,71 @@ class Monitor:
             warnings.warn(str(error), RuntimeWarning, stacklevel=2)
 
 
-class Output(Protocol):
-    """Where rows go.
-
-    Attributes:
-        params_every: at which steps it takes the parameters' measurements, if nobody says.
-    """
-
-    params_every: int
-
-    def write(self, rows: Telemetry, with_params: Tensor) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class LoggerOutput:
-    """A function that takes a dict for each step."""
-
-    params_every = LOGGERS_PARAMS_EVERY
-
-    def __init__(self, log: Callable[[dict[str, float]], object]) -> None:
-        self._log = log
-
-    def write(self, rows: Telemetry, with_params: Tensor) -> None:
-        columns = {name: column.tolist() for name, column in rows.columns().items()}
-        short = [name for name in columns if not _is_of_param(name)]
-        for i, detailed in enumerate(with_params.tolist()):
-            names = columns if detailed else short
-            row = {name: columns[name][i] for name in names}
-            self._log({**row, "skipped": float(row["skipped"])})
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def _is_of_param(column: str) -> bool:
-    return "/" in column and not column.startswith("lr/")
-
-
-class TensorBoardOutput(LoggerOutput):
-    """A SummaryWriter."""
-
-    def __init__(self, writer: Any) -> None:
-        super().__init__(self._add)
-        self._writer = writer
-
-    def _add(self, row: Mapping[str, float]) -> None:
-        for name, value in row.items():
-            # An absent gradient is no point in a chart; a nan among a gradient's values is.
-            if name != "step" and not (math.isnan(value) and _is_of_param(name)):
-                self._writer.add_scalar(name, value, int(row["step"]))
-
-    def flush(self) -> None:
-        self._writer.flush()
-
-
-def _output_for(to: Any, header: Header, last_step: int | None) -> Output:
-    if isinstance(to, str | os.PathLike):
-        path = Path(to)
-        if path.suffix not in BY_SUFFIX:
-            raise ValueError(f"{str(to)!r} ends in neither {' nor '.join(BY_SUFFIX)}")
-        return LogWriter(path, header, last_step)
-    if hasattr(to, "add_scalar"):
-        return TensorBoardOutput(to)
-    if callable(to):
-        return LoggerOutput(to)
-    raise TypeError(
-        f"to is a {type(to).__name__}; expected a path, a SummaryWriter or a function of one dict"
-    )
-
-
 def _is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _check_first_step(first_step: Any) -> None:
+    if first_step is None:
+        return
+    if isinstance(first_step, bool) or not isinstance(first_step, numbers.Integral):
+        raise TypeError(f"first_step is a {type(first_step).__name__}; expected an int")
+    if first_step < 0:
+        raise ValueError(f"first_step is {first_step}; expected an int of 0 or more")
 
 
 _open_monitors: weakref.WeakSet[Monitor] = weakref.WeakSet()
 
 
+def _open_monitor(to: Any, optimizer: FusedOptimizer) -> Monitor | None:
+    """The open Monitor of this process that writes the same optimizer's steps there.
+
+    Raises:
+        FileExistsError: one writes another optimizer's steps to this file.
+    """
+    if _writing(to):
+        gc.collect()  # a Monitor and its optimizer, both dropped, may only wait to be collected
+    monitors = _writing(to)
+    for monitor in monitors:
+        if monitor._optimizer is optimizer:
+            return monitor
+    if monitors and isinstance(to, str | os.PathLike):
+        raise FileExistsError(
+            f"{to} is being written by another Monitor of this process, for another optimizer (a "
+            f"{type(monitors[0]._optimizer).__name__}): call that Monitor's close() first, or give "
+            "this one a path of its own"
+        )
+    return None
+
+
+def _writing(to: Any) -> list[Monitor]:
+    return [
+        monitor
+        for monitor in list(_open_monitors)
+        if monitor._is_open() and monitor._output is not None and writes_to(monitor._output, to)
+    ]
+
+
+def _closed_monitor() -> Monitor:
+    monitor = Monitor.__new__(Monitor)
+    monitor._output = None
+    return monitor
+
+
 @atexit.register
 def _close_all() -> None:
     for monitor in list(_open_monitors):
-        monitor.close()
+        try:
+            monitor._close_at_exit()
+        except Exception as error:  # of a logger; the other Monitors are to be closed as well
+            sys.excepthook(type(error), error, error.__traceback__)
+
+
+_processes: set[int] = set()  # where multiprocessing closes the Monitors
+
+
+def _close_with_this_process() -> None:
+    """A process that multiprocessing has forked doesn't run `atexit`."""
+    if multiprocessing.parent_process() is not None and os.getpid() not in _processes:
+        _processes.add(os.getpid())
+        multiprocessing.util.Finalize(None, _close_all, exitpriority=100)
