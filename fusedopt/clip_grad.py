@@ -6,9 +6,11 @@ import math
 import types
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from fusedopt import reference
 from fusedopt.clip import AdaptiveClip
@@ -65,7 +67,7 @@ def clip_grad_norm_(
                 "`parameters` is an empty generator, no gradient clipping will occur.",
                 stacklevel=2,
             )
-    return _clip(parameters, True, max_norm, norm_type, error_if_nonfinite, backend)
+    return _clip(_as_list(parameters), True, max_norm, norm_type, error_if_nonfinite, backend)
 
 
 def get_total_norm(
@@ -81,7 +83,7 @@ def get_total_norm(
     As `torch.nn.utils.get_total_norm`. Arguments, result and errors are those of
     `clip_grad_norm_`, but `tensors` are measured themselves, and may be expanded.
     """
-    return _clip(tensors, False, math.inf, norm_type, error_if_nonfinite, backend)
+    return _clip(_as_list(tensors), False, math.inf, norm_type, error_if_nonfinite, backend)
 
 
 def clip_grads_with_norm_(
@@ -108,11 +110,18 @@ def clip_grads_with_norm_(
         raise ValueError(
             f"total_norm has shape {tuple(total_norm.shape)}; expected a tensor of one element"
         )
-    _run(_as_list(parameters), True, backend, float(max_norm), total_norm=total_norm)
+    run = _untraced_run if torch.compiler.is_compiling() else _run
+    run(_as_list(parameters), True, backend, float(max_norm), total_norm=total_norm)
 
 
-def _clip(
-    tensors: Tensor | Iterable[Tensor],
+def _clip(tensors: list[Tensor], *arguments: Any) -> Tensor:
+    """As `_eager_clip`. torch.compile can't trace the kernels: the graph breaks around them."""
+    clip = _untraced_clip if torch.compiler.is_compiling() else _eager_clip
+    return clip(tensors, *arguments)
+
+
+def _eager_clip(
+    tensors: list[Tensor],
     of_params: bool,
     max_norm: float,
     norm_type: float,
@@ -125,7 +134,7 @@ def _clip(
             f"max_norm is a {type(max_norm).__name__}; expected a number: limits that adapt are an "
             "optimizer's max_grad_norm"
         )
-    tensors, max_norm, norm_type = _as_list(tensors), float(max_norm), float(norm_type)
+    max_norm, norm_type = float(max_norm), float(norm_type)
     known = None
     if norm_type not in _FUSED_NORM_TYPES:
         tensors = _checked_grads(tensors, of_params, backend, max_norm)
@@ -189,3 +198,7 @@ def _checked_grads(
 
 def _as_list(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+_untraced_clip = _disable_dynamo(_eager_clip)
+_untraced_run = _disable_dynamo(_run)

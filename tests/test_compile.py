@@ -1,4 +1,4 @@
-"""torch.compile around a step: the graph breaks there, once, and nothing inside is traced."""
+"""torch.compile around a step or a clip: the graph breaks there, once; nothing inside is traced."""
 
 from __future__ import annotations
 
@@ -100,3 +100,58 @@ def test_refusal_comes_through():
     for _ in range(2):
         with pytest.raises(fusedopt.NonFiniteGradientError, match="parameter 0"):
             step()
+
+
+# Clipping by itself
+
+
+CLIPS = {
+    "clip_grad_norm_": lambda params: fusedopt.clip_grad_norm_(iter(params), 0.5),
+    "inf norm": lambda params: fusedopt.clip_grad_norm_(params, 0.5, norm_type=float("inf")),
+    "other norm": lambda params: fusedopt.clip_grad_norm_(params, 0.5, 3.0),
+    "error_if_nonfinite": lambda params: fusedopt.clip_grad_norm_(params, 0.5, 2.0, True),
+    "reference": lambda params: fusedopt.clip_grad_norm_(params, 0.5, backend="reference"),
+    "get_total_norm": lambda params: fusedopt.get_total_norm([p.grad for p in params]),
+    "clip_grads_with_norm_": lambda params: fusedopt.clip_grads_with_norm_(params, 0.5, 3.0),
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_compiled_clipping(name):
+    clip = CLIPS[name]
+    results = []
+    for compile_step in (lambda f: f, compiled):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 2))
+
+        @compile_step
+        def train(x, model=model):
+            model.zero_grad()
+            model(x).square().sum().backward()
+            norm = clip(list(model.parameters()))
+            return x.sum() if norm is None else norm * 2
+
+        norms = torch.stack([train(torch.full((3, 4), float(i))).detach() for i in range(3)])
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        results.append({**grads, "norms": norms})
+    assert_same_bits(*results)
+    broken_at = [reason for reason in counters["graph_break"] if "fusedopt" in reason.lower()]
+    assert len(broken_at) == 1 and "clip_grad" in broken_at[0]
+
+
+def test_compiled_clipping_of_a_models_parameters():
+    model, _ = model_and_optimizer(fusedopt.FusedAdam)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    clip = compiled(lambda: fusedopt.clip_grad_norm_(model.parameters(), 1.0))
+    assert clip() > 1
+    torch.testing.assert_close(clip(), torch.tensor(1.0))
+
+
+def test_refusal_of_clipping_comes_through():
+    model, _ = model_and_optimizer(fusedopt.FusedAdam)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    clip = compiled(lambda: fusedopt.clip_grad_norm_(list(model.parameters()), 1.0, 2.0, True))
+    with pytest.raises(RuntimeError, match="is non-finite"):
+        clip()
