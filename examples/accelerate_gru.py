@@ -5,9 +5,13 @@ python examples/accelerate_gru.py --output runs/gru, and then --epochs 20 --resu
 
 from argparse import ArgumentParser, RawTextHelpFormatter
 
-from accelerate import Accelerator
-from digits_data import load_digits
-from torch import Tensor, manual_seed, nn, optim
+from needs import needs
+
+with needs("accelerate", "scikit-learn"):
+    from accelerate import Accelerator
+    from digits_data import load_digits
+
+from torch import Tensor, manual_seed, nn, optim, set_num_threads
 from torch.utils.data import DataLoader, TensorDataset
 
 import fusedopt
@@ -56,4 +60,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    set_num_threads(1)  # the matrices are small
     main()

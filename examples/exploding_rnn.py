@@ -26,9 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rnn_plot import plot
-from rnn_run import Run, Settings, Text, Way, fused, torch_clipped, torch_unclipped
-from tqdm import tqdm
+from needs import needs
+
+with needs("numpy", "scikit-learn", "matplotlib", "tqdm"):
+    from rnn_plot import plot
+    from rnn_run import Run, Settings, Text, Way, fused, torch_clipped, torch_unclipped
+    from tqdm import tqdm
 
 from fusedopt.clip import Percentile, PerTensor, Unit, ZScore
 

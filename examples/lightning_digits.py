@@ -5,8 +5,13 @@ python examples/lightning_digits.py --output a.ckpt, then --epochs 9 --resume a.
 
 from argparse import ArgumentParser, RawTextHelpFormatter
 
-import pytorch_lightning as pl
-from digits_data import load_digits
+from needs import needs
+
+with needs("pytorch-lightning", "scikit-learn"):
+    import pytorch_lightning as pl
+    from digits_data import load_digits
+
+import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -56,4 +61,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the matrices are small
     main()

@@ -20,10 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from digits_data import DataError, Digits, load_digits, read_csv
-from digits_plot import plot
-from digits_run import FUSED, TORCH, Run, RunError, Settings, load_checkpoint
-from tqdm import tqdm
+from needs import needs
+
+with needs("numpy", "scikit-learn", "matplotlib", "tqdm"):
+    from digits_data import DataError, Digits, load_digits, read_csv
+    from digits_plot import plot
+    from digits_run import FUSED, TORCH, Run, RunError, Settings, load_checkpoint
+    from tqdm import tqdm
 
 TABLE = {  # what each epoch notes: the title of its column and the format of its cells
     "train_loss": ("train loss", "10.4f"),

@@ -4,12 +4,16 @@ python examples/transformers_gpt2.py --output runs, then --steps 400 --resume ru
 """
 
 import pydoc_data.topics
+import sys
 import tempfile
 from argparse import ArgumentParser, RawTextHelpFormatter
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
+from needs import needs
+
+with needs("transformers", "accelerate"):
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
 import fusedopt
 
@@ -40,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     own, clip = (None, 1.0) if args.trainer_clips else (1.0, 0.0)
     adamw: Any = (fusedopt.FusedAdamW, {"lr": 3e-3, "max_grad_norm": own, "nonfinite": "skip"})
     no_gpu = not torch.cuda.is_available()
-    rest: Any = {"report_to": "none", "disable_tqdm": True, "use_cpu": no_gpu}
+    rest: Any = {"report_to": "none", "disable_tqdm": not sys.stderr.isatty(), "use_cpu": no_gpu}
     rest |= {"max_steps": args.steps, "save_steps": args.steps, "logging_steps": 20, "bf16": True}
     set_seed(0)  # of the weights
     model = make_model()
@@ -56,4 +60,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the matrices are small
     main()

@@ -1,0 +1,24 @@
+"""A pytest plugin: torch.optim's classes become fusedopt's, before any other library sees them."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+import fusedopt
+
+SUBSTITUTES = {
+    "Adam": fusedopt.FusedAdam,
+    "AdamW": fusedopt.FusedAdamW,
+    "NAdam": fusedopt.FusedNAdam,
+    "RMSprop": fusedopt.FusedRMSprop,
+    "SGD": fusedopt.FusedSGD,
+}
+
+for name, cls in SUBSTITUTES.items():
+    module = sys.modules[f"torch.optim.{name.lower()}"]
+    # Libraries look up classes by their names, and pickle by their modules.
+    substitute = type(name, (cls,), {"__module__": module.__name__, "__qualname__": name})
+    setattr(module, name, substitute)
+    setattr(torch.optim, name, substitute)
