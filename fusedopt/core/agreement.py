@@ -31,7 +31,7 @@ def checked(found: Found) -> Found:
     """The extension, if its kernels agree with Python; else why it can't be used."""
     if found.module is None:
         return found
-    constants = found.module.constants
+    constants = getattr(found.module, "constants", {})
     for name, expected in known_here().items():
         if constants.get(name) != expected:
             reason = (
