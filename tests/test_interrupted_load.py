@@ -123,7 +123,7 @@ def test_interrupted_while_saving():
     optimizer.state[params[0]]["step"].zero_()
     at, states = 0, {p: dict(state) for p, state in optimizer.state.items() if p != "mine"}
     while True:
-        optimizer._provisional_state = [params[0]]
+        optimizer._provisional_state.add([params[0]])
         done = Interrupt(at).run(optimizer.state_dict)
         assert {p: s for p, s in optimizer.state.items() if p != "mine"} == states
         if done:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,21 +12,14 @@ from torch._compile import _disable_dynamo
 
 from fusedopt.core import checkpoint, checks, limit_state
 from fusedopt.core.names import ParamNames, check_named
+from fusedopt.core.provisional_state import ProvisionalState
 from fusedopt.core.readings import Readings
-from fusedopt.reference import Control, Group, Rule, distinct_params
+from fusedopt.reference import Control, Group, distinct_params
 from fusedopt.reference.limits import AdaptiveClip
 
 
 class Persistence(Readings):
     """torch's protocol of checkpoints and copies."""
-
-    rule: ClassVar[Rule]
-    _counters: dict[Tensor, Tensor]
-    _provisional_state: list[Tensor]
-
-    def _count_of(self, param: Tensor) -> Tensor | None:
-        """How many steps a parameter's state has been through."""
-        raise NotImplementedError
 
     def name_params(self, named: torch.nn.Module | Iterable[tuple[str, Tensor]]) -> None:
         """Names the parameters, as if the optimizer had been made of `model.named_parameters()`.
@@ -74,12 +67,7 @@ class Persistence(Readings):
 
     def _state_dict(self) -> dict[str, Any]:
         self._follow_names()
-        self._provisional_state = [
-            param
-            for param in dict.fromkeys(self._provisional_state)
-            if param in self.state and self._count_of(param) == 0
-        ]
-        unused = {id(param) for param in self._provisional_state}
+        unused = {id(it) for it in self._provisional_state.unused(self.rule, self.state)}
         state_dict = checkpoint.save(self.param_groups, self.state, unused)
         if isinstance(limit := self.max_grad_norm, AdaptiveClip):
             learned = limit_state.save(
@@ -133,21 +121,19 @@ class Persistence(Readings):
         for index, group in enumerate(groups):
             checks.check_options(index, group, self.defaults)
         states = checkpoint.load_state(self.rule, groups, read)
-        own = {**self._own, **self._loaded_count(states), **self._loaded_limit(groups, read)}
         loaded = self._twin()
         loaded.__setstate__({"state": states, "param_groups": groups})
-        changes = loaded.__dict__
-        changes["_own"] = own
+        loaded._own |= {**self._loaded_count(states), **self._loaded_limit(groups, read)}
         return {
             name: value
-            for name, value in changes.items()
+            for name, value in loaded.__dict__.items()
             if name not in self.__dict__ or value is not self.__dict__[name]
         }
 
     def _twin(self) -> Persistence:
         """An optimizer that has all of this one's attributes, to change them without harm."""
         twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
+        twin.__dict__.update(self.__dict__, _own=self._own.copy())
         return twin
 
     @torch.inference_mode(False)
@@ -172,17 +158,15 @@ class Persistence(Readings):
 
     def __getstate__(self) -> dict[str, Any]:
         self._follow_names()
-        own = {"_own": dict(self._own)}
-        kept = ("_backend", "_counters", "_provisional_state", "_rings", "_names")
+        own = {"_own": {**self._own, "plan": None}}
+        kept = ("_backend", "_rings", "_names")
         return {**super().__getstate__(), **own, **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # load_state_dict comes here too: everything has moved, and no loaded state is a new one.
-        self._plan = None
-        self._counters = {}
-        self._provisional_state = []
-        if "_lock" not in self.__dict__:
+        if "_own" in state:  # a copy, or from a pickle
             self._lock = threading.RLock()
+        else:  # load_state_dict: everything has moved, and no loaded state is a new one
+            self._own |= {"plan": None, "provisional_state": ProvisionalState()}
         if "_names" not in self.__dict__:
             self._names = ParamNames()
         super().__setstate__(state)

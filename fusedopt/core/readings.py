@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from fusedopt.core.fallback import TorchPlan
+from fusedopt.core.provisional_state import ProvisionalState
 from fusedopt.core.settings import Settings
-from fusedopt.reference import Control
+from fusedopt.reference import Control, Rule
 from fusedopt.reference.limits import AdaptiveClip
 from fusedopt.telemetry import PendingTelemetry, Rings, Telemetry, explain
 
@@ -21,8 +22,21 @@ if TYPE_CHECKING:
 class Readings(Settings):
     """Copies of what a step has left on the device; using one's value waits for it."""
 
+    rule: ClassVar[Rule]
     _rings: Rings | None
-    _plan: _C.Plan | TorchPlan | None
+
+    @property
+    def _plan(self) -> _C.Plan | TorchPlan | None:
+        """What the compiled backends know of the parameters; None: the next step looks anew."""
+        return self._own["plan"]
+
+    @_plan.setter
+    def _plan(self, plan: _C.Plan | TorchPlan | None) -> None:
+        self._own["plan"] = plan
+
+    @property
+    def _provisional_state(self) -> ProvisionalState:
+        return self._own["provisional_state"]
 
     @property
     def grad_norm(self) -> Tensor:

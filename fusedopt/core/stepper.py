@@ -1,0 +1,222 @@
+"""One step: by the plan where nothing has moved, else after all has been checked and made anew."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fusedopt import reference
+from fusedopt.core import backends, checks, state
+from fusedopt.core.fallback import TorchPlan
+from fusedopt.core.readings import Readings
+from fusedopt.core.settings import NonFinite
+from fusedopt.core.skip_limit import SkipLimit, TooManySkipsError
+from fusedopt.reference import Control, StepOptions, norms
+from fusedopt.reference.groups import name_of
+from fusedopt.reference.limits import AdaptiveClip
+from fusedopt.telemetry import explain
+
+if TYPE_CHECKING:
+    from fusedopt import _C
+
+
+class Stepper(Readings):
+    """The step of every optimizer, without torch's protocol around it."""
+
+    # Set by a scaler while it steps: the gradients are to be divided by the one, and the step is
+    # skipped if the other is not zero. Both are one float32.
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    # An overflow is a scaler's daily business: it skips, whatever `nonfinite` says.
+    skips_for_scaler = False
+
+    _backend: str | None
+
+    def _fused_step(self) -> None:
+        mode = self._nonfinite_mode()
+        options = self._step_options(mode)
+        control = self._readings()
+        plan = self._own["plan"]
+        if plan is None or not plan.step(
+            self.param_groups, self.state, *options.for_kernels(), control=control
+        ):
+            options = self._step_anew(mode, control)
+        if mode == "raise" and self._met_nonfinite(options, control):
+            raise self._nonfinite_error()
+        limit: SkipLimit | None = self._own["skip_limit"]
+        if limit is not None and limit.exceeded(control):
+            raise TooManySkipsError(
+                f"{limit.limit} steps in a row were skipped (max_consecutive_skips): "
+                f"{self.explain()}"
+            )
+
+    def _nonfinite_mode(self) -> NonFinite:
+        if self.skips_for_scaler:
+            return "skip"
+        own = self._own
+        return own["nonfinite"] or ("propagate" if own["max_grad_norm"] is None else "skip")
+
+    def _step_options(self, mode: NonFinite) -> StepOptions:
+        """What this step is to do. A scaler sets `grad_scale` and `found_inf`, as torch's do."""
+        scaled = self.grad_scale is not None or self.found_inf is not None
+        limit = self._own["max_grad_norm"]
+        measure = limit is not None or mode != "propagate" or scaled
+        clip = None
+        if isinstance(limit, AdaptiveClip):
+            limit, clip = limit.max_norm, (limit, self._clip_state(limit))
+        return StepOptions(
+            max_grad_norm=math.inf if limit is None else limit,
+            measure=measure,
+            skip_nonfinite=mode != "propagate",
+            grad_scale=self.grad_scale,
+            found_inf=self.found_inf,
+            clip=clip,
+        )
+
+    def _step_anew(self, mode: NonFinite, control: Tensor) -> StepOptions:
+        """A step after a change: by a new plan, or by the reference. Returns what it did."""
+        plan, new_states = self._prepare()
+        self._plan = plan
+        options = self._step_options(mode)  # a limit's state may have moved
+        if plan is None:
+            reference.step(
+                self.rule,
+                self.param_groups,
+                self.state,
+                self._provisional_state.counters,
+                options,
+                control,
+                self._rings,
+            )
+        elif not plan.step(self.param_groups, self.state, *options.for_kernels(), control=control):
+            raise RuntimeError("fusedopt: a new plan doesn't fit its parameters; please report")
+        if new_states:
+            self._settle(new_states, mode, control)
+        return options
+
+    def _settle(self, new_states: list[Tensor], mode: NonFinite, control: Tensor) -> None:
+        """State comes with a parameter's first step that was not skipped, if the host knows."""
+        host_knows = mode == "raise" or control.device.type == "cpu"
+        if not host_knows:
+            self._provisional_state.add(new_states)
+        elif control[Control.STEP_SKIPPED]:
+            self._drop_state(new_states)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _prepare(self) -> tuple[_C.Plan | TorchPlan | None, list[Tensor]]:
+        """Checks everything, then makes what is missing.
+
+        Returns:
+            A plan (None: the reference is to run), and the parameters whose state is new.
+        """
+        self._check_all()
+        counters = self._provisional_state.counters
+        params = (param for group in self.param_groups for param in group["params"])
+        devices = (param.device for param in params)
+        backend = backends.choose(self._backend, devices, self._only_exact())
+        new_states = [
+            param
+            for group in self.param_groups
+            for param in group["params"]
+            if state.complete(self.rule, group, param, self.state, counters)
+        ]
+        self._move_clip_state()
+        if self._rings is not None:
+            self._rings.resize(self.param_groups)
+        rings = [] if self._rings is None else self._rings.tensors()
+        try:
+            plan = backends.new_plan(
+                backend, self.rule, self.param_groups, self.state, counters, rings
+            )
+        except Exception:
+            self._drop_state(new_states)
+            raise
+        return plan, new_states
+
+    def _only_exact(self) -> str | None:
+        """What torch's own functions can't do, where no kernels are compiled."""
+        limit = self.max_grad_norm
+        if isinstance(limit, AdaptiveClip):
+            return f"max_grad_norm={limit}"
+        return None if self._rings is None else f"telemetry={self._rings.size}"
+
+    def _check_all(self) -> None:
+        """Refuses by name what no step can take: groups, parameters, gradients, states."""
+        self._follow_names()
+        for index, group in enumerate(self.param_groups):
+            self._check_group(index)
+            for position, param in enumerate(group["params"]):
+                name = name_of(self.param_groups, index, position)
+                if param.grad is not None:
+                    checks.check_grad(param, param.grad, name)
+                if not state.is_empty(self.state.get(param)):
+                    checks.check_state(self.rule, group, param, self.state[param], name)
+                    checks.check_state_dtypes(self.rule, group, param, self.state[param], name)
+                elif param.grad is not None and (self.rule.scalars or self.rule.states(group)):
+                    checks.check_new_state(name, "a step with its gradient")
+
+    def _check_group(self, index: int) -> None:
+        group = self.param_groups[index]
+        checks.check_options(index, group, self.defaults)
+        for position, param in enumerate(group["params"]):
+            name = name_of(self.param_groups, index, position)
+            checks.check_param(param, name, self._backend)
+            checks.check_rows(self.max_grad_norm, param, name)
+
+    @torch.inference_mode(False)
+    def _clip_state(self, clip: AdaptiveClip) -> Tensor:
+        """What an adaptive limit has learned, on the first parameter's device."""
+        device = self._readings().device
+        num_params = sum(len(group["params"]) for group in self.param_groups)
+        before = self._own["clip_state"]
+        clip_state = clip.resize(before, num_params, device)
+        if clip_state is not before and clip_state.numel() > 0:
+            checks.check_new_state(str(clip), "a step with this max_grad_norm")
+        self._own["clip_state"] = clip_state
+        return clip_state
+
+    def _move_clip_state(self) -> None:
+        """What a limit has learned of a parameter goes along with it to another place."""
+        limit, clip_state = self.max_grad_norm, self._own["clip_state"]
+        before = self._own["clip_params"]
+        params = [param for _, param in reference.distinct_params(self.param_groups)]
+        if isinstance(limit, AdaptiveClip) and clip_state is not None and before is not None:
+            same = len(before) == len(params) and all(map(operator.is_, before, params))
+            if not same:
+                self._own["clip_state"] = limit.reorder(clip_state, before, params)
+        self._own["clip_params"] = params
+
+    def _drop_state(self, params: list[Tensor]) -> None:
+        if params:
+            self._plan = None
+        self._provisional_state.drop(params, self.state)
+
+    @staticmethod
+    def _met_nonfinite(options: StepOptions, control: Tensor) -> bool:
+        """Whether the step was skipped for its gradients, not because a scaler asked for it."""
+        finite = math.isfinite(control[Control.SUM_OF_SQUARES].item())
+        return not finite and not options.asks_for_skip()
+
+    def _nonfinite_error(self) -> checks.NonFiniteGradientError:
+        places = self._nonfinite_places()
+        names = [name_of(self.param_groups, g, i) for g, i in places]
+        grads = [self.param_groups[g]["params"][i].grad for g, i in places]
+        if self._rings is not None:
+            return checks.NonFiniteGradientError(names, explain.last_step(self.telemetry()))
+        return checks.NonFiniteGradientError(names, explain.describe_grads(names, grads))
+
+    def _nonfinite_places(self) -> list[tuple[int, int]]:
+        """(group, index in the group) of the parameters whose gradients hold inf or nan."""
+        if self._plan is not None:
+            return self._plan.nonfinite()
+        return [
+            (g, i)
+            for g, group in enumerate(self.param_groups)
+            for i, param in enumerate(group["params"])
+            if param.grad is not None and not norms.chunk_sums(param, param.grad).isfinite().all()
+        ]
