@@ -68,6 +68,9 @@ class FusedOptimizer(Persistence, Stepper):
             "clip_state": None,
             "clip_params": None,
             "loaded_steps": 0,
+            "grad_scale": None,
+            "found_inf": None,
+            "skips_for_scaler": False,
         }
         self._names = ParamNames()
         self._lock = threading.RLock()

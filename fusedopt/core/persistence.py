@@ -14,6 +14,7 @@ from fusedopt.core import checkpoint, checks, limit_state
 from fusedopt.core.names import ParamNames, check_named
 from fusedopt.core.provisional_state import ProvisionalState
 from fusedopt.core.readings import Readings
+from fusedopt.core.settings import TORCHS
 from fusedopt.reference import Control, Group, distinct_params
 from fusedopt.reference.limits import AdaptiveClip
 
@@ -103,16 +104,22 @@ class Persistence(Readings):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         with self._lock:
-            changes = self._loaded(state_dict)
-            before = self.__dict__.copy()  # what is replaced goes when all is done
+            own, attributes = self._loaded(state_dict)
+            before = self._own.copy()  # what is replaced goes when all is done
             # One call that no signal interrupts: the optimizer is the old one, or the new one.
-            self.__dict__.update(changes)
+            self._own.update(own)
+            self.__dict__.update(attributes)
         del before
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _loaded(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """The attributes that a checkpoint changes; nothing has changed yet."""
+    def _loaded(self, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a checkpoint changes; nothing has changed yet.
+
+        Returns:
+            Items of `_own`, and attributes, which only a derived class has. A wrapper's are none of
+            the optimizer's.
+        """
         names = self._names.of(self.param_groups)
         read = checkpoint.read(state_dict, names)
         groups = checkpoint.load_groups(self.param_groups, names, read)
@@ -124,11 +131,10 @@ class Persistence(Readings):
         loaded = self._twin()
         loaded.__setstate__({"state": states, "param_groups": groups})
         loaded._own |= {**self._loaded_count(states), **self._loaded_limit(groups, read)}
-        return {
-            name: value
-            for name, value in loaded.__dict__.items()
-            if name not in self.__dict__ or value is not self.__dict__[name]
-        }
+        attributes = loaded.__dict__
+        own = _changed(self._own, attributes.pop("_own"))
+        is_wrapper = "_own" not in self.__dict__
+        return own, {} if is_wrapper else _changed(self.__dict__, attributes)
 
     def _twin(self) -> Persistence:
         """An optimizer that has all of this one's attributes, to change them without harm."""
@@ -158,15 +164,26 @@ class Persistence(Readings):
 
     def __getstate__(self) -> dict[str, Any]:
         self._follow_names()
-        own = {"_own": {**self._own, "plan": None}}
         kept = ("_backend", "_rings", "_names")
-        return {**super().__getstate__(), **own, **{name: getattr(self, name) for name in kept}}
+        own = {**self._own, "plan": None}
+        return {"_own": own, **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_own" in state:  # a copy, or from a pickle
             self._lock = threading.RLock()
+            self._own = state["_own"]
         else:  # load_state_dict: everything has moved, and no loaded state is a new one
+            self._own |= {key: state[key] for key in TORCHS if key in state}
             self._own |= {"plan": None, "provisional_state": ProvisionalState()}
-        if "_names" not in self.__dict__:
+            state = {key: value for key, value in state.items() if key not in TORCHS}
+        if "_names" not in state and not hasattr(self, "_names"):
             self._names = ParamNames()
         super().__setstate__(state)
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in now.items()
+        if name not in before or value is not before[name]
+    }

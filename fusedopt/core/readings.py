@@ -58,14 +58,15 @@ class Readings(Settings):
 
     def _readings(self) -> Tensor:
         """What the last step left (see `Control`), on the first parameter's device."""
-        devices = (p.device for group in self.param_groups for p in group["params"])
+        own = self._own
+        devices = (p.device for group in own["param_groups"] for p in group["params"])
         device = next(devices, torch.device("cpu"))
-        control = self._own["control"]
+        control = own["control"]
         if control is None or control.device != device:
             with torch.inference_mode(False):  # a step in that mode is not to be the last
                 if control is None:
                     control = torch.zeros(Control.SIZE, dtype=torch.float64, device=device)
-                self._own["control"] = control = control.to(device)
+                own["control"] = control = control.to(device)
         return control
 
     def _steps_taken(self) -> int:

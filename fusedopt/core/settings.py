@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fusedopt.core import checks
 from fusedopt.core.names import ParamNames
+from fusedopt.core.shared import Shared
 from fusedopt.core.skip_limit import SkipLimit
 from fusedopt.reference.groups import name_of
 from fusedopt.reference.limits import AdaptiveClip, Unit
 
+TORCHS = ("state", "param_groups", "defaults")  # attributes that a checkpoint or a user replaces
 NonFinite = Literal["skip", "raise", "propagate"]
 
 
 class Settings(Optimizer):
     """Attributes that are checked when they are set."""
 
-    # What can be set after construction lies in a dict: the wrapper that a trainer makes, of a
-    # class derived from ours and delegating what it lacks, then writes here and not to itself.
-    _own: dict[str, Any]
+    _own: dict[str, Any]  # all that may be set after construction: see `Shared`
     _lock: threading.RLock
     _names: ParamNames
 
     def _follow_names(self) -> None:
         """Brings the lists of names in line with those of the parameters, however these changed."""
         self._names.follow(self.param_groups, self.state)
+
+    if not TYPE_CHECKING:  # torch's, as which a type checker knows them; loading replaces them
+        state = Shared()
+        param_groups = Shared()
+        defaults = Shared()
+
+    # Set by a scaler while it steps: the gradients are to be divided by the one, and the step is
+    # skipped if the other is not zero. Both are one float32.
+    grad_scale = Shared[Tensor | None](None)
+    found_inf = Shared[Tensor | None](None)
+    # An overflow is a scaler's daily business: it skips, whatever `nonfinite` says.
+    skips_for_scaler = Shared[bool](False)
 
     @property
     def max_grad_norm(self) -> float | AdaptiveClip | None:

@@ -27,27 +27,21 @@ if TYPE_CHECKING:
 class Stepper(Readings):
     """The step of every optimizer, without torch's protocol around it."""
 
-    # Set by a scaler while it steps: the gradients are to be divided by the one, and the step is
-    # skipped if the other is not zero. Both are one float32.
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-    # An overflow is a scaler's daily business: it skips, whatever `nonfinite` says.
-    skips_for_scaler = False
-
     _backend: str | None
 
     def _fused_step(self) -> None:
+        own = self._own
         mode = self._nonfinite_mode()
         options = self._step_options(mode)
         control = self._readings()
-        plan = self._own["plan"]
+        plan = own["plan"]
         if plan is None or not plan.step(
-            self.param_groups, self.state, *options.for_kernels(), control=control
+            own["param_groups"], own["state"], *options.for_kernels(), control=control
         ):
             options = self._step_anew(mode, control)
         if mode == "raise" and self._met_nonfinite(options, control):
             raise self._nonfinite_error()
-        limit: SkipLimit | None = self._own["skip_limit"]
+        limit: SkipLimit | None = own["skip_limit"]
         if limit is not None and limit.exceeded(control):
             raise TooManySkipsError(
                 f"{limit.limit} steps in a row were skipped (max_consecutive_skips): "
@@ -55,15 +49,16 @@ class Stepper(Readings):
             )
 
     def _nonfinite_mode(self) -> NonFinite:
-        if self.skips_for_scaler:
-            return "skip"
         own = self._own
+        if own["skips_for_scaler"]:
+            return "skip"
         return own["nonfinite"] or ("propagate" if own["max_grad_norm"] is None else "skip")
 
     def _step_options(self, mode: NonFinite) -> StepOptions:
         """What this step is to do. A scaler sets `grad_scale` and `found_inf`, as torch's do."""
-        scaled = self.grad_scale is not None or self.found_inf is not None
-        limit = self._own["max_grad_norm"]
+        own = self._own
+        grad_scale, found_inf, limit = own["grad_scale"], own["found_inf"], own["max_grad_norm"]
+        scaled = grad_scale is not None or found_inf is not None
         measure = limit is not None or mode != "propagate" or scaled
         clip = None
         if isinstance(limit, AdaptiveClip):
@@ -72,8 +67,8 @@ class Stepper(Readings):
             max_grad_norm=math.inf if limit is None else limit,
             measure=measure,
             skip_nonfinite=mode != "propagate",
-            grad_scale=self.grad_scale,
-            found_inf=self.found_inf,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
             clip=clip,
         )
 
