@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +11,10 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
+from fusedopt.core import sharding
+from fusedopt.core.checks import NonFiniteGradientError
 from fusedopt.core.optimizer import FusedOptimizer
+from fusedopt.core.skip_limit import TooManySkipsError
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -20,6 +25,10 @@ class GradScaler(torch.amp.GradScaler):
     it did. `max_grad_norm` limits the norm of the unscaled gradients. The gradients stay scaled,
     unless `unscale_` is called, which works as torch's does. An overflow skips the step in every
     `nonfinite` mode, and never raises.
+
+    Gradients may become inf or nan after `unscale_` has found them finite. That is no overflow of
+    the scale, so `nonfinite="raise"` raises; in every other mode the step is skipped. `update`
+    lowers the scale in either case. It does so as well after any error that a skipped step ends in.
 
     Every other optimizer is handled as torch's class does. The arguments are torch's.
     """
@@ -32,6 +41,9 @@ class GradScaler(torch.amp.GradScaler):
             args, kwargs: for `optimizer.step`, which may not be given a closure.
 
         Raises:
+            NonFiniteGradientError: gradients became inf or nan after `unscale_`, with
+                `nonfinite="raise"`.
+            TooManySkipsError: `max_consecutive_skips` steps in a row were skipped.
             RuntimeError: a closure was given, or this optimizer has stepped since `update`.
             AssertionError: there is no gradient.
         """
@@ -39,6 +51,7 @@ class GradScaler(torch.amp.GradScaler):
             return super().step(optimizer, *args, **kwargs)
         if "closure" in kwargs or any(arg is not None for arg in args):
             raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
+        sharding.refuse(optimizer._own["sharded"], "fusedopt.GradScaler")
         self._check_scale_growth_tracker("step")
         state = self._per_optimizer_states[id(optimizer)]
         if state["stage"] is OptState.STEPPED:
@@ -46,26 +59,39 @@ class GradScaler(torch.amp.GradScaler):
         if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
             raise AssertionError("No inf checks were recorded for this optimizer.")
 
-        unscaled = state["stage"] is OptState.UNSCALED
-        own_scale = optimizer.grad_scale
-        if unscaled:
+        with self._set_on(optimizer, state):
+            try:
+                result = optimizer.step(*args, **kwargs)
+            except (NonFiniteGradientError, TooManySkipsError):
+                self._note_step(optimizer, state)
+                raise
+        self._note_step(optimizer, state)
+        return result
+
+    @contextmanager
+    def _set_on(self, optimizer: FusedOptimizer, state: dict[str, Any]) -> Iterator[None]:
+        """Tells the optimizer, for the time of a step, what the scaler knows of its gradients."""
+        grad_scale, found_inf = optimizer.grad_scale, optimizer.found_inf
+        if state["stage"] is OptState.UNSCALED:
             optimizer.found_inf = self._found_inf(state["found_inf_per_device"])
+            optimizer.skips_for_scaler = optimizer.nonfinite != "raise"
         else:
             scale = self._get_scale_async()
             assert scale is not None
-            optimizer.grad_scale = scale if own_scale is None else scale * own_scale
-        optimizer.skips_for_scaler = True
+            optimizer.grad_scale = scale if grad_scale is None else scale * grad_scale
+            optimizer.skips_for_scaler = True
         try:
-            result = optimizer.step(*args, **kwargs)
+            yield
         finally:
             optimizer.skips_for_scaler = False
-            optimizer.found_inf = None
-            optimizer.grad_scale = own_scale
-        if not unscaled:
-            skipped = optimizer.step_skipped
-            state["found_inf_per_device"] = {skipped.device: skipped.float()}
+            optimizer.grad_scale, optimizer.found_inf = grad_scale, found_inf
+
+    @staticmethod
+    def _note_step(optimizer: FusedOptimizer, state: dict[str, Any]) -> None:
+        """Takes note, for `update`, of whether the step was skipped."""
+        skipped = optimizer.step_skipped
+        state["found_inf_per_device"] = {skipped.device: skipped.float()}
         state["stage"] = OptState.STEPPED
-        return result
 
     def _found_inf(self, per_device: dict[torch.device, Tensor]) -> Tensor:
         """Not zero where any of the devices found inf or nan."""

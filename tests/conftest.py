@@ -34,16 +34,20 @@ class BackendUnderTest:
 
 @pytest.fixture(params=["emulated"] if SANITIZED else ["cpu", "emulated", "cuda"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> BackendUnderTest:
-    if request.param == "cuda":
+    return under_test(request.param, monkeypatch)
+
+
+def under_test(name: str, monkeypatch: pytest.MonkeyPatch) -> BackendUnderTest:
+    if name == "cuda":
         reason = backends.why_missing("cuda")
         if reason is not None:
             pytest.skip(f"no CUDA here: {reason}")
         return BackendUnderTest("cuda", "cuda")
-    if request.param == "emulated":
+    if name == "emulated":
         monkeypatch.setattr(backends, "_C", emulated())
     elif backends.why_missing("cpu") is not None:
         pytest.fail(f"the extension is to be tested, but {backends.why_missing('cpu')}")
-    return BackendUnderTest(request.param, "cpu")
+    return BackendUnderTest(name, "cpu")
 
 
 _emulated: Any = None

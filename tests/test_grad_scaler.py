@@ -206,3 +206,59 @@ def test_nothing_of_the_scaler_stays_behind(backend):
         run.scaler.step(run.optimizer)
     assert run.optimizer.grad_scale is None and run.optimizer.found_inf is None
     assert not run.optimizer.skips_for_scaler
+
+
+def overflow_after_unscale(run, planted):
+    run.backward(1)
+    run.scaler.unscale_(run.optimizer)
+    run.params[1].grad[-1] = planted  # as a clip of one's own, or noise, may do
+    run.scaler.step(run.optimizer)
+
+
+@pytest.mark.parametrize("planted", [math.inf, math.nan])
+@pytest.mark.parametrize("mode", ["skip", "raise", "propagate", None])
+def test_gradients_that_overflow_after_a_finite_unscale(backend, mode, planted):
+    run, _ = both(backend, nonfinite=mode)
+    run.backward(0)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    before = snapshot(run.optimizer)
+    if mode == "raise":
+        with pytest.raises(fusedopt.NonFiniteGradientError, match="parameter 1 of param group 0"):
+            overflow_after_unscale(run, planted)
+    else:
+        overflow_after_unscale(run, planted)
+    assert run.optimizer.step_skipped and run.optimizer.skipped_steps == 1
+    run.scaler.update()
+    assert run.scaler.get_scale() == 512
+    assert_same_bits(tensors_of(run.optimizer), before)
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_scale_falls_when_skips_end_in_an_error(backend, unscale):
+    run, _ = both(backend, max_consecutive_skips=2)
+    for step in range(4):
+        run.backward(0, math.inf)
+        if unscale:
+            run.scaler.unscale_(run.optimizer)
+        if step == 0:
+            run.scaler.step(run.optimizer)
+        else:
+            if backend.device == "cuda":
+                torch.cuda.synchronize()
+            with pytest.raises(fusedopt.TooManySkipsError):
+                run.scaler.step(run.optimizer)
+        run.scaler.update()
+    assert run.scaler.get_scale() == 64
+    run.backward(0)
+    run.scaler.step(run.optimizer)
+    assert not run.optimizer.step_skipped
+
+
+def test_what_was_set_by_hand_is_there_after_the_scalers_step(backend):
+    run, _ = both(backend)
+    run.optimizer.found_inf = found = torch.zeros((), device=backend.device)
+    run.optimizer.grad_scale = scale = torch.ones((), device=backend.device)
+    run.backward(0)
+    run.scaler.step(run.optimizer)
+    assert run.optimizer.found_inf is found and run.optimizer.grad_scale is scale

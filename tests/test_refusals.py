@@ -128,17 +128,27 @@ def test_parameter_that_became_unfit(trained, swap, error, words):
     assert_same_bits(tensors_of(trained), before)
 
 
+def training(tensor):
+    return tensor.requires_grad_()
+
+
+def with_grad(tensor):
+    """One that can't require gradients, or that is accepted without one, and has one."""
+    tensor.grad = torch.zeros_like(tensor)
+    return tensor
+
+
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: torch.zeros(3, dtype=torch.complex64), TypeError, ["complex64"]),
-        (lambda: torch.zeros(3, dtype=torch.int64), TypeError, ["int64", "float16"]),
-        (lambda: torch.zeros(3, dtype=torch.float8_e4m3fn), TypeError, ["float8_e4m3fn"]),
-        (lambda: torch.zeros(3, device="meta"), RuntimeError, ["meta", "cpu or cuda"]),
+        (lambda: training(torch.zeros(3, dtype=torch.complex64)), TypeError, ["complex64"]),
+        (lambda: with_grad(torch.zeros(3, dtype=torch.int64)), TypeError, ["int64", "float16"]),
+        (lambda: training(torch.zeros(3).to(torch.float8_e4m3fn)), TypeError, ["float8_e4m3fn"]),
+        (lambda: with_grad(torch.zeros(3, device="meta")), RuntimeError, ["meta", "cpu or cuda"]),
         (lambda: torch.zeros(1).expand(3), RuntimeError, ["strides (0,)", "expanded"]),
         (lambda: torch.zeros(9).as_strided((3, 3), (1, 2)), RuntimeError, ["(3, 3)", "(1, 2)"]),
-        (lambda: torch.eye(3).to_sparse(), TypeError, ["sparse", "dense"]),
-        (lambda: Wrapper(torch.zeros(3)), TypeError, ["Wrapper", "plain tensor"]),
+        (lambda: training(torch.eye(3).to_sparse()), TypeError, ["sparse", "dense"]),
+        (lambda: Wrapper(torch.zeros(3), True), TypeError, ["Wrapper", "plain tensor"]),
         (lambda: None, TypeError, ["NoneType"]),
     ],
     ids=[

@@ -277,3 +277,87 @@ def test_sharded_parameters_are_refused_by_name(process_group):
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     with pytest.raises(TypeError, match=r"'0\.weight' \(parameter 0 of .*DTensor.*plain tensor"):
         fusedopt.FusedAdam(model.named_parameters())
+
+
+@pytest.fixture
+def two_ranks(process_group, monkeypatch):
+    """As far as an optimizer looks: what one rank of two would see."""
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+
+
+def assert_refused_where_a_norm_is_asked_for(make, words):
+    """Only the update is right on each rank by itself."""
+    for options in ({"max_grad_norm": 1.0}, {"nonfinite": "skip"}, {"nonfinite": "raise"}):
+        (name,) = options
+        with pytest.raises(RuntimeError, match=rf"{name}=.* can't be had: {words}.*half-updated"):
+            make(**options)
+    optimizer = make()
+    for options in ({"max_grad_norm": 1.0}, {"nonfinite": "skip"}, {"nonfinite": "raise"}):
+        ((name, value),) = options.items()
+        with pytest.raises(RuntimeError, match=rf"{name}=.* can't be had: {words}"):
+            setattr(optimizer, name, value)
+        assert getattr(optimizer, name) is None
+    optimizer.nonfinite, optimizer.max_grad_norm = "propagate", None
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in params]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    scaler = fusedopt.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    with pytest.raises(RuntimeError, match=rf"fusedopt.GradScaler can't be had: {words}"):
+        scaler.step(optimizer)
+    assert all(map(torch.equal, params, before))
+    optimizer.step()
+    assert not any(map(torch.equal, params, before))
+
+
+@pytest.mark.parametrize("mark", ["_is_flat_param", "_fsdp_flattened"])
+def test_parts_of_flat_parameters_are_refused_where_a_norm_is_asked_for(two_ranks, mark):
+    model = make_model()
+    setattr(model[0].bias, mark, True)
+    words = r"'0.bias' \(parameter 1 of param group 0\) is a part of FullyShardedDataParallel's"
+    assert_refused_where_a_norm_is_asked_for(
+        lambda **options: fusedopt.FusedAdam(model.named_parameters(), **options), words
+    )
+
+
+def test_flat_parameters_have_the_marks_that_are_looked_for(process_group):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for use_orig_params in (False, True):
+        with pytest.warns():
+            model = FullyShardedDataParallel(
+                make_model(), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+            )
+        for param in model.parameters():
+            assert getattr(param, "_is_flat_param", False) or param._fsdp_flattened
+        # On one rank each has all there is.
+        fusedopt.FusedAdam(model.parameters(), max_grad_norm=1.0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+def test_zero_redundancy_optimizer_is_refused_where_a_norm_is_asked_for(two_ranks, monkeypatch):
+    from torch.distributed.optim import ZeroRedundancyOptimizer, zero_redundancy_optimizer
+
+    params = list(make_model().parameters())
+
+    def make(**options):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.distributed, "get_world_size", lambda *_: 1)
+            patch.setattr("fusedopt.core.sharding._several_ranks", lambda: True)
+            return ZeroRedundancyOptimizer(params, fusedopt.FusedAdam, **options).optim
+
+    assert zero_redundancy_optimizer.__name__ == ZeroRedundancyOptimizer.__module__
+    assert_refused_where_a_norm_is_asked_for(
+        make, "ZeroRedundancyOptimizer gives each rank its own"
+    )
+
+
+def test_group_that_was_refused_leaves_no_trace(two_ranks):
+    model = make_model()
+    optimizer = fusedopt.FusedAdam(model[0].parameters(), max_grad_norm=1.0)
+    model[2].bias._is_flat_param = True
+    with pytest.raises(RuntimeError, match="can't be had"):
+        optimizer.add_param_group({"params": model[2].parameters()})
+    optimizer.max_grad_norm = 2.0
+    assert len(optimizer.param_groups) == 1

@@ -25,6 +25,7 @@ from fusedopt.core.names import Names
 from fusedopt.core.state import (
     is_empty,
     is_in_place,
+    is_new,
     is_scalar_in_place,
     scalar_like,
     tensor_like,
@@ -53,8 +54,8 @@ class Checkpoint:
     limit: Any
 
 
-def save(param_groups: list[Group], state: dict[Any, Any], unused: Container[int]) -> dict:
-    """As torch's `state_dict`; without the states of tensors that are in no group, or `unused`."""
+def save(param_groups: list[Group], state: dict[Any, Any]) -> dict:
+    """As torch's `state_dict`; without the states of tensors that are in no group."""
     ids: dict[int, int] = {}
     groups, count = [], 0
     for group in param_groups:
@@ -67,7 +68,7 @@ def save(param_groups: list[Group], state: dict[Any, Any], unused: Container[int
     saved = {
         ids[id(key)] if isinstance(key, Tensor) else key: value
         for key, value in state.items()
-        if not isinstance(key, Tensor) or (id(key) in ids and id(key) not in unused)
+        if not isinstance(key, Tensor) or id(key) in ids
     }
     return {"state": saved, "param_groups": groups}
 
@@ -207,8 +208,9 @@ def _entries(
 
 
 def _checked(rule: Rule, group: Group, param: Tensor, saved: dict[Any, Any], name: str) -> _Entry:
-    lazy = torch.nn.parameter.is_lazy(param)  # no shape yet: the first step looks at its state
-    own = () if lazy else (*rule.scalars, *rule.states(group))
+    # Without a shape or data yet: the first step looks at its state.
+    waits = torch.nn.parameter.is_lazy(param) or checks.is_left_alone(param)
+    own = () if waits or is_new(saved) else (*rule.scalars, *rule.states(group))
     if own:
         checks.check_state(rule, group, param, saved, name)
         _check_values(rule, group, saved, name)
@@ -252,8 +254,8 @@ def _load_param_state(rule: Rule, entry: _Entry, shared: Container[int]) -> dict
     loaded = {}
     for key, value in entry.saved.items():  # in its order
         if key not in entry.own:
-            lazy = torch.nn.parameter.is_lazy(param)
-            loaded[key] = deepcopy(value) if lazy else _moved(value, param.device)
+            nowhere = torch.nn.parameter.is_lazy(param) or param.is_meta
+            loaded[key] = deepcopy(value) if nowhere else _moved(value, param.device)
         elif key in rule.scalars:
             taken = id(value) in shared and is_scalar_in_place(value, param)
             loaded[key] = value if taken else scalar_like(param, value)

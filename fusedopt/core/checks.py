@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,14 +13,19 @@ from torch import Tensor
 
 from fusedopt.core.backends import device_type_of
 from fusedopt.reference import Group, Rule
-from fusedopt.reference.arithmetic import compute_dtype
+from fusedopt.reference.arithmetic import DTYPES, can_be_updated, compute_dtype, is_subclass
 from fusedopt.reference.limits import LIMITS, AdaptiveClip, Unit
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPE_NAMES = "float32, float64, bfloat16 or float16"
 NONFINITE_MODES = ("skip", "raise", "propagate")
 BACKENDS = ("cuda", "cpu", "reference")
-IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")  # torch's flags of how
+IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")  # flags; ignored here
+OURS = ("max_grad_norm", "nonfinite", "backend", "telemetry", "max_consecutive_skips")
+MAX_TELEMETRY = 2**31 - 1
+
+_COUNTS = {"betas": 2}  # how many numbers an option takes; every other takes one
+_UNRESTRICTED = ("dampening",)
+_TORCHS_WORDS = {"lr": "learning rate", "eps": "epsilon value", "betas": "beta parameter"}
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -65,6 +72,27 @@ def check_count(name: str, value: Any) -> int | None:
     return int(value)
 
 
+def check_telemetry(value: Any) -> int | None:
+    value = check_count("telemetry", value)
+    if value is not None and value > MAX_TELEMETRY:
+        raise ValueError(
+            f"Invalid telemetry value: {value}; expected the number of steps to keep, up to "
+            f"{MAX_TELEMETRY}"
+        )
+    return value
+
+
+def check_attribute(owner: type, name: str, value: Any) -> None:
+    """Refuses to set what would have no effect: a setting's name with a typo in it, say."""
+    if name == "backend" or (name == "telemetry" and not callable(value)):
+        raise AttributeError(f"{name} is an argument of {owner.__name__}, and can't be set later")
+    if hasattr(owner, name):
+        return
+    close = difflib.get_close_matches(name, OURS, 1, cutoff=0.8)
+    if close:
+        raise AttributeError(f"{owner.__name__} has no {name}; did you mean {close[0]}?")
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
     if value is not None and value not in choices:
         expected = ", ".join(map(repr, choices))
@@ -74,7 +102,9 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
 
 def check_rows(limit: object, param: Tensor, name: str) -> None:
     """Refuses a parameter whose units a `Unit` limit would have to gather from all over it."""
-    if not isinstance(limit, Unit) or torch.nn.parameter.is_lazy(param) or param.dim() < 2:
+    if not isinstance(limit, Unit) or torch.nn.parameter.is_lazy(param):
+        return
+    if is_left_alone(param) or param.dim() < 2:
         return
     dense = torch.empty_like(param, device="meta").stride()
     if param.numel() > 0 and param.shape[0] > 1 and dense[0] != param.numel() // param.shape[0]:
@@ -84,16 +114,26 @@ def check_rows(limit: object, param: Tensor, name: str) -> None:
         )
 
 
+def is_left_alone(param: Tensor) -> bool:
+    """Whether no step touches it: it has no gradient, and none could be applied to it."""
+    return param.grad is None and not can_be_updated(param)
+
+
 def check_param(param: Tensor, name: str, backend: str | None) -> None:
-    """Refuses a parameter that no step can update, as far as that shows without a gradient."""
+    """Refuses a parameter that no step can update, as far as that shows without a gradient.
+
+    A frozen parameter may be of any kind, as may be one on the meta device until it has a gradient.
+    """
     if not isinstance(param, Tensor):
         raise TypeError(f"{name} is a {type(param).__name__}; expected a tensor")
     if torch.nn.parameter.is_lazy(param):
         return  # no shape, no memory yet: the first step looks again
-    if _is_subclass(param):
+    if is_left_alone(param) and (not param.requires_grad or param.device.type == "meta"):
+        return
+    if is_subclass(param):
         raise TypeError(
             f"{name} is a {type(param).__name__}, a tensor subclass with operations of its own; "
-            "expected a plain tensor"
+            f"expected a plain tensor{_advice(param)}"
         )
     if param.layout != torch.strided:
         raise TypeError(f"{name} has layout {param.layout}; expected a dense tensor")
@@ -101,6 +141,15 @@ def check_param(param: Tensor, name: str, backend: str | None) -> None:
         raise TypeError(f"{name} is {param.dtype}; expected {DTYPE_NAMES}")
     check_device(param, name, backend)
     check_writable(param, name)
+
+
+def _advice(param: Tensor) -> str:
+    if type(param).__name__ != "DTensor":
+        return ""
+    return (
+        ". Sharded parameters (FSDP2, tensor parallelism) are not supported: keep torch.optim's "
+        "class for them"
+    )
 
 
 def check_writable(tensor: Tensor, name: str) -> None:
@@ -129,7 +178,7 @@ def check_readable(grad: Any, name: str) -> None:
         raise TypeError(f"{name} is a {type(grad).__name__}; expected a tensor")
     if grad.layout != torch.strided:
         raise RuntimeError(f"{name} is sparse ({grad.layout}); sparse gradients are not supported")
-    if _is_subclass(grad):
+    if is_subclass(grad):
         raise TypeError(f"{name} is a {type(grad).__name__}; expected a plain tensor")
     if grad.dtype not in DTYPES:
         raise TypeError(f"{name} is {grad.dtype}; expected {DTYPE_NAMES}")
@@ -162,7 +211,12 @@ def check_new_state(name: str, expected: str) -> None:
 
 
 def check_options(index: int, group: Group, defaults: dict[str, Any]) -> None:
-    """Refuses a param group that lacks an option, or has what can't be one."""
+    """Refuses a param group that lacks an option, has what can't be one, or has one of ours."""
+    if ours := [key for key in OURS if key in group]:
+        raise ValueError(
+            f"param group {index} has {', '.join(map(repr, ours))}, which one group can't have for "
+            f"itself; expected it as an argument of the optimizer, or as its attribute"
+        )
     if missing := [key for key in defaults if key not in group]:
         raise ValueError(
             f"param group {index} has no {', '.join(map(repr, missing))}, only "
@@ -174,19 +228,56 @@ def check_options(index: int, group: Group, defaults: dict[str, Any]) -> None:
             "differentiable=True is not supported: autograd can't look into a fused step"
         )
     for key, default in defaults.items():
-        expected_like = default if isinstance(default, tuple) else (default,)
-        if key in IMPLEMENTATION or not all(map(_is_number, expected_like)):
+        if key in _COUNTS or (key not in IMPLEMENTATION and _is_number(default)):
+            _check_numbers(index, key, group[key])
+
+
+def _check_numbers(index: int, key: str, value: Any) -> None:
+    count = _COUNTS.get(key, 1)
+    is_list = not (count == 1 and isinstance(value, Tensor)) and as_tuple(value) is not None
+    numbers = as_tuple(value) if is_list else (value,)
+    assert numbers is not None
+    if is_list != (count > 1) or len(numbers) != count or not all(map(_is_number, numbers)):
+        raise (ValueError if is_list or isinstance(value, Tensor) else TypeError)(
+            f"param group {index}'s {key} is {value!r}; expected "
+            f"{'one number' if count == 1 else f'{count} numbers'}"
+        )
+
+
+def as_tuple(value: Any) -> tuple[Any, ...] | None:
+    """The items of a sequence of any type; None if it is none."""
+    if isinstance(value, str | bytes | Mapping):
+        return None
+    try:
+        return tuple(value[i] for i in range(len(value)))
+    except (TypeError, KeyError):
+        return None
+
+
+def normalize_options(group: Group) -> None:
+    """Makes tuples of what is another sequence: a checkpoint keeps it, and the kernels read it."""
+    for key in _COUNTS.keys() & group.keys():
+        numbers = as_tuple(group[key])
+        if numbers is not None and not isinstance(group[key], tuple | list):
+            group[key] = numbers
+
+
+def check_ranges(index: int, group: Group, defaults: dict[str, Any]) -> None:
+    """Refuses what torch's constructors refuse, in their words. Waits for no device."""
+    for key, default in defaults.items():
+        if key in (*IMPLEMENTATION, *_UNRESTRICTED) or not (key in _COUNTS or _is_number(default)):
             continue
-        value = group[key]
-        is_list = isinstance(value, list | tuple)
-        values = value if is_list else (value,)
-        fits = is_list == isinstance(default, tuple) and len(values) == len(expected_like)
-        if not fits or not all(map(_is_number, values)):
-            count = len(expected_like)
-            raise (ValueError if is_list or isinstance(value, Tensor) else TypeError)(
-                f"param group {index}'s {key} is {value!r}; expected "
-                f"{'one number' if count == 1 else f'{count} numbers'}"
-            )
+        numbers = (as_tuple(group[key]) or ()) if key in _COUNTS else (group[key],)
+        for position, number in enumerate(numbers):
+            if isinstance(number, Tensor) and number.device.type != "cpu":
+                continue
+            if not (number >= 0 and (number < 1 or key not in _COUNTS)):
+                what = _TORCHS_WORDS.get(key, f"{key} value")
+                where, below = (f" at index {position}", " and < 1") if key in _COUNTS else ("", "")
+                raise ValueError(
+                    f"param group {index}: Invalid {what}{where}: {number}; expected a number >= 0"
+                    f"{below}"
+                )
 
 
 def check_state(rule: Rule, group: Group, param: Tensor, state: dict[str, Any], name: str) -> None:
@@ -202,7 +293,7 @@ def check_state(rule: Rule, group: Group, param: Tensor, state: dict[str, Any], 
             raise RuntimeError(f"state {key!r} of {name} is {state[key]!r}; expected one number")
     for key in rule.states(group):
         value = state[key]
-        if not isinstance(value, Tensor) or _is_subclass(value):
+        if not isinstance(value, Tensor) or is_subclass(value):
             raise TypeError(
                 f"state {key!r} of {name} is a {type(value).__name__}; expected a plain tensor"
             )
@@ -252,12 +343,6 @@ def _is_number(value: Any) -> bool:
     except (TypeError, ValueError, OverflowError):
         return False
     return not isinstance(value, str | bytes)
-
-
-def _is_subclass(tensor: Tensor) -> bool:
-    """Whether operations on this tensor are not torch's own: there may be no memory behind it."""
-    dispatch = getattr(type(tensor), "__torch_dispatch__", None)
-    return dispatch is not torch._C._disabled_torch_dispatch_impl
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:

@@ -32,7 +32,7 @@ def save(
     """
     params = [param for _, param in distinct_params(groups)]
     count = sum(len(group["params"]) for group in groups)
-    device = params[0].device if params else torch.device("cpu")
+    device = next((p.device for p in params if not p.is_meta), torch.device("cpu"))
     if state is not None and before is not None:
         state = limit.reorder(state, before, params)
     state = limit.resize(state, count, device)

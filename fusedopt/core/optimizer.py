@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch._compile import _disable_dynamo
 
-from fusedopt.core import backends, checks
+from fusedopt.core import backends, checks, sharding
 from fusedopt.core.names import ParamNames
 from fusedopt.core.persistence import Persistence
 from fusedopt.core.provisional_state import ProvisionalState
@@ -17,6 +17,7 @@ from fusedopt.core.stepper import Stepper
 from fusedopt.reference import Group
 from fusedopt.telemetry import Rings
 
+Loss = TypeVar("Loss")
 Backend = Literal["cuda", "cpu", "reference"]
 
 
@@ -71,16 +72,30 @@ class FusedOptimizer(Persistence, Stepper):
             "grad_scale": None,
             "found_inf": None,
             "skips_for_scaler": False,
+            "group_sizes": [],
+            "sharded": sharding.sharding_caller(),
         }
         self._names = ParamNames()
         self._lock = threading.RLock()
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
         self.max_consecutive_skips = max_consecutive_skips
-        kept_steps = checks.check_count("telemetry", telemetry)
+        kept_steps = checks.check_telemetry(telemetry)
         self._rings = None if kept_steps is None else Rings(kept_steps)
         self._backend = checks.check_choice("backend", backend, checks.BACKENDS)
         backends.choose(self._backend, [])
+
+    def __repr__(self) -> str:
+        kept_steps = None if self._rings is None else self._rings.size
+        ours = {
+            "max_grad_norm": self.max_grad_norm,
+            "nonfinite": self.nonfinite,
+            "backend": self._backend,
+            "telemetry": kept_steps,
+            "max_consecutive_skips": self.max_consecutive_skips,
+        }
+        lines = "".join(f"{name}: {value}\n" for name, value in ours.items())
+        return f"{super().__repr__()[:-1]}{lines})"
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -92,28 +107,36 @@ class FusedOptimizer(Persistence, Stepper):
         """torch's __init__ sets it for `fused=True`, which changes nothing here."""
 
     def add_param_group(self, param_group: Group) -> None:
+        sharded = self._own["sharded"]
+        checks.normalize_options(self.defaults)
         super().add_param_group(param_group)
         self._follow_names()
         try:
-            self._check_group(len(self.param_groups) - 1)
+            index = len(self.param_groups) - 1
+            group = self.param_groups[index]
+            self._check_group(index)
+            own = {key: it for key, it in self.defaults.items() if group[key] is not it}
+            checks.check_ranges(index, group, own)  # torch has looked at the defaults
+            checks.normalize_options(group)
         except Exception:
             self.param_groups.pop()
+            self._own["sharded"] = sharded
             raise
 
     @overload
     def step(self, closure: None = None) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Checks, unscales, measures, clips and updates all parameters, or skips the step.
 
         Waits for no device, except with `nonfinite="raise"`, for a norm over parameters on CPU and
         CUDA, and for tensors on CUDA among the hyperparameters, other than `lr`.
 
         Args:
-            closure: reevaluates the model and returns the loss.
+            closure: reevaluates the model and returns the loss, a number or a tensor.
 
         Returns:
             What `closure` returned, if one was given.

@@ -68,8 +68,8 @@ class Persistence(Readings):
 
     def _state_dict(self) -> dict[str, Any]:
         self._follow_names()
-        unused = {id(it) for it in self._provisional_state.unused(self.rule, self.state)}
-        state_dict = checkpoint.save(self.param_groups, self.state, unused)
+        used = self._provisional_state.used(self.rule, self.state)
+        state_dict = checkpoint.save(self.param_groups, used)
         if isinstance(limit := self.max_grad_norm, AdaptiveClip):
             learned = limit_state.save(
                 limit, self._own["clip_state"], self._own["clip_params"], self.param_groups

@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fusedopt.core.state import STATE_NAMES, States
 from fusedopt.reference import Rule
-
-States = dict[Tensor, dict[str, Any]]
 
 
 class ProvisionalState:
@@ -34,20 +33,33 @@ class ProvisionalState:
     def drop(self, params: list[Tensor], states: States) -> None:
         """Takes back a state that no step has used."""
         for param in params:
-            states.pop(param, None)
             self.counters.pop(param, None)
+            state = states.get(param, {})
+            for name in STATE_NAMES:
+                state.pop(name, None)
+            if not state:
+                states.pop(param, None)
 
-    def unused(self, rule: Rule, states: States) -> list[Tensor]:
-        """The parameters whose state no step has used. Waits for the device to learn of it."""
+    def used(self, rule: Rule, states: States) -> States:
+        """`states` without what no step has used. Waits for the device to learn of it."""
         self._params = [
             param
             for param in dict.fromkeys(self._params)
             if param in states and self._count_of(rule, param, states) == 0
         ]
-        return self._params
+        used = states if not self._params else dict(states)
+        for param in self._params:
+            if users := _users(used.pop(param)):
+                used[param] = users
+        return used
 
     def _count_of(self, rule: Rule, param: Tensor, states: States) -> Tensor | None:
         """How many steps have used a parameter's state."""
         if rule.hidden_step:
             return self.counters.get(param)
         return states[param].get(rule.counter)
+
+
+def _users(state: dict[str, Any]) -> dict[str, Any]:
+    """What a user keeps in a parameter's state."""
+    return {key: value for key, value in state.items() if key not in STATE_NAMES}

@@ -59,7 +59,8 @@ class Readings(Settings):
     def _readings(self) -> Tensor:
         """What the last step left (see `Control`), on the first parameter's device."""
         own = self._own
-        devices = (p.device for group in own["param_groups"] for p in group["params"])
+        params = (p for group in own["param_groups"] for p in group["params"])
+        devices = (p.device for p in params if not p.is_meta)
         device = next(devices, torch.device("cpu"))
         control = own["control"]
         if control is None or control.device != device:

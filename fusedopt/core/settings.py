@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fusedopt.core import checks
+from fusedopt.core import checks, sharding
 from fusedopt.core.names import ParamNames
 from fusedopt.core.shared import Shared
 from fusedopt.core.skip_limit import SkipLimit
@@ -56,6 +56,7 @@ class Settings(Optimizer):
                 for position, param in enumerate(group["params"]):
                     name = name_of(self.param_groups, index, position)
                     checks.check_rows(value, param, name)
+        sharding.refuse(self._own["sharded"], *asks_for_norm(value, None))
         with self._lock:  # a step of another thread has the one or the other
             if value != self._own.get("max_grad_norm"):
                 self._own["clip_state"] = None  # another limit learns anew
@@ -68,7 +69,9 @@ class Settings(Optimizer):
 
     @nonfinite.setter
     def nonfinite(self, value: NonFinite | None) -> None:
-        self._own["nonfinite"] = checks.check_choice("nonfinite", value, checks.NONFINITE_MODES)
+        value = checks.check_choice("nonfinite", value, checks.NONFINITE_MODES)
+        sharding.refuse(self._own["sharded"], *asks_for_norm(None, value))
+        self._own["nonfinite"] = value
 
     @property
     def max_consecutive_skips(self) -> int | None:
@@ -80,3 +83,14 @@ class Settings(Optimizer):
     def max_consecutive_skips(self, value: int | None) -> None:
         limit = checks.check_count("max_consecutive_skips", value)
         self._own["skip_limit"] = None if limit is None else SkipLimit(limit)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_"):
+            checks.check_attribute(type(self), name, value)
+        super().__setattr__(name, value)
+
+
+def asks_for_norm(max_grad_norm: Any, nonfinite: Any) -> list[str]:
+    """The settings, in words, that need the norm of the whole model."""
+    limit = [] if max_grad_norm is None else [f"max_grad_norm={max_grad_norm}"]
+    return limit + ([] if nonfinite in (None, "propagate") else [f"nonfinite={nonfinite!r}"])

@@ -9,6 +9,13 @@ from torch import Tensor
 
 from fusedopt.core.backends import zeros_like
 from fusedopt.reference import Group, Rule
+from fusedopt.reference.arithmetic import can_be_updated
+
+# What our rules keep for a parameter. A state without any of it has yet to begin.
+STATE_NAMES = (
+    *("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu_product"),
+    *("square_avg", "grad_avg", "momentum_buffer"),
+)
 
 States = dict[Tensor, dict[str, Any]]
 
@@ -16,6 +23,11 @@ States = dict[Tensor, dict[str, Any]]
 def is_empty(state: dict[str, Any] | None) -> bool:
     """Whether there is nothing in it yet; torch's SGD also writes None for a missing buffer."""
     return not state or all(value is None for value in state.values())
+
+
+def is_new(state: dict[str, Any] | None) -> bool:
+    """Whether there is nothing of an optimizer's in it: a user may keep things there, too."""
+    return not state or all(state.get(name) is None for name in STATE_NAMES)
 
 
 def complete(
@@ -27,19 +39,19 @@ def complete(
         Whether the state is new.
     """
     state = states.get(param)
-    is_new = state is None or is_empty(state)
-    if is_new and param.grad is None:
+    new = is_new(state)
+    if param.grad is None and (new or not can_be_updated(param)):
         return False
     if rule.hidden_step:
-        known = 0 if is_new else counters.get(param, 1)
+        known = 0 if new else counters.get(param, 1)
         counters[param] = _scalar_in_place(known, param)
-    if is_new:
+    if new:
         new_state = {
             **{name: _scalar_in_place(value, param) for name, value in rule.scalars.items()},
             **{name: zeros_like(param) for name in rule.states(group)},
         }
         if new_state:
-            states[param] = new_state
+            states.setdefault(param, {}).update(new_state)
         return True
     assert state is not None
     for name in rule.scalars:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from fusedopt import reference
-from fusedopt.core import backends, checks, state
+from fusedopt.core import backends, checks, sharding, state
 from fusedopt.core.fallback import TorchPlan
 from fusedopt.core.readings import Readings
-from fusedopt.core.settings import NonFinite
+from fusedopt.core.settings import NonFinite, asks_for_norm
 from fusedopt.core.skip_limit import SkipLimit, TooManySkipsError
 from fusedopt.reference import Control, StepOptions, norms
 from fusedopt.reference.groups import name_of
 from fusedopt.reference.limits import AdaptiveClip
-from fusedopt.telemetry import explain
+from fusedopt.telemetry import PARAM_COLUMNS, STEP_COLUMNS, explain
 
 if TYPE_CHECKING:
     from fusedopt import _C
@@ -35,6 +35,8 @@ class Stepper(Readings):
         options = self._step_options(mode)
         control = self._readings()
         plan = own["plan"]
+        if [*map(len, own["param_groups"])] != own["group_sizes"]:
+            plan = None  # a key that was set since the last step may be one of ours
         if plan is None or not plan.step(
             own["param_groups"], own["state"], *options.for_kernels(), control=control
         ):
@@ -111,9 +113,12 @@ class Stepper(Readings):
         """
         self._check_all()
         counters = self._provisional_state.counters
-        params = (param for group in self.param_groups for param in group["params"])
+        params = (p for group in self.param_groups for p in group["params"] if not p.is_meta)
         devices = (param.device for param in params)
         backend = backends.choose(self._backend, devices, self._only_exact())
+        for group in self.param_groups:
+            checks.normalize_options(group)
+        rings = self._make_rings()
         new_states = [
             param
             for group in self.param_groups
@@ -121,9 +126,7 @@ class Stepper(Readings):
             if state.complete(self.rule, group, param, self.state, counters)
         ]
         self._move_clip_state()
-        if self._rings is not None:
-            self._rings.resize(self.param_groups)
-        rings = [] if self._rings is None else self._rings.tensors()
+        self._own["group_sizes"] = [*map(len, self.param_groups)]
         try:
             plan = backends.new_plan(
                 backend, self.rule, self.param_groups, self.state, counters, rings
@@ -140,28 +143,49 @@ class Stepper(Readings):
             return f"max_grad_norm={limit}"
         return None if self._rings is None else f"telemetry={self._rings.size}"
 
+    def _make_rings(self) -> list[Tensor]:
+        """The telemetry's, in the kernels' order; none without telemetry."""
+        rings = self._rings
+        if rings is None:
+            return []
+        try:
+            rings.resize(self.param_groups)
+        except RuntimeError as error:
+            params = sum(1 for _ in reference.distinct_params(self.param_groups))
+            columns = len(PARAM_COLUMNS) * params + len(STEP_COLUMNS) + len(self.param_groups)
+            raise RuntimeError(
+                f"telemetry={rings.size} keeps {8 * columns * rings.size:,} bytes for {params} "
+                "parameters, and there is no memory for them; expected a smaller number of steps"
+            ) from error
+        return rings.tensors()
+
     def _check_all(self) -> None:
         """Refuses by name what no step can take: groups, parameters, gradients, states."""
         self._follow_names()
         for index, group in enumerate(self.param_groups):
             self._check_group(index)
+            checks.check_ranges(index, group, self.defaults)
             for position, param in enumerate(group["params"]):
                 name = name_of(self.param_groups, index, position)
+                if checks.is_left_alone(param):
+                    continue
                 if param.grad is not None:
                     checks.check_grad(param, param.grad, name)
-                if not state.is_empty(self.state.get(param)):
+                if not state.is_new(self.state.get(param)):
                     checks.check_state(self.rule, group, param, self.state[param], name)
                     checks.check_state_dtypes(self.rule, group, param, self.state[param], name)
                 elif param.grad is not None and (self.rule.scalars or self.rule.states(group)):
                     checks.check_new_state(name, "a step with its gradient")
 
     def _check_group(self, index: int) -> None:
-        group = self.param_groups[index]
+        own, group = self._own, self.param_groups[index]
         checks.check_options(index, group, self.defaults)
         for position, param in enumerate(group["params"]):
             name = name_of(self.param_groups, index, position)
             checks.check_param(param, name, self._backend)
             checks.check_rows(self.max_grad_norm, param, name)
+            own["sharded"] = own["sharded"] or sharding.sharded_param(param, name)
+        sharding.refuse(own["sharded"], *asks_for_norm(own["max_grad_norm"], own["nonfinite"]))
 
     @torch.inference_mode(False)
     def _clip_state(self, clip: AdaptiveClip) -> Tensor:

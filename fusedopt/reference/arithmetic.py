@@ -49,6 +49,25 @@ def scaled(grad: Tensor, factor: float | Tensor) -> Tensor:
     return torch.where(tiny, in_two, at_once)
 
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def is_subclass(tensor: Tensor) -> bool:
+    """Whether operations on this tensor are not torch's own: there may be no memory behind it."""
+    dispatch = getattr(type(tensor), "__torch_dispatch__", None)
+    return dispatch is not torch._C._disabled_torch_dispatch_impl
+
+
+def can_be_updated(param: Tensor) -> bool:
+    """Whether it is of a kind that a step can update; any other one is left alone."""
+    return (
+        not is_subclass(param)
+        and param.layout == torch.strided
+        and param.dtype in DTYPES
+        and param.device.type != "meta"
+    )
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type that a parameter of this dtype is updated in."""
     return torch.float64 if dtype == torch.float64 else torch.float32

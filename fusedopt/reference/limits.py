@@ -95,7 +95,7 @@ class Percentile(AdaptiveClip):
     memory, and a spike doesn't raise its own limit.
 
     Args:
-        percentile: from 0 to 100.
+        percentile: from 1 to 100, or 0, the smallest norm. 90, not 0.9.
         window: over how many steps, up to 4,096. On CUDA one block compares all of them with each
             other at every step.
         warmup: so many norms come before there is a limit but `max_norm`.
@@ -114,6 +114,11 @@ class Percentile(AdaptiveClip):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_range(self, "percentile", 0, 100)
+        if 0 < self.percentile < 1:
+            raise ValueError(
+                f"Percentile's percentile is {self.percentile}; expected from 1 to 100 (or 0): "
+                f"{self.percentile * 100:g}?"
+            )
         _check_whole(self, "window", 1, MAX_WINDOW)
         _check_whole(self, "warmup", 1, self.window)
 
@@ -134,7 +139,7 @@ class Percentile(AdaptiveClip):
         return (_NORMS + self.window,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ZScore(AdaptiveClip):
     """Clips norms that lie too many standard deviations above their running mean.
 
@@ -149,7 +154,7 @@ class ZScore(AdaptiveClip):
     The mean and variance of the first `warmup` steps begin the statistics. Gradients that explode
     from the very start need a `max_norm`: these steps have no other limit.
 
-    Args:
+    Args, all by keyword:
         alpha: how much of the statistics stays from step to step, from 0 to 1.
         threshold: of z, above 0.
         warmup: how many steps.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.reference import norms
-from fusedopt.reference.arithmetic import cast_grad, compute_dtype, scaled
+from fusedopt.reference.arithmetic import can_be_updated, cast_grad, compute_dtype, scaled
 from fusedopt.reference.coefficients import Decision, least, smaller
 from fusedopt.reference.decision import Control, StepOptions, decide
 from fusedopt.reference.groups import Group, distinct_params
@@ -36,9 +36,14 @@ def step(
 ) -> None:
     """One whole step. `control` (float64, shape (7,)) takes the readings; see `Control`."""
     pairs = list(distinct_params(param_groups))
-    total = norms.sum_of_squares((param, param.grad) for _, param in pairs)
+    measured = [(param, param.grad) for _, param in pairs if can_be_updated(param)]
+    total = norms.sum_of_squares(measured)
     decision = decide(options, total if options.measure else 0.0)
-    before = None if rings is None else [param.clone() for _, param in pairs]
+    before = (
+        None
+        if rings is None
+        else [param if param.grad is None else param.clone() for _, param in pairs]
+    )
     coefs = []
     if not decision.skip:
         coefs = [coef_of(options, index, param, decision) for index, (_, param) in enumerate(pairs)]
@@ -94,6 +99,8 @@ def record(
     rings.steps[row] = rings.steps.new_tensor(readings)
     column = dict.fromkeys(rings.params, 0)
     for (_, param), old in zip(distinct_params(param_groups), before, strict=True):
+        if param.device not in rings.params:  # on the meta device, and left alone
+            continue
         ring = rings.params[param.device]
         ring[row, column[param.device]] = measures(param, old, decision)
         column[param.device] += 1

@@ -33,6 +33,8 @@ class Rings:
         """Makes room for these parameters. What is known of them stays; what is not is nan."""
         owners: dict[torch.device, list[Tensor]] = {}
         for _, param in distinct_params(param_groups):
+            if param.device.type == "meta":  # left alone, and no ring can lie there
+                continue
             owners.setdefault(param.device, []).append(param)
         columns = len(STEP_COLUMNS) + len(param_groups)
         if _ids(owners) == _ids(self._owners) and self.steps.shape[1] == columns:

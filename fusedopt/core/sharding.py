@@ -1,0 +1,65 @@
+"""Optimizers that see only their rank's part of a model, as far as they can be recognized.
+
+The norm of such a part is not the model's, and a rank that skips a step by itself leaves a model
+of which one half was updated.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+# By module: who gives every rank's optimizer a part of the parameters.
+_SHARDING_CALLERS = {
+    "torch.distributed.optim.zero_redundancy_optimizer": "ZeroRedundancyOptimizer",
+    "fairscale.optim.oss": "OSS",
+}
+_FRAMES = 10  # between that caller and an optimizer that is derived from ours
+
+
+def sharding_caller() -> str | None:
+    """What to say of this optimizer, if it is being made for one rank's part of a model."""
+    frame = sys._getframe(1)
+    for _ in range(_FRAMES):
+        name = _SHARDING_CALLERS.get(frame.f_globals.get("__name__", ""))
+        if name is not None and _several_ranks():
+            return (
+                f"{name} gives each rank its own parameters. Clip all of the model's gradients "
+                "with fusedopt.clip_grad_norm_ before the step"
+            )
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+    return None
+
+
+def sharded_param(param: Tensor, name: str) -> str | None:
+    """What to say of a flat parameter of `FullyShardedDataParallel`, or a view of one."""
+    is_part = getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False)
+    if not (is_part and _several_ranks()):
+        return None
+    return (
+        f"{name} is a part of FullyShardedDataParallel's, and each rank has its own. Clip with "
+        "FullyShardedDataParallel.clip_grad_norm_ before the step"
+    )
+
+
+def refuse(sharded: str | None, *asked: str) -> None:
+    """Refuses to measure only one rank's part of a model for what is asked."""
+    if sharded is not None and asked:
+        raise RuntimeError(
+            f"{' and '.join(asked)} can't be had: {sharded}. As it is, a rank would clip by its "
+            "own norm and skip by itself, which leaves a half-updated model; expected neither "
+            "max_grad_norm nor nonfinite nor fusedopt.GradScaler, without which the update is right"
+        )
+
+
+def _several_ranks() -> bool:
+    distributed = torch.distributed
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
