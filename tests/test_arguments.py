@@ -124,3 +124,39 @@ def test_signature_is_that_of_torch_and_ours(case):
         )
     for parameter in ours.values():
         assert (parameter.default, parameter.kind) == (None, inspect.Parameter.KEYWORD_ONLY)
+
+
+@pytest.mark.parametrize("case", CLASSES, ids=str)
+def test_docstring_explains_every_argument(case):
+    text = inspect.getdoc(case.cls)
+    assert text is not None
+    args = text[text.index("Args:") :]
+    explained = re.findall(r"^    ([a-z_, ]+):", args, re.MULTILINE)
+    names = [name for line in explained for name in line.split(", ")]
+    assert sorted(names) == sorted(inspect.signature(case.cls).parameters)
+
+
+LIMITS = [
+    ("fusedopt.clip.Percentile", {"percentile": 90}, fusedopt.clip.Percentile(90)),
+    ("fusedopt.clip.ZScore", {"warmup": 3}, fusedopt.clip.ZScore(warmup=3)),
+    ("fusedopt.clip.PerTensor", {}, fusedopt.clip.PerTensor()),
+    ("fusedopt.clip.Unit", {"max_norm": 2.0}, fusedopt.clip.Unit(max_norm=2.0)),
+]
+
+
+@pytest.mark.parametrize(("path", "options", "limit"), LIMITS, ids=str)
+@pytest.mark.parametrize("case", CLASSES, ids=str)
+def test_limits_on_a_command_line(case, path, options, limit):
+    """LightningCLI reads configurations with jsonargparse."""
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(case.cls, "optimizer", skip={"params"})
+    arguments = [f"--optimizer.max_grad_norm={path}"] + [
+        f"--optimizer.max_grad_norm.init_args.{name}={value}" for name, value in options.items()
+    ]
+    parsed = parser.parse_args(arguments).optimizer.max_grad_norm
+    assert parsed.class_path == path
+    assert type(limit)(**vars(parsed.init_args)) == limit
+    for value, expected in (("0.5", 0.5), ("null", None)):
+        parsed = parser.parse_args([f"--optimizer.max_grad_norm={value}"])
+        assert parsed.optimizer.max_grad_norm == expected

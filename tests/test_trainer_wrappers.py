@@ -232,3 +232,32 @@ def test_accelerates_wrapper_with_a_scaler():
         wrapper.step()
         torch.testing.assert_close(params[0].detach(), before - 0.1)
         assert scaler.get_scale() == 512
+
+
+def test_accelerates_schedule_waits_for_a_skip_that_it_is_told_of():
+    """The hook of docs/migrating.md."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    params = make_params(SHAPES)
+    fused = fusedopt.FusedSGD(params, lr=1.0, max_grad_norm=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(fused, 1, 0.5)
+    opt, schedule = accelerator.prepare(fused, schedule)
+
+    def tell(optimizer, args, kwargs):
+        opt._is_overflow = bool(optimizer.step_skipped)
+
+    fused.register_step_post_hook(tell)
+    rates = []
+    for scale in (1.0, math.inf, math.nan, 1.0):
+        set_grads(params, 0, scale)
+        opt.step()
+        schedule.step()
+        rates.append(fused.param_groups[0]["lr"])
+    assert rates == [0.5, 0.5, 0.5, 0.25]
+
+
+@wrapped
+def test_closure_of_a_wrapper_returns_its_tensor(wrap):
+    _, optimizer, wrapper = make(wrap)
+    loss = torch.ones(())
+    assert wrapper.step(lambda: loss) is loss and optimizer.step(lambda: 2.0) == 2.0

@@ -45,8 +45,16 @@ class FusedOptimizer(Persistence, Stepper):
     `fused` and `capturable` are accepted where the twin has them, and change nothing: the step is
     always fused and capturable.
 
+    They hold for all param groups: in one of these they are refused.
+
     Parameters are float32, float64, bfloat16 or float16, of any shape and strides, on CPU and CUDA,
-    in any mix. 16-bit ones are computed in float32 and rounded once.
+    in any mix. 16-bit ones are computed in float32 and rounded once. Frozen ones may be of any
+    kind: what has no gradient is left alone. A parameter that is listed twice is updated once, where
+    torch's for-loops update it twice. `step` and `mu_product` are float32 even where torch's
+    default dtype is float64: the kernels and every checkpoint have one type for them.
+
+    Where a rank holds only a part of the model (FSDP's flat parameters, `ZeroRedundancyOptimizer`),
+    `max_grad_norm`, `nonfinite` and `fusedopt.GradScaler` are refused; the update alone is right.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument, a parameter, a gradient or a state is

@@ -90,6 +90,30 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
 
     State per parameter: `step` (0-d float32), `exp_avg`, `exp_avg_sq` and, with amsgrad,
     `max_exp_avg_sq` (shape, dtype and device of the parameter).
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts of param groups.
+        lr: learning rate, a number or a tensor of one.
+        betas: how much of the averages of g and of g^2 stays from step to step.
+        eps: keeps the denominator above 0.
+        weight_decay: how much of the parameter is added to g.
+        amsgrad: take the largest v so far.
+        foreach, capturable, fused: accepted as torch's, and without effect: the step is always
+            fused and capturable.
+        maximize: go up the gradient.
+        differentiable: True is refused: autograd can't look into a fused step.
+        decoupled_weight_decay: decay the parameter itself, as AdamW does.
+        max_grad_norm: the largest global L2 norm that is not clipped, or a limit of
+            `fusedopt.clip`, or None, which never clips.
+        nonfinite: what a gradient with inf or nan does: "skip" changes nothing, "raise" raises
+            `NonFiniteGradientError` as well (and waits for the device), "propagate" updates as
+            torch does. None is "skip" with `max_grad_norm`, else "propagate".
+        backend: "cuda", "cpu", "reference" (plain torch), or None: by the parameters' device.
+        telemetry: the number of steps to keep measurements of, or None.
+        max_consecutive_skips: after this number of skipped steps in a row, `step` raises
+            `TooManySkipsError`; None never does.
+
+    `FusedOptimizer` says more of these five, and of what is refused.
     """
 
     rule = ADAM
@@ -136,6 +160,29 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
     """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101): Adam with decoupled weight decay.
 
     As `FusedAdam`, except that the parameter is first multiplied by `1 - lr * weight_decay`.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts of param groups.
+        lr: learning rate, a number or a tensor of one.
+        betas: how much of the averages of g and of g^2 stays from step to step.
+        eps: keeps the denominator above 0.
+        weight_decay: the parameter is multiplied by 1 - lr * weight_decay.
+        amsgrad: take the largest v so far.
+        maximize: go up the gradient.
+        foreach, capturable, fused: accepted as torch's, and without effect: the step is always
+            fused and capturable.
+        differentiable: True is refused: autograd can't look into a fused step.
+        max_grad_norm: the largest global L2 norm that is not clipped, or a limit of
+            `fusedopt.clip`, or None, which never clips.
+        nonfinite: what a gradient with inf or nan does: "skip" changes nothing, "raise" raises
+            `NonFiniteGradientError` as well (and waits for the device), "propagate" updates as
+            torch does. None is "skip" with `max_grad_norm`, else "propagate".
+        backend: "cuda", "cpu", "reference" (plain torch), or None: by the parameters' device.
+        telemetry: the number of steps to keep measurements of, or None.
+        max_consecutive_skips: after this number of skipped steps in a row, `step` raises
+            `TooManySkipsError`; None never does.
+
+    `FusedOptimizer` says more of these five, and of what is refused.
     """
 
     rule = ADAM

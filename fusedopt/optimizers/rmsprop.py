@@ -94,6 +94,30 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
 
     State per parameter: `step` (0-d float32), `square_avg` and, where used, `grad_avg` and
     `momentum_buffer` (shape, dtype and device of the parameter).
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts of param groups.
+        lr: learning rate, a number or a tensor of one.
+        alpha: how much of the averages stays from step to step.
+        eps: keeps the denominator above 0.
+        weight_decay: how much of the parameter is added to g.
+        momentum: how much of the buffer stays from step to step; 0: there is none.
+        centered: divide by the standard deviation instead.
+        capturable, foreach: accepted as torch's, and without effect: the step is always fused and
+            capturable.
+        maximize: go up the gradient.
+        differentiable: True is refused: autograd can't look into a fused step.
+        max_grad_norm: the largest global L2 norm that is not clipped, or a limit of
+            `fusedopt.clip`, or None, which never clips.
+        nonfinite: what a gradient with inf or nan does: "skip" changes nothing, "raise" raises
+            `NonFiniteGradientError` as well (and waits for the device), "propagate" updates as
+            torch does. None is "skip" with `max_grad_norm`, else "propagate".
+        backend: "cuda", "cpu", "reference" (plain torch), or None: by the parameters' device.
+        telemetry: the number of steps to keep measurements of, or None.
+        max_consecutive_skips: after this number of skipped steps in a row, `step` raises
+            `TooManySkipsError`; None never does.
+
+    `FusedOptimizer` says more of these five, and of what is refused.
     """
 
     rule = RMSPROP

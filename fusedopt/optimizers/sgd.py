@@ -97,6 +97,29 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
 
     State per parameter: with momentum `momentum_buffer` (shape, dtype and device of the parameter),
     else none.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts of param groups.
+        lr: learning rate, a number or a tensor of one.
+        momentum: how much of the buffer stays from step to step; 0: there is none.
+        dampening: how much of g does not enter the buffer, from its second step on.
+        weight_decay: how much of the parameter is added to g.
+        nesterov: look ahead by one step of the momentum.
+        maximize: go up the gradient.
+        foreach, fused: accepted as torch's, and without effect: the step is always fused and
+            capturable.
+        differentiable: True is refused: autograd can't look into a fused step.
+        max_grad_norm: the largest global L2 norm that is not clipped, or a limit of
+            `fusedopt.clip`, or None, which never clips.
+        nonfinite: what a gradient with inf or nan does: "skip" changes nothing, "raise" raises
+            `NonFiniteGradientError` as well (and waits for the device), "propagate" updates as
+            torch does. None is "skip" with `max_grad_norm`, else "propagate".
+        backend: "cuda", "cpu", "reference" (plain torch), or None: by the parameters' device.
+        telemetry: the number of steps to keep measurements of, or None.
+        max_consecutive_skips: after this number of skipped steps in a row, `step` raises
+            `TooManySkipsError`; None never does.
+
+    `FusedOptimizer` says more of these five, and of what is refused.
     """
 
     rule = SGD

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -18,9 +18,10 @@ _COUNT, _MEAN, _VARIANCE, _NORMS = range(4)  # of a state, and where the norms b
 _LIMIT = _MEAN
 
 
-@dataclass(frozen=True)
 class AdaptiveClip:
     """What all limits share. Each has a state: float64, on the first parameter's device.
+
+    It is no dataclass, as they are: jsonargparse takes a class_path only for what is none.
 
     The kernels know each by its `kind`, and its arguments by their order
     (csrc/core/limits.h).
@@ -28,7 +29,7 @@ class AdaptiveClip:
 
     kind: ClassVar[int]
     part: ClassVar[str | None] = None  # what has a coefficient of its own, in a word
-    max_norm: float = field(default=math.inf, kw_only=True)
+    max_norm: float
 
     def __post_init__(self) -> None:
         if self.max_norm != math.inf:
@@ -36,11 +37,13 @@ class AdaptiveClip:
 
     def arguments(self) -> list[float]:
         """Its options, as the kernels know them; `max_norm` is a fixed limit's."""
-        return [float(getattr(self, it.name)) for it in fields(self) if it.name != "max_norm"]
+        return [
+            float(getattr(self, it.name)) for it in fields(cast(Any, self)) if it.name != "max_norm"
+        ]
 
     def label(self) -> str:
         """The same for equal limits, as `repr`, which tells 1 from 1.0, is not."""
-        values = [f"{it.name}={float(getattr(self, it.name))}" for it in fields(self)]
+        values = [f"{it.name}={float(getattr(self, it.name))}" for it in fields(cast(Any, self))]
         return f"{type(self).__name__}({', '.join(values)})"
 
     def new_state(self, num_params: int, device: torch.device) -> Tensor:
@@ -107,6 +110,7 @@ class Percentile(AdaptiveClip):
 
     kind = 1
 
+    max_norm: float = field(default=math.inf, kw_only=True)
     percentile: float = 10.0
     window: int = 100
     warmup: int = 10
@@ -167,6 +171,7 @@ class ZScore(AdaptiveClip):
 
     kind = 2
 
+    max_norm: float = field(default=math.inf, kw_only=True)
     alpha: float = 0.97
     threshold: float = 2.5
     warmup: int = 25
@@ -236,6 +241,7 @@ class PerTensor(AdaptiveClip):
     kind = 3
     part = "parameter"
 
+    max_norm: float = field(default=math.inf, kw_only=True)
     threshold: float = 1.05
     beta: float = 0.98
     warmup: int = 100
@@ -319,6 +325,7 @@ class Unit(AdaptiveClip):
     kind = 4
     part = "row"
 
+    max_norm: float = field(default=math.inf, kw_only=True)
     clipping: float = 0.01
     eps: float = 1e-3
 
