@@ -49,8 +49,8 @@ class FusedOptimizer(Persistence, Stepper):
 
     Parameters are float32, float64, bfloat16 or float16, of any shape and strides, on CPU and CUDA,
     in any mix. 16-bit ones are computed in float32 and rounded once. Frozen ones may be of any
-    kind: what has no gradient is left alone. A parameter that is listed twice is updated once, where
-    torch's for-loops update it twice. `step` and `mu_product` are float32 even where torch's
+    kind: what has no gradient is left alone. A parameter that is listed twice is updated once,
+    where torch's for-loops update it twice. `step` and `mu_product` are float32 even where torch's
     default dtype is float64: the kernels and every checkpoint have one type for them.
 
     Where a rank holds only a part of the model (FSDP's flat parameters, `ZeroRedundancyOptimizer`),
