@@ -191,9 +191,24 @@ def _checked_grads(
     for name, grad in grads.items():
         checks.check_readable(grad, name)
         checks.check_device(grad, name, backend)
+        if grad._is_zerotensor():
+            raise TypeError(f"{name} is zero without any memory; expected a plain tensor: .clone()")
         if max_norm != math.inf:
             checks.check_writable(grad, name)
+    if max_norm != math.inf and backend != "reference":
+        _check_overlap(grads)
     return list(grads.values())
+
+
+def _check_overlap(grads: dict[str, Tensor]) -> None:
+    """Refuses gradients that share some memory: they would be scaled at once."""
+    pair = None if backends._C is None else backends._C.first_overlap(list(grads.values()))
+    if pair is not None:
+        first, second = (list(grads)[index] for index in pair)
+        raise RuntimeError(
+            f"{second} shares memory with {first}, and both are scaled at once; expected memory of "
+            "its own: .clone() it"
+        )
 
 
 def _as_list(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:

@@ -206,8 +206,8 @@ def test_elements_between_those_of_a_parameter_are_left_alone(backend, dtype, kw
     whole = dense(40, 60, dtype=dtype).to(backend.device)
     taken = torch.zeros(40, 60, dtype=torch.bool, device=backend.device)
     before = whole.clone()
-    params = [whole[:, 1:20:2], whole[::2, 30:40].t(), whole[:, 41:42], whole[39]]
-    for view in (taken[:, 1:20:2], taken[::2, 30:40].t(), taken[:, 41:42], taken[39]):
+    params = [whole[:, 1:20:2], whole[::2, 30:40].t(), whole[:, 41:42], whole[39, 42:]]
+    for view in (taken[:, 1:20:2], taken[::2, 30:40].t(), taken[:, 41:42], taken[39, 42:]):
         view.fill_(True)
     params = [p.detach().requires_grad_() for p in params]
     optimizer = backend.make(fusedopt.FusedAdam, params, lr=0.1, **kwargs)

@@ -6,7 +6,9 @@
 #include "torch/clip_grads.h"
 #include "torch/cuda_stream.h"
 #include "torch/huge_pages.h"
+#include "torch/no_python.h"
 #include "torch/plan.h"
+#include "torch/size_lock.h"
 #include "torch/step.h"
 
 namespace fusedopt {
@@ -45,6 +47,49 @@ py::dict constants() {
   return result;
 }
 
+// A tensor that the kernels read beside the plan's: what Python hands over may be anything.
+void check(const char* name, const at::Tensor& tensor, bool fits) {
+  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  if (tensor.defined() && is_plain(impl) && fits && fits_its_storage(impl)) return;
+  throw py::type_error(std::string(name) + " is not a plain tensor of the expected form");
+}
+
+void check_call(const StepCall& call, const std::vector<DeviceTensors>& devices) {
+  constexpr int64_t kReadings = sizeof(StepControl) / sizeof(double);
+  const at::Tensor& control = call.control;
+  check("control", control,
+        control.scalar_type() == at::kDouble && control.is_contiguous() &&
+            control.numel() == kReadings &&
+            (devices.empty() || control.device() == devices[0].device));
+  for (const auto& [name, scalar] :
+       {std::pair("grad_scale", &call.grad_scale), std::pair("found_inf", &call.found_inf)}) {
+    if (scalar->has_value()) check(name, **scalar, (*scalar)->numel() == 1);
+  }
+  if (!call.limit.has_value()) return;
+  const at::Tensor& state = call.limit->state;
+  check("a limit's state", state, state.scalar_type() == at::kDouble && state.is_contiguous());
+}
+
+// Returns false, and has changed nothing, where something is not as the plan can take it.
+bool step_of(Plan& plan, const py::object& param_groups, const py::object& state,
+             const StepCall& call) {
+  const Plan::Use use(plan);
+  const py::dict states = as_dict(state);
+  if (!plan.read_groups(param_groups)) return false;
+  const c10::NoGradGuard no_grad;
+  const NoPythonDispatch no_python;
+  if (!plan.refresh(states)) return false;
+  check_call(call, plan.devices());
+  SizeLock lock;
+  const bool changed = step(plan.rule(), plan.devices(), call, [&] {
+    std::vector<c10::Storage> storages = plan.keep_alive();
+    lock.take(storages);
+    return storages;
+  });
+  if (changed) plan.bump_versions();
+  return true;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -65,17 +110,21 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("tensors"), py::arg("of_params"), py::arg("checked"), py::arg("backend"),
       py::arg("max_norm"), py::arg("norm_type"), py::arg("skip_nonfinite"), py::arg("total_norm"));
 
-  // Local to this module, so that a second build can be loaded too: tests load the emulated one.
+  m.def("first_overlap", &first_overlap, py::arg("grads"));
+
+  // Local, so that a second build (the emulated one, for tests) can live beside this one.
   py::class_<Plan>(m, "Plan", py::module_local())
-      .def(py::init<const std::string&, const std::string&, const py::list&, const py::dict&,
+      .def(py::init<const std::string&, const std::string&, const py::object&, const py::object&,
                     const py::dict&, const std::vector<at::Tensor>&>(),
            py::arg("rule"), py::arg("backend"), py::arg("param_groups"), py::arg("state"),
            py::arg("counters"), py::arg("rings"))
       .def("nonfinite", &Plan::nonfinite)
+      .def("shared_memory", &Plan::shared_memory)
       .def(
           "step",
-          [](Plan& plan, const py::list& param_groups, const py::dict& state, double max_grad_norm,
-             bool measure, bool skip_nonfinite, const std::optional<at::Tensor>& grad_scale,
+          [](Plan& plan, const py::object& param_groups, const py::object& state,
+             double max_grad_norm, bool measure, bool skip_nonfinite,
+             const std::optional<at::Tensor>& grad_scale,
              const std::optional<at::Tensor>& found_inf,
              std::optional<std::tuple<int, std::vector<double>, at::Tensor>> clip,
              const at::Tensor& control) {
@@ -84,13 +133,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
               auto& [kind, arguments, limit_state] = *clip;
               limit = LimitTensors{kind, std::move(arguments), std::move(limit_state)};
             }
-            const c10::NoGradGuard no_grad;
-            if (!plan.refresh(param_groups, state)) return false;
-            step(plan.rule(), plan.devices(),
-                 {max_grad_norm, std::move(limit), measure, skip_nonfinite, grad_scale, found_inf,
-                  control},
-                 [&] { return plan.keep_alive(); });
-            return true;
+            return step_of(plan, param_groups, state,
+                           {max_grad_norm, std::move(limit), measure, skip_nonfinite, grad_scale,
+                            found_inf, control});
           },
           py::arg("param_groups"), py::arg("state"), py::arg("max_grad_norm"), py::arg("measure"),
           py::arg("skip_nonfinite"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("clip"),

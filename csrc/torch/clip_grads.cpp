@@ -2,16 +2,20 @@
 
 #include <ATen/ExpandUtils.h>
 #include <c10/core/GradMode.h>
-#include <c10/util/hash.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
-#include <unordered_set>
+#include <stdexcept>
 
 #include "torch/cuda_stream.h"
 #include "torch/launch.h"
+#include "torch/memory_overlap.h"
+#include "torch/no_python.h"
 #include "torch/param_groups.h"
+#include "torch/size_lock.h"
+#include "torch/tensor_guard.h"
 
 namespace fusedopt {
 
@@ -25,9 +29,7 @@ bool runs_on(c10::Device device, const std::string& backend) {
 // Anything else is for Python to refuse by name.
 bool is_ordinary(const at::Tensor& grad) {
   const c10::TensorImpl* impl = grad.unsafeGetTensorImpl();
-  return grad.layout() == at::kStrided && !impl->is_python_dispatch() &&
-         has_kernels(grad.scalar_type()) && impl->has_storage() &&
-         (impl->numel() == 0 || impl->storage().nbytes() > 0);
+  return is_plain(impl) && has_kernels(grad.scalar_type()) && fits_its_storage(impl);
 }
 
 std::optional<std::vector<at::Tensor>> gather(const py::list& tensors, bool of_params,
@@ -35,14 +37,31 @@ std::optional<std::vector<at::Tensor>> gather(const py::list& tensors, bool of_p
   std::vector<at::Tensor> grads;
   grads.reserve(tensors.size());
   for (const py::handle& item : tensors) {
-    if (!THPVariable_Check(item.ptr())) return std::nullopt;
+    if (!is_tensor(item.ptr())) return std::nullopt;
     const at::Tensor& tensor = THPVariable_Unpack(item.ptr());
-    const at::Tensor& grad = of_params ? tensor.grad() : tensor;
+    const at::Tensor& grad = of_params ? tensor.unsafeGetTensorImpl()->grad() : tensor;
     if (!grad.defined()) continue;
-    if (!runs_on(grad.device(), backend) || !is_ordinary(grad)) return std::nullopt;
+    if (!is_ordinary(grad) || !runs_on(grad.device(), backend)) return std::nullopt;
     grads.push_back(grad);
   }
   return grads;
+}
+
+// Of every gradient, whether an earlier one has just its elements; nothing where some share other
+// memory.
+std::optional<std::vector<bool>> find_repeated(const std::vector<at::Tensor>& grads) {
+  std::vector<MemoryRegion> regions;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    regions.push_back(MemoryRegion::of(grads[i].unsafeGetTensorImpl(), grads[i].sizes(),
+                                       grads[i].strides(), static_cast<int>(i)));
+  }
+  std::vector<bool> repeated(grads.size());
+  std::vector<MemoryRegion> sorted = regions;
+  for (const auto& [earlier, later] : overlapping_pairs(sorted)) {
+    if (!have_the_same_elements(regions[earlier], regions[later])) return std::nullopt;
+    repeated[later] = true;
+  }
+  return repeated;
 }
 
 bool is_dense(const at::Tensor& grad) {
@@ -59,19 +78,20 @@ class Collector {
  public:
   explicit Collector(bool writes) : writes_(writes) {}
 
-  void add(const at::Tensor& grad) {
+  // `repeated`: it is scaled already, and only measured.
+  void add(const at::Tensor& grad, bool repeated) {
     DeviceTensors& device_tensors = devices_[device_tensors_for(grad, devices_)];
-    void* data = writes_ ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr());
-    const bool is_new = !writes_ || grad.numel() == 0 || seen_.emplace(data, grad.numel()).second;
-    if (!is_new || !is_dense(grad)) {
+    const bool writes = writes_ && !repeated;
+    void* data = writes ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr());
+    if (repeated || !is_dense(grad)) {
       at::Tensor dense = at::empty_strided(
           grad.sizes(), at::infer_dense_strides(grad.sizes(), grad.strides()), grad.options());
       dense.copy_(grad.detach());
       data = dense.mutable_data_ptr();
       device_tensors.dense_grads.push_back(dense);
-      if (writes_ && is_new) dense_grads_.push_back({grad, std::move(dense)});
-    } else if (writes_ && !grad.is_inference()) {
-      grad.unsafeGetTensorImpl()->bump_version();  // autograd learns of it
+      if (writes) dense_grads_.push_back({grad, std::move(dense)});
+    } else if (writes) {
+      written_.push_back(grad);
     }
     TensorInfo info{};
     info.numel = grad.numel();
@@ -93,28 +113,45 @@ class Collector {
     return devices_;
   }
 
-  void store_dense_grads() const {
+  // Once the gradients are scaled: autograd learns of it.
+  void finish() const {
+    if (is_known_skip(devices_)) return;
     for (const DenseGrad& it : dense_grads_) it.grad.detach().copy_(it.dense);
+    for (const at::Tensor& grad : written_) {
+      if (!grad.is_inference()) grad.unsafeGetTensorImpl()->bump_version();
+    }
   }
 
  private:
   const bool writes_;
   std::vector<DeviceTensors> devices_;
   std::vector<DenseGrad> dense_grads_;
-  using Place = std::pair<const void*, int64_t>;
-  std::unordered_set<Place, c10::hash<Place>> seen_;
+  std::vector<at::Tensor> written_;  // in place
 };
 
-void set_norm(const DeviceTensors& device_tensors,
-              const std::variant<at::Tensor, double>& total_norm) {
+using TotalNorm = std::optional<std::variant<at::Tensor, double>>;
+
+// A number, where it can be had without waiting for a device. May run any Python code, as the
+// tensor may be of any kind.
+TotalNorm read_norm(const TotalNorm& total_norm) {
+  if (!total_norm.has_value() || !std::holds_alternative<at::Tensor>(*total_norm)) {
+    return total_norm;
+  }
+  const at::Tensor& tensor = std::get<at::Tensor>(*total_norm);
+  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  if (is_plain(impl) && !fits_its_storage(impl)) {
+    throw std::runtime_error("total_norm has a storage that was freed; expected one number");
+  }
+  if (tensor.is_cpu() || !is_plain(impl)) return tensor.item<double>();
+  return total_norm;
+}
+
+void set_norm(const DeviceTensors& device_tensors, const TotalNorm& total_norm) {
   const at::Tensor slot = control_slot(device_tensors, offsetof(StepControl, sum_of_squares));
-  const at::Tensor* tensor = std::get_if<at::Tensor>(&total_norm);
-  if (tensor == nullptr) {
-    slot.fill_(std::get<double>(total_norm));
-  } else if (tensor->is_cpu()) {
-    slot.fill_(tensor->item<double>());  // a copy to a device would wait for it
-  } else {
+  if (const at::Tensor* tensor = std::get_if<at::Tensor>(&*total_norm)) {
     slot.copy_(tensor->detach().reshape({1}));
+  } else {
+    slot.fill_(std::get<double>(*total_norm));
   }
 }
 
@@ -123,6 +160,8 @@ void set_norm(const DeviceTensors& device_tensors,
 std::optional<ClipResult> clip_grads(const py::list& tensors, bool of_params, bool checked,
                                      const std::string& backend, const ClipCall& call) {
   const c10::NoGradGuard no_grad;
+  const TotalNorm total_norm = read_norm(call.total_norm);
+  const NoPythonDispatch no_python;
   const bool writes = call.max_norm != HUGE_VAL;
   const auto grads = gather(tensors, of_params, backend);
   if (!grads.has_value()) return std::nullopt;
@@ -133,31 +172,55 @@ std::optional<ClipResult> clip_grads(const py::list& tensors, bool of_params, bo
     wide = wide || grad.scalar_type() == at::kDouble;
   }
 
+  std::optional<std::vector<bool>> repeated(std::in_place, grads->size());
+  if (writes) repeated = find_repeated(*grads);
+  if (!repeated.has_value()) return std::nullopt;
+
   Collector collector(writes);
-  for (const at::Tensor& grad : *grads) collector.add(grad);
+  for (size_t i = 0; i < grads->size(); ++i) collector.add((*grads)[i], (*repeated)[i]);
   static const RuleInfo& rule = find_rule("scale");
   std::vector<DeviceTensors>& devices = collector.begin(rule, backend);
   std::vector<StepParams> steps;
   for (DeviceTensors& tensors : devices) {
-    if (call.total_norm.has_value()) set_norm(tensors, *call.total_norm);
+    if (total_norm.has_value()) set_norm(tensors, total_norm);
     StepParams step = tensors.step_params(SegmentKind::kNone);
     step.options.max_grad_norm = call.max_norm;
     step.options.skip_nonfinite = call.skip_nonfinite;
     step.options.measure = true;
     step.options.only_scales = true;
-    const bool squares = !call.total_norm.has_value() && call.norm_type == 2;
+    const bool squares = !total_norm.has_value() && call.norm_type == 2;
     step.options.norm_type = squares ? NormType::kL2 : NormType::kInf;
     steps.push_back(step);
   }
+  SizeLock lock;
   const auto keep_alive = [&] {
     std::vector<c10::Storage> memory;
     for (const at::Tensor& grad : *grads) memory.push_back(grad.storage());
+    lock.take(memory);
     return memory;
   };
-  const auto launch = call.total_norm.has_value() ? launch_update : launch_step;
+  const auto launch = total_norm.has_value() ? launch_update : launch_step;
   launch(rule, devices, steps, keep_alive);
-  collector.store_dense_grads();
+  collector.finish();
   return ClipResult{control_slot(devices[0], offsetof(StepControl, grad_norm)).squeeze(), wide};
+}
+
+std::optional<std::pair<int, int>> first_overlap(const std::vector<at::Tensor>& grads) {
+  std::vector<MemoryRegion> regions;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const c10::TensorImpl* impl = grads[i].unsafeGetTensorImpl();
+    if (!grads[i].defined() || !is_plain(impl) || !fits_its_storage(impl)) continue;
+    regions.push_back(
+        MemoryRegion::of(impl, grads[i].sizes(), grads[i].strides(), static_cast<int>(i)));
+  }
+  for (const auto& pair : overlapping_pairs(regions)) {
+    const auto region = [&](int owner) {
+      return *std::find_if(regions.begin(), regions.end(),
+                           [&](const MemoryRegion& it) { return it.owner == owner; });
+    };
+    if (!have_the_same_elements(region(pair.first), region(pair.second))) return pair;
+  }
+  return std::nullopt;
 }
 
 }  // namespace fusedopt

@@ -27,8 +27,12 @@ using ClipResult = std::pair<std::optional<at::Tensor>, bool>;
 // however often it is listed, and counts in the norm as often as it is listed.
 //
 // Nothing: one of them is not for these kernels, or lies in memory in a way that Python is to look
-// at before it is written to (`checked`: it did), and nothing was done.
+// at before it is written to (`checked`: it did), or two of them share memory, and nothing was
+// done.
 std::optional<ClipResult> clip_grads(const py::list& tensors, bool of_params, bool checked,
                                      const std::string& backend, const ClipCall& call);
+
+// Two of these tensors that have some element in common, and not just the same elements.
+std::optional<std::pair<int, int>> first_overlap(const std::vector<at::Tensor>& grads);
 
 }  // namespace fusedopt

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "torch/cuda_stream.h"
+#include "torch/keep_alive.h"
 
 namespace fusedopt {
 
@@ -33,6 +34,13 @@ void DeviceTensors::begin(const RuleInfo& its_rule, size_t groups, bool runs_on_
   group_table.resize(groups * (sizeof(Group) / sizeof(double) + its_rule.num_hyperparameters));
   control = at::zeros({sizeof(StepControl) / sizeof(double)},
                       at::TensorOptions(device).dtype(at::kDouble));
+}
+
+// Tables that another stream may still read, or that only a replay fills, are for a new plan.
+bool DeviceTensors::renew_tables() {
+  if (device.is_cuda() && !is_alloc_stream_current(*this)) return false;
+  tables_are_current = false;
+  return true;
 }
 
 at::Tensor DeviceTensors::chunk_sums() const {

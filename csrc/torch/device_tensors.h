@@ -51,6 +51,9 @@ struct DeviceTensors {
     return reinterpret_cast<double*>(group(num_groups)) + index * rule->num_hyperparameters;
   }
 
+  // After a pointer has changed. False: the tables can't be renewed here, as for a captured graph.
+  bool renew_tables();
+
   // The last step's entry of every chunk in StepParams::chunk_sums: float64, shape (chunks,).
   at::Tensor chunk_sums() const;
 

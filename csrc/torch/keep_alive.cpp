@@ -5,6 +5,8 @@
 #include <initializer_list>
 #include <unordered_map>
 
+#include "torch/cuda_stream.h"
+
 namespace fusedopt {
 
 namespace {
@@ -31,6 +33,11 @@ std::vector<at::Tensor> from_alloc_stream(const DeviceTensors& tensors) {
 }
 
 }  // namespace
+
+bool is_alloc_stream_current(const DeviceTensors& tensors) {
+  const c10::Stream current = c10::impl::VirtualGuardImpl(c10::kCUDA).getStream(tensors.device);
+  return tensors.alloc_stream == current && !is_capturing(current_stream(tensors.device));
+}
 
 void keep_for_current_stream(DeviceTensors& tensors, void* stream) {
   // A captured graph reads this memory at every replay, even after the plan is replaced. torch

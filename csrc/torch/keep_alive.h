@@ -13,6 +13,9 @@ namespace fusedopt {
 // Returns the storages of all memory of the caller that a step reads or writes.
 using KeepAlive = c10::function_ref<std::vector<c10::Storage>()>;
 
+// Whether the current stream is that of the first step, and no graph is captured.
+bool is_alloc_stream_current(const DeviceTensors& tensors);
+
 // Call it on CUDA, before launching kernels on the current stream.
 void keep_for_current_stream(DeviceTensors& tensors, void* stream);
 

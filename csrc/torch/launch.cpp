@@ -2,13 +2,13 @@
 
 #include <ATen/Parallel.h>
 #include <pthread.h>
-#include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <atomic>
 
 #include "torch/cuda_stream.h"
 #include "torch/exchange.h"
+#include "torch/gil.h"
 
 namespace fusedopt {
 
@@ -68,7 +68,7 @@ class Launcher {
       return;
     }
     if (kept_.empty()) kept_ = keep_alive_();
-    const pybind11::gil_scoped_release release;
+    const GilRelease release;
     call(step, device);
   }
 
@@ -113,6 +113,13 @@ void launch_update(const RuleInfo& rule, std::vector<DeviceTensors>& devices,
                    const std::vector<StepParams>& steps, KeepAlive keep_alive) {
   Launcher launcher(devices, steps, keep_alive);
   update_all(rule, launcher);
+}
+
+bool is_known_skip(const std::vector<DeviceTensors>& devices) {
+  for (const DeviceTensors& it : devices) {
+    if (!it.device.is_cpu()) return false;
+  }
+  return static_cast<const StepControl*>(devices[0].control.const_data_ptr())->step_skipped != 0;
 }
 
 }  // namespace fusedopt

@@ -2,6 +2,8 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "torch/tensor_guard.h"
+
 namespace fusedopt {
 
 namespace {
@@ -14,10 +16,59 @@ double to_double(PyObject* value) {
   return number;
 }
 
+bool is_list_or_tuple(PyObject* value) { return PyList_Check(value) || PyTuple_Check(value); }
+
+py::object item_of(PyObject* dict, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(dict, key);
+  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return py::reinterpret_borrow<py::object>(value);
+}
+
+// A list or tuple itself, or the items of another iterable. Not of an iterator, which would be used
+// up, nor of a tensor, whose rows are other ones each time.
+py::object as_list(py::handle iterable) {
+  PyObject* const value = iterable.ptr();
+  if (is_list_or_tuple(value)) return py::reinterpret_borrow<py::object>(value);
+  if (PyIter_Check(value) || PyUnicode_Check(value) || THPVariable_Check(value)) {
+    throw py::type_error("expected a list, not " +
+                         py::cast<std::string>(py::str(py::type::handle_of(iterable))));
+  }
+  PyObject* const list = PySequence_List(value);
+  if (list == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(list);
+}
+
+[[noreturn]] void refuse(const OptionInfo& option, py::handle value) {
+  throw py::value_error(
+      "a param group's " + option.name + " is " + py::cast<std::string>(py::repr(value)) +
+      "; expected " +
+      (option.count == 1 ? "one number" : std::to_string(option.count) + " numbers"));
+}
+
+// Each number's conversion may run Python code, which may change the sequence.
+void read_numbers(const OptionInfo& option, const py::object& value, double* numbers) {
+  if (is_list_or_tuple(value.ptr())) {
+    for (Py_ssize_t k = 0; k < option.count; ++k) {
+      if (PySequence_Fast_GET_SIZE(value.ptr()) != option.count) refuse(option, value);
+      PyObject* const item = PySequence_Fast_GET_ITEM(value.ptr(), k);
+      numbers[k] = to_double(py::reinterpret_borrow<py::object>(item).ptr());
+    }
+    return;
+  }
+  const bool is_text = PyUnicode_Check(value.ptr()) || PyBytes_Check(value.ptr());
+  const bool has_items = PySequence_Check(value.ptr()) || is_tensor(value.ptr());
+  if (is_text || !has_items) refuse(option, value);
+  const py::list items(value);  // a deque, an array, a tensor, a configuration's list ...
+  if (static_cast<int>(items.size()) != option.count) refuse(option, value);
+  for (int k = 0; k < option.count; ++k) numbers[k] = to_double(py::object(items[k]).ptr());
+}
+
 bool stays_on_device(PyObject* value, c10::Device device) {
-  if (!THPVariable_Check(value)) return false;
+  if (device.is_cpu() || !is_tensor(value)) return false;
   const at::Tensor& tensor = THPVariable_Unpack(value);
-  return !device.is_cpu() && tensor.device() == device &&
+  return is_plain(tensor.unsafeGetTensorImpl()) && tensor.device() == device &&
+         tensor.numel() == 1 && !tensor.is_neg() &&
+         fits_its_storage(tensor.unsafeGetTensorImpl()) &&
          (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
 }
 
@@ -42,33 +93,45 @@ Storage to_storage(at::ScalarType type) {
   }
 }
 
+py::object as_dict(py::handle mapping) {
+  if (PyDict_Check(mapping.ptr())) return py::reinterpret_borrow<py::object>(mapping);
+  py::dict dict;
+  if (PyDict_Update(dict.ptr(), mapping.ptr()) != 0) throw py::error_already_set();
+  return dict;
+}
+
+void CurrentGroups::read(py::handle param_groups) {
+  static PyObject* const kParams = PyUnicode_InternFromString("params");
+  clear();
+  const py::object list = as_list(param_groups);
+  for (Py_ssize_t g = 0; g < PySequence_Fast_GET_SIZE(list.ptr()); ++g) {
+    const auto item = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(list.ptr(), g));
+    py::object group = as_dict(item);
+    const py::object params = item_of(group.ptr(), kParams);
+    if (!params) throw py::key_error("params");
+    groups_.emplace_back(std::move(group), as_list(params));
+  }
+}
+
 Group read_group(const RuleInfo& rule, const std::vector<PyObject*>& names, PyObject* group,
                  c10::Device device, double* hyperparameters) {
   Group result{};
   for (size_t i = 0; i < names.size(); ++i) {
     const OptionInfo& option = rule.options[i];
-    PyObject* value = PyDict_GetItemWithError(group, names[i]);
-    if (value == nullptr) throw py::key_error(option.name);
-    const bool is_sequence = PyTuple_Check(value) || PyList_Check(value);
-    if (is_sequence != (option.count > 1) ||
-        (is_sequence && PySequence_Fast_GET_SIZE(value) != option.count)) {
-      throw py::value_error(
-          "a param group's " + option.name + " is " + py::cast<std::string>(py::repr(value)) +
-          "; expected " +
-          (option.count == 1 ? "one number" : std::to_string(option.count) + " numbers"));
-    }
     double* const numbers = hyperparameters + option.first;
-    if (is_sequence) {
-      for (int k = 0; k < option.count; ++k) {
-        numbers[k] = to_double(PySequence_Fast_GET_ITEM(value, k));
-      }
-    } else if (option.name == "lr" && stays_on_device(value, device)) {
-      const at::Tensor& lr = THPVariable_Unpack(value);
-      result.lr = lr.data_ptr();
+    const py::object value = item_of(group, names[i]);
+    if (!value) throw py::key_error(option.name);
+    if (option.count > 1) {
+      read_numbers(option, value, numbers);
+    } else if (is_list_or_tuple(value.ptr())) {
+      refuse(option, value);
+    } else if (option.name == "lr" && stays_on_device(value.ptr(), device)) {
+      const at::Tensor& lr = THPVariable_Unpack(value.ptr());
+      result.lr = lr.const_data_ptr();
       result.lr_storage = to_storage(lr.scalar_type());
       numbers[0] = 0;  // which states there are doesn't depend on it
     } else {
-      const double number = to_double(value);
+      const double number = to_double(value.ptr());
       numbers[0] = option.on_host != nullptr ? option.on_host(number) : number;
     }
   }

@@ -1,13 +1,17 @@
+// How a plan is made. plan_refresh.cpp is what it does at every step.
 #include "torch/plan.h"
 
 #include <ATen/ExpandUtils.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <cmath>
-#include <exception>
+#include <cstring>
+#include <iterator>
 #include <unordered_map>
 
-#include "torch/param_groups.h"
+#include "torch/cuda_stream.h"
+#include "torch/no_python.h"
 
 namespace fusedopt {
 
@@ -15,331 +19,264 @@ namespace {
 
 const at::Tensor& unpack(PyObject* object) { return THPVariable_Unpack(object); }
 
-PyObject* find(PyObject* dict, PyObject* key) {
-  PyObject* value = PyDict_GetItemWithError(dict, key);
-  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  return value;
+bool runs_on_cuda(c10::Device device, const std::string& backend) {
+  return built_with_cuda() && (device.is_cuda() || (backend == "cuda" && device.is_cpu() &&
+                                                    device.type() == cuda_device_type()));
 }
 
-// Another number whenever a dict's contents change, unlike any other dict's. 0: Python keeps none.
-uint64_t version_of(PyObject* dict) {
-#if PY_VERSION_HEX < 0x030E0000
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
-  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
-#pragma GCC diagnostic pop
-#else
-  return 0;
-#endif
+bool kernels_take(const at::Tensor& param, const std::string& backend) {
+  return is_plain(param.unsafeGetTensorImpl()) && has_kernels(param.scalar_type()) &&
+         (runs_on_cuda(param.device(), backend) || (param.is_cpu() && backend != "cuda"));
 }
 
-// Whether a dict's contents are those of that version, for certain.
-bool is_of_version(PyObject* dict, uint64_t version) {
-  return version != 0 && version_of(dict) == version;
+// Where a group's lr may lie for the kernels to read it.
+c10::Device device_of_group(PyObject* params) {
+  if (PySequence_Fast_GET_SIZE(params) == 0) return at::kCPU;
+  PyObject* const first = PySequence_Fast_GET_ITEM(params, 0);
+  if (!is_tensor(first) || !is_plain(unpack(first).unsafeGetTensorImpl())) return at::kCPU;
+  return unpack(first).device();
 }
 
-// Strides of dimensions of size 1 say nothing about the layout.
-bool same_layout(c10::IntArrayRef sizes, c10::IntArrayRef a, c10::IntArrayRef b) {
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    if (sizes[i] != 1 && a[i] != b[i]) return false;
-  }
-  return true;
+void check_ring(const at::Tensor& ring, c10::Device device, at::IntArrayRef columns) {
+  const bool fits = ring.defined() && is_plain(ring.unsafeGetTensorImpl()) &&
+                    ring.scalar_type() == at::kDouble && ring.is_contiguous() && ring.dim() > 0 &&
+                    ring.size(0) > 0 && ring.sizes().slice(1) == columns &&
+                    ring.device() == device && fits_its_storage(ring.unsafeGetTensorImpl());
+  if (!fits) throw py::value_error("fusedopt: a telemetry ring is not one of these parameters'");
 }
-
-// The gradient's dtype as the kernels read it: the parameter's own, or the one it is computed in.
-at::ScalarType grad_dtype_for(at::ScalarType param, at::ScalarType grad) {
-  if (grad == param) return param;
-  return param == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-// Anything else is for Python to refuse by name, or for a plan that knows it.
-bool is_ordinary(const at::Tensor& grad, const PlanParam& plan_param) {
-  const at::ScalarType dtype = grad.scalar_type();
-  return (dtype == plan_param.grad_dtype ||
-          (has_kernels(dtype) &&
-           grad_dtype_for(plan_param.dtype, dtype) == plan_param.grad_dtype)) &&
-         grad.layout() == at::kStrided && grad.device() == plan_param.device &&
-         equal(grad.unsafeGetTensorImpl()->sizes(), plan_param.sizes);
-}
-
-// How many tensors ahead to prefetch: as many as are looked at while one comes from memory.
-constexpr size_t kAhead = 6;
 
 }  // namespace
 
-bool StateItem::laid_out_as(const PlanParam* plan_param) const {
-  if (guard.impl->storage_offset() != storage_offset || guard.impl->dtype() != dtype) return false;
-  if (!is_tensor) return true;
-  return equal(guard.impl->sizes(), plan_param->sizes) &&
-         equal(guard.impl->strides(), plan_param->dense_strides);
-}
-
-Plan::Plan(const std::string& rule, const std::string& backend, const py::list& param_groups,
-           const py::dict& state, const py::dict& counters, const std::vector<at::Tensor>& rings)
+Plan::Plan(const std::string& rule, const std::string& backend, const py::object& param_groups,
+           const py::object& state, const py::dict& counters, const std::vector<at::Tensor>& rings)
     : rule_(find_rule(rule)) {
   for (const OptionInfo& it : rule_.options) {
     names_.push_back(PyUnicode_InternFromString(it.name.c_str()));
   }
   std::vector<double> values(rule_.num_hyperparameters);
+  // All that may run Python code comes first; tuples, as it may change the lists.
+  groups_.read(param_groups);
+  std::vector<py::tuple> lists;
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    lists.emplace_back(py::reinterpret_borrow<py::object>(groups_.params(g)));
+    const c10::Device device = device_of_group(lists[g].ptr());
+    const Group group = read_group(rule_, names_, groups_.group(g), device, values.data());
+    states_used_.push_back(group.states_used);
+  }
+  groups_.clear();
+  const py::object states = as_dict(state);
+  const NoPythonDispatch no_python;
+
   std::unordered_map<PyObject*, int> known;
-  for (const py::handle& group : param_groups) {
-    const uint32_t index = static_cast<uint32_t>(listed_.size());
-    const py::list params(group["params"]);
-    const c10::Device device = params.empty() ? at::kCPU : unpack(params[0].ptr()).device();
-    const Group read = read_group(rule_, names_, group.ptr(), device, values.data());
-    states_used_.push_back(read.states_used);
+  for (size_t g = 0; g < lists.size(); ++g) {
     listed_.emplace_back();
-    for (const py::handle& param : params) {
+    for (const py::handle& param : lists[g]) {
+      if (!is_tensor(param.ptr())) throw py::type_error("fusedopt: a parameter is not a tensor");
       const auto [found, is_new] = known.try_emplace(param.ptr(), params_.size());
       listed_.back().push_back(found->second);
-      if (is_new) add_param(param.ptr(), index);  // else listed before: updated once
+      // One that is listed again is updated once.
+      if (is_new) add_param(param.ptr(), static_cast<uint32_t>(g), backend);
     }
   }
+  for (PlanParam& plan_param : params_) {
+    PyObject* counter = PyDict_GetItemWithError(counters.ptr(), plan_param.guard.object);
+    if (counter == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    if (counter != nullptr) add_counter(plan_param, counter);
+  }
   PyObject *key, *value;
-  for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &value);) {
+  for (Py_ssize_t at = 0; PyDict_Next(states.ptr(), &at, &key, &value);) {
     const int first_item = static_cast<int>(items_.size());
     const auto found = known.find(key);
-    if (found != known.end()) add_state(params_[found->second], value);
-    const PlanParam* plan_param = found == known.end() ? nullptr : &params_[found->second];
-    state_entries_.push_back(
-        {key, value, 0, plan_param, first_item, static_cast<int>(items_.size())});
+    const int param = found == known.end() ? -1 : found->second;
+    if (param >= 0 && PyDict_Check(value)) add_state(params_[param], value);
+    state_entries_.push_back({key, value, 0, param, first_item, static_cast<int>(items_.size())});
   }
   for (PlanParam& plan_param : params_) {
-    PyObject* counter = find(counters.ptr(), plan_param.guard.object);
-    if (counter != nullptr) add_counter(plan_param, counter);
     const int states = __builtin_popcount(states_used_[plan_param.group]);
-    plan_param.complete = plan_param.items == static_cast<int>(rule_.scalars.size()) + states;
+    plan_param.complete = plan_param.has_kernels &&
+                          plan_param.items == static_cast<int>(rule_.scalars.size()) + states;
+    // Where it doesn't fit there: its first gradient finds out.
+    if (plan_param.complete && !take_param(plan_param)) plan_param.guard.storage = nullptr;
   }
-  for (size_t i = 0; i < devices_.size(); ++i) {
-    DeviceTensors& device_tensors = devices_[i];
-    if (!rings.empty()) device_tensors.param_ring = rings.at(1 + i);
-    if (i == 0 && !rings.empty()) device_tensors.step_ring = rings[0];
-    const bool on_cuda = backend == "cuda" || device_tensors.device.is_cuda();
-    device_tensors.begin(rule_, listed_.size(), on_cuda);
+  set_rings(rings);
+  for (DeviceTensors& device_tensors : devices_) {
+    device_tensors.begin(rule_, listed_.size(), runs_on_cuda(device_tensors.device, backend));
+  }
+  stepped_.reserve(params_.size());
+  for (PlanParam& it : params_) {
+    it.grad = it.device_tensors < 0 ? &no_grad_ : &devices_[it.device_tensors].grads[it.index];
+  }
+  find_written();
+  find_shared_memory();
+  if (const std::pair<int, int>* found = conflict()) {
+    shared_ = {place_of(written_[found->first]), place_of(written_[found->second])};
   }
 }
 
-void Plan::add_param(PyObject* object, uint32_t group) {
+void Plan::set_rings(const std::vector<at::Tensor>& rings) {
+  if (rings.empty()) return;
+  constexpr int64_t kMeasures = sizeof(ParamRow) / sizeof(double);
+  for (size_t i = 0; i < devices_.size(); ++i) {
+    const c10::Device device = devices_[i].device;
+    check_ring(rings.at(1 + i), device,
+               {static_cast<int64_t>(devices_[i].infos.size()), kMeasures});
+    devices_[i].param_ring = rings[1 + i];
+    if (i > 0) continue;
+    check_ring(rings[0], device, {kStepColumns + static_cast<int64_t>(listed_.size())});
+    devices_[i].step_ring = rings[0];
+  }
+}
+
+void Plan::add_param(PyObject* object, uint32_t group, const std::string& backend) {
   const at::Tensor& param = unpack(object);
-  const at::ScalarType dtype = param.scalar_type();
   PlanParam plan_param;
-  plan_param.guard = TensorGuard::of(object);
-  plan_param.autograd_meta = plan_param.guard.impl->autograd_meta();
+  plan_param.guard.object = object;
   plan_param.group = group;
+  plan_param.has_kernels = kernels_take(param, backend);
+  // What has no kernels is left alone, but is counted, and has its column in telemetry.
+  const c10::Device device = param.device();
+  if (device.is_cpu() || device.is_cuda()) add_entry(plan_param, param);
+  params_.push_back(std::move(plan_param));
+}
+
+void Plan::add_entry(PlanParam& plan_param, const at::Tensor& param) {
   plan_param.device = param.device();
-  plan_param.dtype = dtype;
-  const at::Tensor& grad = param.grad();
-  plan_param.grad_dtype = grad_dtype_for(dtype, grad.defined() ? grad.scalar_type() : dtype);
-  plan_param.storage_offset = param.storage_offset();
+  plan_param.device_tensors = static_cast<int>(device_tensors_for(param, devices_));
+  DeviceTensors& device_tensors = devices_[plan_param.device_tensors];
+  TensorInfo info{};
+  info.row_size = 1;
+  info.group = plan_param.group;
+  info.number = static_cast<uint32_t>(params_.size());
+  plan_param.index = device_tensors.add(info, {});
+  if (plan_param.has_kernels) lay_out(plan_param, param);
+}
+
+void Plan::lay_out(PlanParam& plan_param, const at::Tensor& param) {
+  DeviceTensors& device_tensors = devices_[plan_param.device_tensors];
+  TensorInfo& info = info_of(plan_param);
+  plan_param.guard = TensorGuard::of(plan_param.guard.object);
+  plan_param.autograd_meta = plan_param.guard.impl->autograd_meta();
+  plan_param.dtype = param.scalar_type();
+  const at::Tensor& grad = plan_param.guard.impl->grad();
+  plan_param.grad_dtype =
+      grad_dtype_for(plan_param.dtype, grad.defined() ? grad.scalar_type() : plan_param.dtype);
   plan_param.sizes = param.sizes();
   plan_param.strides = plan_param.dense_strides = param.strides();
   if (!param.is_non_overlapping_and_dense()) {
     plan_param.dense_strides = at::infer_dense_strides(param.sizes(), param.strides());
   }
-  plan_param.device_tensors = static_cast<int>(device_tensors_for(param, devices_));
-  DeviceTensors& device_tensors = devices_[plan_param.device_tensors];
-  TensorInfo info{};
   info.numel = param.numel();
-  const int64_t rows = param.dim() > 1 ? std::max<int64_t>(1, param.size(0)) : 1;
-  info.row_size = std::max<int64_t>(1, param.numel() / rows);
-  info.group = group;
-  info.number = static_cast<uint32_t>(params_.size());
-  info.param = to_storage(dtype);
+  info.param = to_storage(plan_param.dtype);
   info.grad = to_storage(plan_param.grad_dtype);
   for (Storage& state : info.states) state = info.param;
-  TensorPointers pointers{};
-  pointers.param = param.data_ptr();
+  plan_param.grad_bytes = param.numel() * c10::elementSize(plan_param.grad_dtype);
+  const int64_t rows = param.dim() > 1 ? std::max<int64_t>(1, param.size(0)) : 1;
+  info.row_size = std::max<int64_t>(1, param.numel() / rows);
   if (!same_layout(param.sizes(), param.strides(), plan_param.dense_strides) || param.is_neg()) {
     at::Tensor dense = at::empty_strided(param.sizes(), plan_param.dense_strides, param.options());
-    pointers.param = dense.data_ptr();
-    const int index = static_cast<int>(device_tensors.infos.size());
-    device_tensors.dense_params.push_back({param.unsafeGetTensorImpl(), index, dense, {}});
+    pointers_of(plan_param).param = dense.data_ptr();
+    device_tensors.dense_params.push_back({plan_param.guard.impl, plan_param.index, dense, {}});
   }
-  plan_param.index = device_tensors.add(info, pointers);
-  params_.push_back(std::move(plan_param));
 }
 
 void Plan::add_state(PlanParam& plan_param, PyObject* state) {
-  DeviceTensors& device_tensors = devices_[plan_param.device_tensors];
-  TensorInfo& info = device_tensors.infos[plan_param.index];
-  TensorPointers& pointers = device_tensors.pointers[plan_param.index];
+  if (!plan_param.has_kernels) return;
   const uint32_t states_used = states_used_[plan_param.group];
   PyObject *key, *value;
   for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
-    items_.push_back({key, {}, 0, {}, false});
-    const std::string name = py::cast<std::string>(py::str(py::handle(key)));
-    const auto use = [&] {
-      items_.back().guard = TensorGuard::of(value);
-      items_.back().storage_offset = unpack(value).storage_offset();
-      items_.back().dtype = unpack(value).dtype();
-      ++plan_param.items;
-      return unpack(value).data_ptr();
-    };
+    items_.push_back({key});
+    StateItem& item = items_.back();
+    const char* name = PyUnicode_Check(key) ? PyUnicode_AsUTF8(key) : nullptr;
+    if (name == nullptr) {
+      PyErr_Clear();  // no name of ours
+      continue;
+    }
     for (size_t k = 0; k < rule_.scalars.size(); ++k) {
-      if (name == rule_.scalars[k].name) pointers.scalars[k] = static_cast<float*>(use());
+      if (std::strcmp(name, rule_.scalars[k].name) != 0) continue;
+      item.index = static_cast<int>(k);
+      add_item(plan_param, item, value);
     }
     for (size_t k = 0; k < rule_.states.size(); ++k) {
-      if (name != rule_.states[k].name || (states_used >> k & 1) == 0) continue;
-      pointers.states[k] = use();
-      items_.back().is_tensor = true;
-      info.states[k] = to_storage(unpack(value).scalar_type());
+      if (std::strcmp(name, rule_.states[k].name) != 0 || (states_used >> k & 1) == 0) continue;
+      item.index = static_cast<int>(k);
+      item.is_tensor = true;
+      add_item(plan_param, item, value);
     }
   }
+}
+
+// One that no step can use is not there, for a plan.
+void Plan::add_item(PlanParam& plan_param, StateItem& item, PyObject* value) {
+  if (!item.takes(value, plan_param)) return;
+  if (item.is_tensor) {
+    // The kernels read all states of a parameter in one storage.
+    const auto& known = pointers_of(plan_param).states;
+    const bool is_first =
+        std::none_of(std::begin(known), std::end(known), [](void* it) { return it != nullptr; });
+    TensorInfo& info = info_of(plan_param);
+    const Storage storage = to_storage(unpack(value).scalar_type());
+    if (is_first) std::fill(std::begin(info.states), std::end(info.states), storage);
+    if (info.states[item.index] != storage) return;
+  }
+  use_item(plan_param, item, value);
+  ++plan_param.items;
 }
 
 // It is the first of the rule's scalars. Nobody else has it, so that it stays where it is.
 void Plan::add_counter(PlanParam& plan_param, PyObject* counter) {
-  TensorPointers& pointers = devices_[plan_param.device_tensors].pointers[plan_param.index];
-  pointers.scalars[0] = static_cast<float*>(unpack(counter).data_ptr());
+  if (!plan_param.has_kernels || !StateItem{nullptr}.takes(counter, plan_param)) return;
+  pointers_of(plan_param).scalars[0] = static_cast<float*>(unpack(counter).mutable_data_ptr());
   ++plan_param.items;
 }
 
-bool Plan::refresh(const py::list& param_groups, const py::dict& state) {
-  if (!same_lists(param_groups) || !same_state(state) || !same_groups(param_groups)) return false;
-  for (DeviceTensors& device_tensors : devices_) device_tensors.dense_grads.clear();
+// Everything that a step writes where there are gradients.
+void Plan::find_written() {
   for (size_t i = 0; i < params_.size(); ++i) {
-    if (i + kAhead < params_.size()) {
-      params_[i + kAhead].guard.prefetch();
-      __builtin_prefetch(params_[i + kAhead].autograd_meta);
-      params_[i + kAhead].grad_guard.prefetch();
-    }
-    if (!same_param(params_[i]) || !gather_grad(params_[i])) return false;
+    if (!params_[i].complete) continue;
+    params_[i].written = static_cast<int>(written_.size());
+    written_.push_back({static_cast<int>(i), "", region_of(params_[i])});
   }
-  return true;
-}
-
-bool Plan::same_lists(const py::list& param_groups) const {
-  static PyObject* const kParams = PyUnicode_InternFromString("params");
-  if (param_groups.size() != listed_.size()) return false;
-  for (size_t g = 0; g < listed_.size(); ++g) {
-    PyObject* params = find(PyList_GET_ITEM(param_groups.ptr(), g), kParams);
-    if (params == nullptr || !(PyList_Check(params) || PyTuple_Check(params))) return false;
-    const Py_ssize_t count = PySequence_Fast_GET_SIZE(params);
-    if (count != static_cast<Py_ssize_t>(listed_[g].size())) return false;
-    for (Py_ssize_t i = 0; i < count; ++i) {
-      if (PySequence_Fast_GET_ITEM(params, i) != params_[listed_[g][i]].guard.object) return false;
-    }
-  }
-  return true;
-}
-
-bool Plan::same_state(const py::dict& state) {
-  if (!is_of_version(state.ptr(), state_version_)) {
-    if (!same_entries(state)) return false;
-    state_version_ = version_of(state.ptr());
-  }
-  for (size_t e = 0; e < state_entries_.size(); ++e) {
-    if (e + kAhead < state_entries_.size()) {
-      const StateEntry& next = state_entries_[e + kAhead];
-      __builtin_prefetch(next.value);
-      for (int i = next.first_item; i < next.last_item; ++i) items_[i].guard.prefetch();
-    }
-    StateEntry& entry = state_entries_[e];
-    if (entry.first_item == entry.last_item) continue;
-    if (!is_of_version(entry.value, entry.version)) {
-      if (!same_items(entry)) return false;
-      entry.version = version_of(entry.value);
-    }
-    for (int i = entry.first_item; i < entry.last_item; ++i) {
-      const StateItem& item = items_[i];
-      if (item.guard.object == nullptr) continue;
-      if (!item.guard.is_unchanged() || !item.laid_out_as(entry.plan_param)) return false;
-    }
-  }
-  return true;
-}
-
-// Walking the dicts in their order spares hashing: Tensor.__hash__ is a call into Python.
-bool Plan::same_entries(const py::dict& state) const {
-  if (PyDict_Size(state.ptr()) != static_cast<Py_ssize_t>(state_entries_.size())) return false;
-  PyObject *key, *value;
-  Py_ssize_t at = 0;
   for (const StateEntry& entry : state_entries_) {
-    if (!PyDict_Next(state.ptr(), &at, &key, &value)) return false;
-    if (key != entry.key || value != entry.value) return false;
-  }
-  return true;
-}
-
-bool Plan::same_items(const StateEntry& entry) const {
-  if (!PyDict_Check(entry.value)) return false;
-  if (PyDict_Size(entry.value) != entry.last_item - entry.first_item) return false;
-  PyObject *name, *tensor;
-  Py_ssize_t at = 0;
-  for (int i = entry.first_item; i < entry.last_item; ++i) {
-    if (!PyDict_Next(entry.value, &at, &name, &tensor) || name != items_[i].key) return false;
-    if (items_[i].guard.object != nullptr && !items_[i].guard.is_of(tensor)) return false;
-  }
-  return true;
-}
-
-bool Plan::same_groups(const py::list& param_groups) {
-  for (DeviceTensors& device_tensors : devices_) {
-    for (size_t g = 0; g < listed_.size(); ++g) {
-      PyObject* group = PyList_GET_ITEM(param_groups.ptr(), g);
-      try {
-        *device_tensors.group(g) = read_group(rule_, names_, group, device_tensors.device,
-                                              device_tensors.hyperparameters(g));
-      } catch (const std::exception&) {
-        return false;  // Python says what is wrong with it, and where
-      }
-      if (device_tensors.group(g)->states_used != states_used_[g]) return false;
+    for (int i = entry.first_item; i < entry.last_item; ++i) {
+      StateItem& item = items_[i];
+      if (item.guard.object == nullptr || !params_[entry.param].complete) continue;
+      const char* const name = (item.is_tensor ? rule_.states : rule_.scalars)[item.index].name;
+      item.written = static_cast<int>(written_.size());
+      written_.push_back({entry.param, name, region_of(item, params_[entry.param])});
     }
   }
-  return true;
 }
 
-bool Plan::same_param(const PlanParam& plan_param) const {
-  if (!plan_param.guard.is_of(plan_param.guard.object) || !plan_param.guard.is_unchanged())
-    return false;
-  const c10::TensorImpl* impl = plan_param.guard.impl;
-  return equal(impl->sizes(), plan_param.sizes) && equal(impl->strides(), plan_param.strides) &&
-         impl->storage_offset() == plan_param.storage_offset &&
-         impl->dtype() == c10::scalarTypeToTypeMeta(plan_param.dtype);
+// Empty, where it lies nowhere.
+MemoryRegion Plan::region_of(const PlanParam& plan_param) const {
+  if (plan_param.guard.storage == nullptr) return {};
+  return MemoryRegion::of(plan_param.guard.impl, plan_param.sizes, plan_param.strides,
+                          plan_param.written);
 }
 
-// Finds a parameter's gradient, if it has one, as the kernels are to see it.
-bool Plan::gather_grad(PlanParam& plan_param) {
-  DeviceTensors& device_tensors = devices_[plan_param.device_tensors];
-  const int64_t numel = device_tensors.infos[plan_param.index].numel;
-  const at::Tensor& param = unpack(plan_param.guard.object);
-  const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
-  const void*& slot = device_tensors.grads[plan_param.index];
-  slot = nullptr;
-  if (!grad.defined()) return true;
-  plan_param.grad_guard.impl = grad.unsafeGetTensorImpl();
-  plan_param.grad_guard.storage =
-      plan_param.grad_guard.impl->unsafe_storage().unsafeGetStorageImpl();
-  if (!plan_param.complete || !is_ordinary(grad, plan_param)) return false;
-  // Autograd learns of the update as of any other in-place operation.
-  if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
-  const bool direct = grad.scalar_type() == plan_param.grad_dtype && !grad.is_neg() &&
-                      same_layout(plan_param.sizes, plan_param.grad_guard.impl->strides(),
-                                  plan_param.dense_strides);
-  static const char kEmpty = 0;  // an empty gradient is one all the same
-  if (direct) {
-    slot = numel == 0 ? &kEmpty : grad.unsafeGetTensorImpl()->data();
-    return slot != nullptr;
-  }
-  at::Tensor dense = at::empty_strided(grad.sizes(), plan_param.dense_strides,
-                                       grad.options().dtype(plan_param.grad_dtype));
-  dense.copy_(grad.detach());
-  slot = numel == 0 ? &kEmpty : dense.data_ptr();
-  device_tensors.dense_grads.push_back(std::move(dense));
-  return true;
+MemoryRegion Plan::region_of(const StateItem& item, const PlanParam& plan_param) const {
+  const c10::IntArrayRef none;
+  return MemoryRegion::of(item.guard.impl, item.is_tensor ? plan_param.sizes : none,
+                          item.is_tensor ? plan_param.dense_strides : none, item.written);
 }
 
-std::vector<c10::Storage> Plan::keep_alive() const {
-  std::vector<c10::Storage> result;
-  for (const PlanParam& plan_param : params_) {
-    const at::Tensor& param = unpack(plan_param.guard.object);
-    result.push_back(param.storage());
-    if (param.grad().defined()) result.push_back(param.grad().storage());
+void Plan::find_shared_memory() {
+  std::vector<MemoryRegion> regions;
+  for (const Written& written : written_) regions.push_back(written.region);
+  conflicts_ = overlapping_pairs(regions);
+  covered_ = CoveredMemory(regions);
+  for (PlanParam& plan_param : params_) plan_param.known_grad = nullptr;
+}
+
+Plan::Place Plan::place_of(const Written& written) const {
+  for (size_t g = 0; g < listed_.size(); ++g) {
+    for (size_t i = 0; i < listed_[g].size(); ++i) {
+      if (listed_[g][i] == written.param) {
+        return {static_cast<int>(g), static_cast<int>(i), written.state};
+      }
+    }
   }
-  for (const StateItem& item : items_) {
-    if (item.guard.object != nullptr) result.push_back(unpack(item.guard.object).storage());
-  }
-  return result;
+  return {};
 }
 
 std::vector<std::pair<int, int>> Plan::nonfinite() const {
@@ -351,9 +288,10 @@ std::vector<std::pair<int, int>> Plan::nonfinite() const {
   for (size_t g = 0; g < listed_.size(); ++g) {
     for (size_t i = 0; i < listed_[g].size(); ++i) {
       const PlanParam& plan_param = params_[listed_[g][i]];
+      if (plan_param.device_tensors < 0) continue;
       const DeviceTensors& device_tensors = devices_[plan_param.device_tensors];
       const TensorShape& shape = device_tensors.layout->shapes()[plan_param.index];
-      const double* sum = sums[plan_param.device_tensors].data_ptr<double>();
+      const double* sum = sums[plan_param.device_tensors].const_data_ptr<double>();
       bool finite = true;
       for (int64_t c = 0; c < chunks_of(shape.numel); ++c) {
         finite = finite && std::isfinite(sum[shape.first_chunk + c]);

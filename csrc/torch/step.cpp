@@ -65,19 +65,18 @@ void load_dense_params(DeviceTensors& tensors) {
   }
 }
 
-void store_dense_params(DeviceTensors& tensors) {
+void store_dense_params(DeviceTensors& tensors, bool changed) {
   for (DenseParam& it : tensors.dense_params) {
-    if (tensors.grads[it.index] == nullptr) continue;
-    it.original.copy_(it.dense);
+    if (changed && it.original.defined()) it.original.copy_(it.dense);
     it.original.reset();
   }
 }
 
 }  // namespace
 
-void step(const RuleInfo& rule, std::vector<DeviceTensors>& devices, const StepCall& call,
+bool step(const RuleInfo& rule, std::vector<DeviceTensors>& devices, const StepCall& call,
           KeepAlive keep_alive) {
-  if (devices.empty()) return;
+  if (devices.empty()) return false;
   devices[0].control = call.control;
 
   std::vector<at::Tensor> kept;
@@ -94,11 +93,13 @@ void step(const RuleInfo& rule, std::vector<DeviceTensors>& devices, const StepC
   const at::Tensor before = gathers ? call.limit->state.clone() : at::Tensor();
   launch_step(rule, devices, steps, keep_alive);
   if (gathers) gather_limit_states(devices, call.limit->state, before);
+  const bool changed = !is_known_skip(devices);
   for (DeviceTensors& tensors : devices) {
-    store_dense_params(tensors);
+    store_dense_params(tensors, changed);
     tensors.dense_grads.clear();
     tensors.limit_state.reset();
   }
+  return changed;
 }
 
 }  // namespace fusedopt

@@ -28,8 +28,9 @@ struct StepCall {
   at::Tensor control;                    // float64, a StepControl on the first parameter's device
 };
 
-// Runs one step. Call it after the plan has looked up its tensors and gradients.
-void step(const RuleInfo& rule, std::vector<DeviceTensors>& devices, const StepCall& call,
+// Runs one step. Call it after the plan has looked up its tensors and gradients. Returns whether
+// these may have changed: false where the step is known to have been skipped.
+bool step(const RuleInfo& rule, std::vector<DeviceTensors>& devices, const StepCall& call,
           KeepAlive keep_alive);
 
 }  // namespace fusedopt

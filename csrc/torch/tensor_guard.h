@@ -5,43 +5,85 @@
 
 namespace fusedopt {
 
+// As THPVariable_Check, but runs no Python code, whatever the object is.
+inline bool is_tensor(PyObject* object) {
+  PyTypeObject* const type = Py_TYPE(object);
+  return THPVariable_CheckTypeExact(type) ||
+         PyType_IsSubtype(type, reinterpret_cast<PyTypeObject*>(THPVariableClass));
+}
+
+// The dispatch keys of tensors whose elements lie in memory as sizes, strides and storage say. All
+// others mark something else: a subclass with operations of its own, a sparse layout, a transform.
+inline const uint64_t kPlainKeys =
+    c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::CUDA,
+                         c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutogradCUDA,
+                         c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA,
+                         c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::Negative})
+        .raw_repr();
+
+inline bool is_plain(const c10::TensorImpl* impl) {
+  return (impl->key_set().raw_repr() & ~kPlainKeys) == 0 && impl->has_storage();
+}
+
+// Whether all elements of a plain tensor lie in its storage: any code may free or cut that.
+inline bool fits_its_storage(const c10::TensorImpl* impl) {
+  if (impl->numel() == 0) return true;
+  int64_t last = impl->storage_offset();
+  for (int64_t i = 0; i < impl->dim(); ++i) last += (impl->sizes()[i] - 1) * impl->strides()[i];
+  const c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  return storage->data() != nullptr && (last + 1) * impl->itemsize() <= storage->nbytes();
+}
+
+inline void prefetch(const c10::TensorImpl* impl) {
+  __builtin_prefetch(impl);
+  __builtin_prefetch(reinterpret_cast<const char*>(impl) + 64);  // sizes and strides
+  __builtin_prefetch(reinterpret_cast<const char*>(impl) + 128);
+}
+
 // Nothing is owned: the addresses are compared with what is there now, and serve to prefetch it.
 struct TensorGuard {
   PyObject* object = nullptr;
-  const c10::TensorImpl* impl = nullptr;
+  c10::TensorImpl* impl = nullptr;
   const c10::StorageImpl* storage = nullptr;
-  const void* base = nullptr;  // of the storage
+  const void* base = nullptr;     // of the storage
+  const void* context = nullptr;  // of the storage's pointer: another one after a lazy clone
+  size_t nbytes = 0;              // of the storage
+  uint64_t keys = 0;              // the dispatch keys: what kind of tensor it is
+  int64_t storage_offset = 0;
+  caffe2::TypeMeta dtype;
 
+  // Of a plain tensor.
   static TensorGuard of(PyObject* tensor) {
     TensorGuard guard;
     guard.object = tensor;
     guard.impl = THPVariable_Unpack(tensor).unsafeGetTensorImpl();
     guard.storage = guard.impl->unsafe_storage().unsafeGetStorageImpl();
-    guard.base = base_of(guard.storage);
+    guard.base = guard.storage->data_ptr().get();
+    guard.context = guard.storage->data_ptr().get_context();
+    guard.nbytes = guard.storage->nbytes();
+    guard.keys = guard.impl->key_set().raw_repr();
+    guard.storage_offset = guard.impl->storage_offset();
+    guard.dtype = guard.impl->dtype();
     return guard;
   }
 
   void prefetch() const {
     __builtin_prefetch(object);
-    __builtin_prefetch(impl);
-    __builtin_prefetch(reinterpret_cast<const char*>(impl) + 64);  // sizes and strides
-    __builtin_prefetch(reinterpret_cast<const char*>(impl) + 128);
+    fusedopt::prefetch(impl);
     __builtin_prefetch(storage);
   }
 
-  // The object is still there, and a tensor.
-  bool is_of(PyObject* tensor) const { return tensor == object && THPVariable_Check(tensor); }
-
-  // Of an object that is.
+  // Whether an object that is a tensor is the one that was seen, in the same memory, of the same
+  // kind. Sizes and strides are for the caller to compare.
   bool is_unchanged() const {
     const c10::TensorImpl* now = THPVariable_Unpack(object).unsafeGetTensorImpl();
-    return now == impl && now->unsafe_storage().unsafeGetStorageImpl() == storage &&
-           base_of(storage) == base;
-  }
-
- private:
-  static const void* base_of(const c10::StorageImpl* storage) {
-    return storage == nullptr ? nullptr : storage->data();
+    if (now != impl || now->unsafe_storage().unsafeGetStorageImpl() != storage) return false;
+    // Not data_ptr(): that would first ask whether a pointer may be had at all.
+    const c10::DataPtr& data =
+        const_cast<c10::StorageImpl*>(storage)->_mutable_data_ptr_no_checks();
+    return data.get() == base && data.get_context() == context && storage->nbytes() == nbytes &&
+           impl->key_set().raw_repr() == keys && impl->storage_offset() == storage_offset &&
+           impl->dtype() == dtype;
   }
 };
 
@@ -51,6 +93,26 @@ inline bool equal(c10::IntArrayRef a, c10::IntArrayRef b) {
   if (a.size() != b.size()) return false;
   for (size_t i = 0; i < a.size(); ++i) {
     if (a[i] != b[i]) return false;
+  }
+  return true;
+}
+
+// Both in one loop.
+inline bool has_layout(const c10::TensorImpl* impl, c10::IntArrayRef sizes,
+                       c10::IntArrayRef strides) {
+  if (static_cast<size_t>(impl->dim()) != sizes.size()) return false;
+  const int64_t* const its_sizes = impl->sizes().data();
+  const int64_t* const its_strides = impl->strides().data();
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (its_sizes[i] != sizes[i] || its_strides[i] != strides[i]) return false;
+  }
+  return true;
+}
+
+// Strides of dimensions of size 1 say nothing about the layout.
+inline bool same_layout(c10::IntArrayRef sizes, c10::IntArrayRef a, c10::IntArrayRef b) {
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] != 1 && a[i] != b[i]) return false;
   }
   return true;
 }

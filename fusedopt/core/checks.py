@@ -14,6 +14,7 @@ from torch import Tensor
 from fusedopt.core.backends import device_type_of
 from fusedopt.reference import Group, Rule
 from fusedopt.reference.arithmetic import DTYPES, can_be_updated, compute_dtype, is_subclass
+from fusedopt.reference.groups import name_of
 from fusedopt.reference.limits import LIMITS, AdaptiveClip, Unit
 
 DTYPE_NAMES = "float32, float64, bfloat16 or float16"
@@ -201,6 +202,21 @@ def check_grad(param: Tensor, grad: Tensor, name: str) -> None:
     check_memory(param, name)
 
 
+def check_shared_memory(plan: Any, param_groups: list[Group]) -> None:
+    """Refuses two tensors that share memory, where a step would write both at once."""
+    found = None if plan is None else plan.shared_memory()
+    if found is None:
+        return
+    first, second = (
+        f"{f'state {state!r} of ' if state else ''}{name_of(param_groups, group, index)}"
+        for group, index, state in found
+    )
+    raise RuntimeError(
+        f"{second} shares memory with {first}, and a fused step updates both at once; expected "
+        "memory of its own: .clone() it, or list one parameter for both"
+    )
+
+
 def check_new_state(name: str, expected: str) -> None:
     """Refuses to make state in a CUDA graph: every replay would make it again."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -282,6 +298,8 @@ def check_ranges(index: int, group: Group, defaults: dict[str, Any]) -> None:
 
 def check_state(rule: Rule, group: Group, param: Tensor, state: dict[str, Any], name: str) -> None:
     """Refuses a parameter's state that belongs to another optimizer, or to another parameter."""
+    if not isinstance(state, dict):
+        raise TypeError(f"the state of {name} is a {type(state).__name__}; expected a dict")
     missing = [key for key in (*rule.scalars, *rule.states(group)) if key not in state]
     if missing:
         raise RuntimeError(
@@ -289,8 +307,7 @@ def check_state(rule: Rule, group: Group, param: Tensor, state: dict[str, Any], 
             f"{', '.join(map(repr, state)) or 'nothing'}: is it another optimizer's?"
         )
     for key in rule.scalars:
-        if not _is_number(state[key]):
-            raise RuntimeError(f"state {key!r} of {name} is {state[key]!r}; expected one number")
+        check_scalar(state[key], f"state {key!r} of {name}", counts=key == "step")
     for key in rule.states(group):
         value = state[key]
         if not isinstance(value, Tensor) or is_subclass(value):
@@ -306,6 +323,22 @@ def check_state(rule: Rule, group: Group, param: Tensor, state: dict[str, Any], 
                 f"{tuple(param.shape)}"
             )
         check_memory(value, f"state {key!r} of {name}")
+
+
+def check_scalar(value: Any, name: str, counts: bool) -> None:
+    """Refuses a value that no step has left, where it can be read without waiting for a device."""
+    if isinstance(value, Tensor):
+        if is_subclass(value) or value.layout != torch.strided:
+            raise TypeError(f"{name} is a {type(value).__name__}; expected a plain tensor")
+        check_memory(value, name)
+    if not _is_number(value):
+        raise RuntimeError(f"{name} is {value!r}; expected one number")
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return
+    number = float(value)
+    if not (math.isfinite(number) and number >= 0 and (not counts or number == int(number))):
+        expected = "a whole number >= 0" if counts else "a finite number >= 0"
+        raise ValueError(f"{name} is {number}; expected {expected}")
 
 
 def check_state_dtypes(

@@ -155,6 +155,9 @@ class TorchPlan:
         assert self._rule.twin is not None
         self._rule.twin.step(group, params, grads, states, batch.method == FUSED)
 
+    def shared_memory(self) -> None:
+        """Two tensors that share memory: nobody minds here, as torch steps them one by one."""
+
     def nonfinite(self) -> list[tuple[int, int]]:
         """(group, index in the group) of the parameters whose gradients hold inf or nan."""
         places = self._places.items()

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fusedopt.core.backends import zeros_like
 from fusedopt.reference import Group, Rule
-from fusedopt.reference.arithmetic import can_be_updated
 
 # What our rules keep for a parameter. A state without any of it has yet to begin.
 STATE_NAMES = (
@@ -22,7 +21,9 @@ States = dict[Tensor, dict[str, Any]]
 
 def is_empty(state: dict[str, Any] | None) -> bool:
     """Whether there is nothing in it yet; torch's SGD also writes None for a missing buffer."""
-    return not state or all(value is None for value in state.values())
+    if not isinstance(state, dict):
+        return not state
+    return all(value is None for value in state.values())
 
 
 def is_new(state: dict[str, Any] | None) -> bool:
@@ -40,7 +41,7 @@ def complete(
     """
     state = states.get(param)
     new = is_new(state)
-    if param.grad is None and (new or not can_be_updated(param)):
+    if param.grad is None:
         return False
     if rule.hidden_step:
         known = 0 if new else counters.get(param, 1)
@@ -72,6 +73,7 @@ def is_scalar_in_place(value: Any, param: Tensor) -> bool:
     return (
         isinstance(value, Tensor)
         and value.dim() == 0
+        and not value.is_neg()
         and value.dtype == torch.float32
         and value.device == param.device
     )
@@ -98,4 +100,4 @@ def scalar_like(param: Tensor, value: Any) -> Tensor:
 
 def tensor_like(param: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of a tensor, on a parameter's device and laid out like it."""
-    return zeros_like(param, dtype).copy_(value)
+    return zeros_like(param, dtype).copy_(value.resolve_neg())

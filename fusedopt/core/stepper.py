@@ -131,6 +131,7 @@ class Stepper(Readings):
             plan = backends.new_plan(
                 backend, self.rule, self.param_groups, self.state, counters, rings
             )
+            checks.check_shared_memory(plan, self.param_groups)
         except Exception:
             self._drop_state(new_states)
             raise
@@ -167,14 +168,13 @@ class Stepper(Readings):
             checks.check_ranges(index, group, self.defaults)
             for position, param in enumerate(group["params"]):
                 name = name_of(self.param_groups, index, position)
-                if checks.is_left_alone(param):
+                if param.grad is None:  # then its state is left alone, too
                     continue
-                if param.grad is not None:
-                    checks.check_grad(param, param.grad, name)
+                checks.check_grad(param, param.grad, name)
                 if not state.is_new(self.state.get(param)):
                     checks.check_state(self.rule, group, param, self.state[param], name)
                     checks.check_state_dtypes(self.rule, group, param, self.state[param], name)
-                elif param.grad is not None and (self.rule.scalars or self.rule.states(group)):
+                elif self.rule.scalars or self.rule.states(group):
                     checks.check_new_state(name, "a step with its gradient")
 
     def _check_group(self, index: int) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 def power(base: float, exponent: int) -> float:
     """`base ** exponent` by repeated squaring: the same bits in Python, C++ and CUDA."""
+    if exponent < 0:
+        raise ValueError(f"a number of steps is {exponent}; expected a whole number >= 0")
     result = 1.0
     while exponent:
         if exponent & 1:

@@ -52,5 +52,5 @@ def clip_grads(
     factor = clip_coefficient(max_norm, norm.item())
     if factor != 1.0 and (norm.isfinite() or not skip_nonfinite):
         for grad in {(grad.data_ptr(), grad.numel()): grad for grad in grads}.values():
-            grad.copy_(scaled(grad.to(compute_dtype(grad.dtype)), factor))
+            grad.copy_(scaled(grad.to(compute_dtype(grad.dtype)), factor).to(grad.dtype))
     return norm, any(grad.dtype == torch.float64 for grad in grads)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from numbers import Real
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def step(
         coefs = [coef_of(options, index, param, decision) for index, (_, param) in enumerate(pairs)]
     for (group, param), coef in zip(pairs, coefs, strict=False):
         if param.grad is not None:
-            kept = dict(state.get(param, {}))
+            kept = dict(state.get(param) or {})
             if rule.hidden_step:
                 kept[rule.counter] = counters[param]
             update(rule, group, param, kept, coef * decision.inv_scale)
@@ -135,6 +136,16 @@ def measures(param: Tensor, before: Tensor, decision: Decision) -> Tensor:
     )
 
 
+def _with_floats(group: Group) -> Group:
+    """The group with its numbers, of whatever type, in float64, as the kernels read them."""
+
+    def converted(value: Any) -> Any:
+        is_one = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+        return float(value) if is_one and not isinstance(value, bool) else value
+
+    return {key: value if key == "params" else converted(value) for key, value in group.items()}
+
+
 def update(
     rule: Rule,
     group: Group,
@@ -149,12 +160,13 @@ def update(
     scalars = rule.advance(group, {name: state[name] for name in names})
     grad = scaled(cast_grad(param.grad, param).to(dtype), grad_factor)
     new_param, new_states = rule.update(
-        {**group, "lr": float(group["lr"])},
+        _with_floats(group),
         scalars,
         param.to(dtype),
         -grad if group["maximize"] else grad,
         {name: state[name].to(dtype) for name in rule.states(group)},
     )
-    param.copy_(new_param)
+    # Rounded first: torch's copy_ into another dtype whose memory holds the negative takes it wrong.
+    param.copy_(new_param.to(param.dtype))
     for name, value in {**new_states, **scalars}.items():
         state[name].copy_(value)
