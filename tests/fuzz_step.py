@@ -16,7 +16,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -115,10 +115,8 @@ class World:
             if self.grads.random() < 0.8:
                 generator = torch.Generator().manual_seed(self.grads.randrange(2**31))
                 grad = torch.randn(tuple(param.shape), generator=generator)
-                try:
+                with suppress(RuntimeError, TypeError):
                     param.grad = grad.to(param.dtype)
-                except (RuntimeError, TypeError):
-                    pass
 
 
 def memory_of(tensor: Tensor) -> Tensor | None:

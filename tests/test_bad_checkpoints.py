@@ -119,9 +119,9 @@ CHANGES = {
         ["layer1", "a list", "dict"],
     ),
     "another class's": (
-        change_state(lambda s, k: s.update({f"other_{k}": s.pop(k)})),
+        change_state(lambda s, k: s.update({"grad_avg": s.pop(k)})),
         RuntimeError,
-        ["layer1", "has no", "other_"],
+        ["layer1", "has no", "grad_avg"],
     ),
     "unknown id": (
         lambda c, k: c["state"].update({9: c["state"][1]}),

@@ -220,7 +220,7 @@ def test_parameter_that_moves_into_memory_of_another_is_refused(backend):
     ones_as_grads(params)
     optimizer.step()
     params[1].data = params[0].data
-    with pytest.raises(RuntimeError, match="parameter 1 .* shares memory with parameter 0"):
+    with pytest.raises(RuntimeError, match=r"parameter 1 .* shares memory with parameter 0"):
         optimizer.step()
 
 
@@ -448,7 +448,9 @@ for groups in things:
                     except Exception: continue
                     for control in (s, torch.zeros(7, dtype=torch.float64), s.to("meta")):
                         for value in (None, s, torch.ones(0)):
-                            try: plan.step(groups, state, 1.0, True, True, value, value, None, control)
+                            try:
+                                plan.step(groups, state, 1.0, True, True, value, value,
+                                          None, control)
                             except Exception: pass
                     plan.nonfinite(), plan.shared_memory()
 """

@@ -44,7 +44,8 @@ def test_ours_set_later_in_a_param_group_are_refused_by_the_next_step(backend, k
     set_grads(params, 0)
     optimizer.step()
     before = snapshot(optimizer)
-    optimizer.param_groups[1][key] = OURS[key]
+    value = "reference" if key == "backend" else OURS[key]  # not what is asked for anyway
+    optimizer.param_groups[1][key] = value
     for _ in range(2):
         with pytest.raises(ValueError, match=f"param group 1 has '{key}'"):
             optimizer.step()

@@ -153,10 +153,11 @@ def load_state(rule: Rule, groups: list[Group], checkpoint: Checkpoint) -> dict[
 def params_by_id(groups: list[Group], checkpoint: Checkpoint) -> dict[Any, tuple[int, int]]:
     """Where the parameter of each id is listed: its group, and the index in that."""
     found: dict[Any, tuple[int, int]] = {}
-    for g, (group, saved) in enumerate(zip(groups, checkpoint.groups, strict=True)):
+    params = [list(group["params"]) for group in groups]
+    for g, saved in enumerate(checkpoint.groups):
         for i, key in enumerate(saved["params"]):
             first, other = found.setdefault(key, (g, i))
-            if groups[first]["params"][other] is not group["params"][i]:
+            if params[first][other] is not params[g][i]:
                 raise ValueError(
                     f"loaded state dict has the id {key!r} for both "
                     f"{name_of(groups, first, other)} and {name_of(groups, g, i)}"
@@ -196,7 +197,7 @@ def _entries(
                 raise TypeError(f"the state of {name} is a {_type_of(saved)}; expected a dict")
             saved = dict(saved.items())
             if not is_empty(saved):
-                param = groups[group]["params"][index]
+                param = list(groups[group]["params"])[index]
                 entries.append(_checked(rule, groups[group], param, saved, name))
         elif isinstance(key, int):
             raise ValueError(

@@ -226,9 +226,14 @@ def check_new_state(name: str, expected: str) -> None:
         )
 
 
-def check_options(index: int, group: Group, defaults: dict[str, Any]) -> None:
-    """Refuses a param group that lacks an option, has what can't be one, or has one of ours."""
-    if ours := [key for key in OURS if key in group]:
+def check_options(
+    index: int, group: Group, defaults: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    """Refuses a param group that lacks an option, has what can't be one, or has one of ours.
+
+    `settings`: ours, of the whole optimizer. ZeroRedundancyOptimizer repeats them in every group.
+    """
+    if ours := [key for key in OURS if key in group and group[key] != settings[key]]:
         raise ValueError(
             f"param group {index} has {', '.join(map(repr, ours))}, which one group can't have for "
             f"itself; expected it as an argument of the optimizer, or as its attribute"

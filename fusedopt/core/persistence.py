@@ -126,10 +126,11 @@ class Persistence(Readings):
         # torch's classes fill in the options that older checkpoints lack.
         self._twin().__setstate__({"state": {}, "param_groups": groups})
         for index, group in enumerate(groups):
-            checks.check_options(index, group, self.defaults)
+            checks.check_options(index, group, self.defaults, self._settings())
         states = checkpoint.load_state(self.rule, groups, read)
         loaded = self._twin()
-        loaded.__setstate__({"state": states, "param_groups": groups})
+        loaded.__setstate__({"state": {}, "param_groups": groups})
+        loaded._own["state"] = states  # torch's classes expect a `step` beside a user's own items
         loaded._own |= {**self._loaded_count(states), **self._loaded_limit(groups, read)}
         attributes = loaded.__dict__
         own = _changed(self._own, attributes.pop("_own"))
@@ -155,7 +156,7 @@ class Persistence(Readings):
     def _loaded_limit(self, groups: list[Group], read: checkpoint.Checkpoint) -> dict[str, Any]:
         places = checkpoint.params_by_id(groups, read)
         listed = [places[key] for key in dict.fromkeys(read.listed)]
-        params = [groups[group]["params"][index] for group, index in listed]
+        params = [list(groups[group]["params"])[index] for group, index in listed]
         state = limit_state.load(self.max_grad_norm, read.limit, groups, params)
         return {
             "clip_state": state,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class Readings(Settings):
 
     rule: ClassVar[Rule]
     _rings: Rings | None
+    _backend: str | None
 
     @property
     def _plan(self) -> _C.Plan | TorchPlan | None:
@@ -37,6 +38,17 @@ class Readings(Settings):
     @property
     def _provisional_state(self) -> ProvisionalState:
         return self._own["provisional_state"]
+
+    def _settings(self) -> dict[str, Any]:
+        """Our arguments, as they are set now."""
+        own, rings = self._own, self._rings
+        return {
+            "max_grad_norm": own["max_grad_norm"],
+            "nonfinite": own["nonfinite"],
+            "backend": self._backend,
+            "telemetry": None if rings is None else rings.size,
+            "max_consecutive_skips": self.max_consecutive_skips,
+        }
 
     @property
     def grad_norm(self) -> Tensor:

@@ -179,7 +179,7 @@ class Stepper(Readings):
 
     def _check_group(self, index: int) -> None:
         own, group = self._own, self.param_groups[index]
-        checks.check_options(index, group, self.defaults)
+        checks.check_options(index, group, self.defaults, self._settings())
         for position, param in enumerate(group["params"]):
             name = name_of(self.param_groups, index, position)
             checks.check_param(param, name, self._backend)
@@ -224,7 +224,7 @@ class Stepper(Readings):
     def _nonfinite_error(self) -> checks.NonFiniteGradientError:
         places = self._nonfinite_places()
         names = [name_of(self.param_groups, g, i) for g, i in places]
-        grads = [self.param_groups[g]["params"][i].grad for g, i in places]
+        grads = [list(self.param_groups[g]["params"])[i].grad for g, i in places]
         if self._rings is not None:
             return checks.NonFiniteGradientError(names, explain.last_step(self.telemetry()))
         return checks.NonFiniteGradientError(names, explain.describe_grads(names, grads))

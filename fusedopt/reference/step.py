@@ -166,7 +166,7 @@ def update(
         -grad if group["maximize"] else grad,
         {name: state[name].to(dtype) for name in rule.states(group)},
     )
-    # Rounded first: torch's copy_ into another dtype whose memory holds the negative takes it wrong.
+    # Rounded first: copy_ takes it wrong into another dtype whose memory holds the negative.
     param.copy_(new_param.to(param.dtype))
     for name, value in {**new_states, **scalars}.items():
         state[name].copy_(value)
