@@ -76,5 +76,5 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def cast_grad(grad: Tensor, param: Tensor) -> Tensor:
-    """The gradient in its parameter's dtype, or else in the dtype that the parameter is updated in."""
+    """The gradient as it is, if it has its parameter's dtype; else in `compute_dtype`."""
     return grad if grad.dtype == param.dtype else grad.to(compute_dtype(param.dtype))

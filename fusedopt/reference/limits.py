@@ -51,7 +51,7 @@ class AdaptiveClip:
         return torch.zeros(self._state_shape(num_params), dtype=torch.float64, device=device)
 
     def resize(self, state: Tensor | None, num_params: int, device: torch.device) -> Tensor:
-        """The state with room for `num_params` parameters, on `device`. New ones start from zero."""
+        """The state on `device` with room for `num_params` parameters; new ones start from 0."""
         if state is None:
             return self.new_state(num_params, device)
         state = state.to(device)

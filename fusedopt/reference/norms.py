@@ -18,8 +18,8 @@ for float64 parameters). The upper half of the lanes is added to the lower half 
 lanes are left; these are folded in float64.
 
 A limit of rows needs a row's norm. A row is cut into parts where chunks end. The squares of each
-part are summed in float64 in `TENSOR_LANES` lanes: element i of the part is added to lane i % lanes.
-Then the sums of the parts are summed in `TENSOR_LANES` lanes too.
+part are summed in float64 in `TENSOR_LANES` lanes: element i of the part is added to lane
+i % lanes. Then the sums of the parts are summed in `TENSOR_LANES` lanes too.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def unit_norms(values: Tensor, param: Tensor) -> Tensor:
 
 
 def sum_of_squares(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> float:
-    """The sum of squares over all pairs (parameter, gradient), in the order of the specification."""
+    """The sum of squares over all pairs (parameter, gradient), in the specified order."""
     sums_by_device: dict[torch.device, list[Tensor]] = {}
     for param, grad in pairs:
         sums_by_device.setdefault(param.device, []).append(chunk_sums(param, grad))
