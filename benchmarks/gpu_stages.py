@@ -120,7 +120,7 @@ def copies(run: Run) -> dict[str, Any]:
 
 
 def speed(run: Run) -> dict[str, Any]:
-    """Every case, the most important first; sides take turns. A failing case doesn't end the stage."""
+    """Every case, the most important first. A failing case doesn't end the stage."""
     left_out, failed = [], {}
     for case in run.cases():
         if run.seconds_left() < 0.25 * run.options.seconds:  # the later stages need this time
