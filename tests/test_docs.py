@@ -1,4 +1,4 @@
-"""The code in README.md and docs/ runs, except blocks marked "before", which show other libraries."""
+"""The code in README.md and docs/ runs, except blocks of other libraries, marked "before"."""
 
 from __future__ import annotations
 
