@@ -35,7 +35,7 @@ def test_checkpoints_with_and_without():
     plain = torch.optim.Adam(params)
     plain.load_state_dict(copy.deepcopy({**saved, "param_groups": plain_groups(saved)}))
     adapts.load_state_dict(plain.state_dict())
-    assert adapts._own["clip_state"] is None  # learns anew
+    assert adapts._own["clip_state"] is None  # starts empty
     saved["param_groups"][0][KEY]["state"] = torch.zeros(2)
     with pytest.raises(ValueError, match=r"state of ZScore.*float64 tensor of shape \(3,\)"):
         fusedopt.FusedAdam(params, max_grad_norm=ZScore()).load_state_dict(saved)
