@@ -1,4 +1,4 @@
-"""What is measured: an optimizer, the tensors it updates, and what comes with the update.
+"""The cases of the benchmarks: an optimizer, the tensors that it updates, and clipping or scaling.
 
 A new class of fusedopt takes one entry in `OPTIMIZERS`; the rest of the tables follow from it.
 """
@@ -16,13 +16,13 @@ Mode = Literal["plain", "clip", "amp"]
 
 
 class Recipe(NamedTuple):
-    """A class of torch.optim, and the arguments that every side is given. Ours is Fused<name>."""
+    """A class of torch.optim, and the arguments for every side. Our class is Fused<name>."""
 
     name: str
     options: dict[str, Any]
 
 
-# By their titles. One that isn't the name of a class is a variant: with other states, or more.
+# By title. A title that isn't the name of a class is a variant of it, with more states or options.
 OPTIMIZERS: dict[str, Recipe] = {
     "AdamW": Recipe("AdamW", {"lr": 1e-3, "weight_decay": 1e-2}),
     "Adam": Recipe("Adam", {"lr": 1e-3}),
@@ -93,12 +93,12 @@ WORKLOADS: dict[str, Shapes] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One step to be taken by every side.
+    """One step that every side takes.
 
     Attributes:
         optimizer: a title in `OPTIMIZERS`.
-        workload: what the tensors are, in words.
-        any_threads: measured with every number of threads, not only the largest.
+        workload: the tensors, in words.
+        any_threads: whether to measure with every number of threads, not only the largest.
     """
 
     optimizer: str
@@ -122,7 +122,7 @@ class Case:
         return ", ".join(filter(None, (self.optimizer, self.workload, dtype, MODES[self.mode])))
 
     def facts(self) -> dict[str, Any]:
-        """What a result says about its case."""
+        """The columns of a result that describe its case."""
         return {
             "case": self.title,
             "optimizer": self.optimizer,
@@ -139,11 +139,11 @@ def step_cases() -> list[Case]:
     cases = []
     for optimizer, recipe in OPTIMIZERS.items():
         if optimizer != recipe.name:
-            # Clipped: torch's foreach SGD with Nesterov momentum adds to the gradients themselves,
-            # which all sides and steps share, and would make them grow without end.
+            # Only clipped: torch's foreach SGD with Nesterov momentum adds to the gradients in
+            # place. All sides and steps share them: without clipping they would grow without end.
             cases.append(Case(optimizer, large, WORKLOADS[large]))
             continue
-        if optimizer != "AdamW":  # what is the same for all optimizers is measured with one
+        if optimizer != "AdamW":  # the other cases would show the same as with AdamW
             cases.append(Case(optimizer, large, WORKLOADS[large], "plain"))
             for workload in (large, "ResNet-50", "1,000 tensors of 64"):
                 cases.append(Case(optimizer, workload, WORKLOADS[workload]))
@@ -159,7 +159,7 @@ def step_cases() -> list[Case]:
 
 
 def gpu_cases() -> list[Case]:
-    """What a GPU is judged by, the most telling first: there may be no time for the last."""
+    """The cases for a GPU, the most important first: there may be no time for the last."""
     one, small = ((100_000_000,),), ((64,),) * 1000
     many, odd = ((100_000,),) * 1000, ((99_999,),) * 1000
     others = [title for title in OPTIMIZERS if title not in ("AdamW", "Adam")]
@@ -186,7 +186,7 @@ def size_cases() -> list[Case]:
 
 
 def count_cases() -> list[Case]:
-    """The same elements in ever more tensors: what a tensor costs by itself."""
+    """The same number of elements in more and more tensors, to see the cost per tensor."""
     total = 640_000
     counts = [10**k for k in range(5)]
     return [

@@ -1,8 +1,8 @@
-// The memory traffic of a step and nothing else: how fast could it be on this machine?
+// The memory traffic of a step and nothing else, to measure how fast a step could be.
 //
-// `arrays`: the parameter and its states, then the gradient. First a read of the gradient alone, if
-// the step measures a norm; then every array is read, and all but the gradient are written in
-// place.
+// `arrays` holds the parameter and its states, then the gradient. If the step measures a norm, the
+// first pass reads the gradient alone. The next pass reads every array, and writes all but the
+// gradient in place.
 #include <algorithm>
 #include <cstdint>
 
@@ -30,8 +30,8 @@ constexpr Update kUpdates[] = {nullptr, update<1>, update<2>, update<3>, update<
 
 }  // namespace
 
-// Each thread takes its own contiguous part, block by block; the second pass goes backwards, as
-// what was read last is still in the cache.
+// Each thread takes its own contiguous part, block by block. The second pass goes backwards, as the
+// data that was read last is still in the cache.
 extern "C" float stream(float* const* arrays, int written, int64_t count, bool measure, int threads,
                         int64_t block) {
   float sum = 0;

@@ -1,7 +1,7 @@
-"""The fastest that a step's memory traffic goes on this machine, measured beside the steps.
+"""Measures how fast this machine can move the bytes of a step, in the same run as the steps.
 
 A step reads the parameter, its states and the gradient, and writes all but the gradient, in place.
-A copy or a read-only sum would be another pattern with another speed.
+A copy or a read-only sum would have another pattern and another speed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.peers import Unavailable
 from benchmarks.timing import Step, timed
 
 SOURCE = Path(__file__).with_name("ceiling.cpp")
-# Not -ffast-math: a library linked with it switches subnormal numbers off where it is loaded.
+# Not -ffast-math: a library that is linked with it disables subnormal numbers in the whole process.
 SUMS_IN_ANY_ORDER = ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
 FLAGS = ["-O3", "-march=native", *SUMS_IN_ANY_ORDER, "-fopenmp", "-shared", "-fPIC"]
 BLOCKS = (1 << 12, 1 << 15, 1 << 18)  # elements
@@ -34,12 +34,12 @@ VECTORS, THREADS = (1, 2, 4), (128, 256, 512)  # each thread's vectors in flight
 
 
 def make_ceiling(elements: int, written: int, measure: bool, device: str) -> Step:
-    """A function that moves what a step on `elements` float32 moves.
+    """Returns a function that moves the bytes of a step.
 
     Args:
-        elements: of each array; 16-bit ones count half.
-        written: how many arrays are read and written: the parameter and its states.
-        measure: whether the gradient is read once more beforehand, for a norm.
+        elements: float32 elements of each array; count a 16-bit element as half.
+        written: the number of arrays that are read and written: the parameter and its states.
+        measure: whether to read the gradient once more first, as for a norm.
     """
     arrays = [torch.randn(elements, device=device) for _ in range(written + 1)]
     return on_cpu(arrays, measure) if device == "cpu" else on_gpu(arrays, measure)
@@ -68,7 +68,7 @@ def on_cpu(arrays: list[Tensor], measure: bool) -> Step:
 
 
 def library() -> ctypes.CDLL:
-    """ceiling.cpp for this processor."""
+    """ceiling.cpp, compiled for this processor."""
     return built(SOURCE, [*os.environ.get("CXX", "c++").split(), *FLAGS], cpu_flags())
 
 
@@ -104,8 +104,7 @@ def on_gpu(arrays: list[Tensor], measure: bool) -> Step:
 
 
 def gpu_library() -> ctypes.CDLL:
-    """ceiling.cu for this GPU.
-
+    """ceiling.cu, compiled for this GPU.
     Raises:
         Unavailable: there is no nvcc.
     """
@@ -119,7 +118,7 @@ def gpu_library() -> ctypes.CDLL:
 
 
 def built(source: Path, command: list[str], *key: str) -> ctypes.CDLL:
-    """A source as a library, built once for each command and key, into build/benchmarks."""
+    """Compiles a source to a library in build/benchmarks, once for each command and key."""
     text = repr((source.read_text(), command, key))
     name = f"{source.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.so"
     path = source.parent.parent / "build" / "benchmarks" / name
@@ -132,7 +131,7 @@ def built(source: Path, command: list[str], *key: str) -> ctypes.CDLL:
 
 
 def cpu_flags() -> str:
-    """What decides which instructions -march=native means."""
+    """The processor's features, which decide the instructions of -march=native."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Charts of results, for a README: legible on light and dark, and without telling colors apart."""
+"""Charts of results. They are legible on light and dark pages, and without seeing colors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from benchmarks.peers import OUR_TELEMETRY, OURS
 from benchmarks.results import Row, median_seconds, ratio
 from benchmarks.tables import by_case
 
-GRAY = "#808080"  # the one gray that stands out from white and from black
-# Okabe and Ito's colors, and a marker each.
+GRAY = "#808080"  # legible on white and on black
+# Okabe and Ito's colors, each with its own marker.
 STYLES: dict[str, tuple[str, str]] = {
     OURS: ("#D55E00", "o"),
     OUR_TELEMETRY: ("#D55E00", "d"),
@@ -58,7 +58,7 @@ Dots = dict[str, tuple[float, float, float]]  # by side: quartiles
 
 
 def draw_ratios(report: dict[str, Any], path: Path) -> None:
-    """How many times as long as ours every peer takes, by case."""
+    """Every side's time divided by ours, by case."""
     cases = {}
     for ours, sides in shown(report):
         peers = {side: row for side, row in sides.items() if side in STYLES}
@@ -76,7 +76,7 @@ def draw_ratios(report: dict[str, Any], path: Path) -> None:
 
 
 def draw_ceiling(report: dict[str, Any], path: Path) -> bool:
-    """The share of the measured ceiling that each side reaches, by case; False: not measured."""
+    """Each side's share of the measured ceiling, by case. Returns False if there is no ceiling."""
     cases = {}
     for ours, sides in shown(report):
         if CEILING not in sides:
@@ -99,7 +99,7 @@ def draw_ceiling(report: dict[str, Any], path: Path) -> bool:
 
 
 def draw_sweep(report: dict[str, Any], path: Path) -> None:
-    """Time against the elements of one tensor, and against the tensors of as many elements."""
+    """Time against the elements of one tensor, and against the number of tensors."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 3.6), sharey=True)
     rows = report["rows"]
@@ -125,7 +125,7 @@ def draw_sweep(report: dict[str, Any], path: Path) -> None:
 
 
 def shown(report: dict[str, Any]) -> Iterator[tuple[Row, dict[str, Row]]]:
-    """What a chart has room for: with all threads, and of most optimizers only clipped."""
+    """The cases that a chart has room for: all threads; for most optimizers only clipped."""
     most_threads = max(row["threads"] for row in report["rows"])
     for ours, sides in by_case(report["rows"]):
         telling = ours["optimizer"] == "AdamW" or ours["mode"] == "clip"
@@ -151,7 +151,7 @@ def draw_dots(axes: Axes, cases: dict[str, Dots]) -> None:
 
 
 def finish(figure: Figure, axes: Axes, report: dict[str, Any], path: Path) -> None:
-    """Legend on top, hardware and date below, no background."""
+    """Puts the legend on top, and hardware and date below; removes the background."""
     by_side = dict(zip(*reversed(axes.get_legend_handles_labels())))
     ordered = [side for side in STYLES if side in by_side]
     with plt.rc_context(STYLE):

@@ -1,4 +1,4 @@
-"""One measurement: the sides of a case, built on the same tensors and timed in turn."""
+"""One measurement: all sides of a case use the same tensors, and are timed in turn."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CEILING = "ceiling"
 
 @dataclass
 class Outcome:
-    """What a measurement found.
+    """The results of a measurement.
 
     Attributes:
-        samples: by side, seconds of each round; the same round of two sides makes a pair.
+        samples: by side, the seconds of each round. Samples of the same round make a pair.
         skipped: by side, why it was not measured.
-        bytes: by side, what a step moves, where that is known.
+        bytes: by side, the bytes that a step moves, if they are known.
     """
 
     samples: dict[str, list[float]]
@@ -32,7 +32,7 @@ class Outcome:
     bytes: dict[str, int] = field(default_factory=dict)
 
     def rows(self, suite: str, comparison: Comparison, threads: int) -> list[results.Row]:
-        """For a report: a row a side."""
+        """The rows of a report, one per side."""
         return [
             {"suite": suite, **comparison.facts(), "threads": threads, "side": side,
              "bytes": self.bytes.get(side), "samples_ns": results.kept(samples)}
@@ -41,7 +41,7 @@ class Outcome:
 
 
 class Comparison(Protocol):
-    """Something that several sides do, with every number of threads or only the largest."""
+    """A task for several sides, with every number of threads or only the largest."""
 
     @property
     def title(self) -> str: ...
@@ -56,9 +56,9 @@ class Comparison(Protocol):
 
 @dataclass(frozen=True)
 class StepComparison:
-    """A step of an optimizer, between sides that share parameters and gradients.
+    """Compares a step of an optimizer between sides that share parameters and gradients.
 
-    Ours comes first, the ceiling last. The state is each side's own. Where the tensors don't fit
+    Our side comes first, the ceiling last. Each side has its own state. If the tensors don't fit
     into the cache, they are evicted from it before every step, as by a backward pass of that size.
     """
 
@@ -76,12 +76,12 @@ class StepComparison:
         return self.case.facts()
 
     def run(self, sides: list[str], device: str, effort: Effort) -> Outcome:
-        torch.compiler.reset()  # what was compiled for another number of threads, or other tensors
+        torch.compiler.reset()  # drop code compiled for other tensors or another number of threads
         torch.manual_seed(0)
         params = make_params(self.case, device)
         outcome = Outcome({}, {})
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # whatever others warn of
+            warnings.simplefilter("ignore")  # warnings of other libraries
             steps = self.make_steps(sides, params, outcome)
             memory = self.case.elements * self.case.dtype.itemsize * 4
             evict = make_evict(device) if memory > cache_bytes(device) else None
@@ -91,7 +91,7 @@ class StepComparison:
     def make_steps(
         self, sides: list[str], params: list[Parameter], outcome: Outcome
     ) -> dict[str, Step]:
-        """A step of each side that can run here; none of any side where ours can't."""
+        """The steps of all sides that can run here. Empty if our own side can't."""
         steps: dict[str, Step] = {}
         states = 0
         for side in sides:
@@ -114,7 +114,7 @@ class StepComparison:
                 if side == OURS:
                     return {}
                 continue
-            except Exception as error:  # of a library that doesn't take such tensors
+            except Exception as error:  # the library doesn't take such tensors
                 if side == OURS:
                     raise
                 outcome.skipped[side] = f"failed: {error}"
@@ -128,9 +128,9 @@ class StepComparison:
         return steps
 
     def least_bytes(self, states: int) -> int:
-        """What a step moves that reads the gradient for a norm, then everything once.
+        """The bytes of a step that reads the gradient for a norm, and then moves each array once.
 
-        The parameter and its states are read and written; ours does this and no more.
+        The parameter and its states are read and written. Our step moves exactly these bytes.
         """
         passes = 2 * (1 + states) + 1 + (self.case.mode != "plain")
         return passes * self.case.elements * self.case.dtype.itemsize
@@ -144,6 +144,6 @@ def make_params(case: Case, device: str) -> list[Parameter]:
 
 
 def states_per_param(optimizer: torch.optim.Optimizer, param: Parameter) -> int:
-    """How many tensors of the parameter's size an optimizer keeps for it."""
+    """The number of tensors of the parameter's size that the optimizer keeps for it."""
     state = optimizer.state[param].values()
     return sum(isinstance(value, torch.Tensor) and value.dim() > 0 for value in state)

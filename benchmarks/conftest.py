@@ -1,9 +1,10 @@
-"""Runs comparisons for pytest-benchmark: measured side by side, then reported one by one.
+"""Runs comparisons for pytest-benchmark: measures all libraries together, reports them one by one.
 
     pytest benchmarks --benchmark-only [--device cuda] [--threads 1,2] [--seconds 4] [--save]
 
-All sides of a case are measured in turn by the first of its tests; every test then hands its own
-side's samples to pytest-benchmark, whose tables, JSON and --benchmark-compare work as ever.
+A side is a library, or a variant of one. The first test of a case measures all sides in turn. Every
+test then hands its own side's samples to pytest-benchmark, so that its tables, its JSON and
+--benchmark-compare work as usual.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 class Board:
-    """All that this session has measured."""
+    """The measurements of this session."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.device: str = config.option.device
@@ -85,7 +86,7 @@ class Board:
         return self.outcomes[comparison, threads]
 
     def save(self, report: dict[str, Any], folder: Path) -> None:
-        """After every comparison: a long run that breaks off has not been in vain."""
+        """Saves after every comparison, so that a long run that is stopped keeps its results."""
         before, suites = self.saved, {row["suite"] for row in report["rows"]}
         self.saved = results.save(report, suites, folder)
         if before not in (None, self.saved):  # named after fewer suites
@@ -104,10 +105,11 @@ class Entry:
     sides: list[str]
 
     def record(self, benchmark: Any) -> None:
-        """Measures, if that was not done yet, and hands this side's samples over."""
+        """Measures the case, unless this is done, and hands over the samples of this side."""
         outcome = self.board.outcome(self.suite, self.comparison, self.threads, self.sides)
         if self.side not in outcome.samples:
-            whose = self.side if self.side in outcome.skipped else OURS  # without us, nobody runs
+            # Without ours no side runs.
+            whose = self.side if self.side in outcome.skipped else OURS
             pytest.skip(f"{whose}: {outcome.skipped[whose]}")
         samples = outcome.samples[self.side]
         benchmark.group = f"{self.comparison.title}, {self.threads} threads"

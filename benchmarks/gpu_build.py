@@ -1,4 +1,4 @@
-"""Builds what a GPU's report measures. Imports nothing of fusedopt, which loads what is built."""
+"""Builds the modules for gpu_report.py. It doesn't import fusedopt, which would load old ones."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What a choice of ours costs: the kernels built otherwise, by nvcc's last arguments. Their bits
-# differ; nothing else uses them.
+# Builds with other options of nvcc, to measure the cost of our choices. They give other bits, and
+# nothing else uses them.
 VARIANTS = {
     "with FMA": "-fmad=true",
     "rough division and root": "-prec-div=false -prec-sqrt=false",
@@ -27,7 +27,7 @@ VARIANTS = {
 
 
 def build(limit: float) -> dict[str, Any]:
-    """The extension for this GPU, as it ships and otherwise, at once.
+    """Builds the extension for this GPU, as shipped and with other options, all at the same time.
 
     Raises:
         RuntimeError: it can't be built, or not within `limit` seconds.
@@ -62,7 +62,7 @@ def variant_library(name: str) -> Path:
 
 
 def resources(reports: Iterable[Path]) -> list[dict[str, Any]]:
-    """Registers and spills of each kernel, as nvcc's reports have them."""
+    """Registers and spills of each kernel, from nvcc's reports."""
     found = []
     for report in reports:
         for part in report.read_text().split("Compiling entry function ")[1:]:
@@ -80,13 +80,13 @@ def resources(reports: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def call(command: list[Any], limit: float, **environment: str) -> dict[str, Any]:
-    """Runs a program, and what it starts, for at most that long.
+    """Runs a program and its children for a limited time.
 
     Returns its status (None: too long) and the end of its output.
     """
     limit = max(1.0, limit)
     start = time.perf_counter()
-    # In a session of its own: what it has started is ended with it, and disturbs no measurement.
+    # In a session of its own, so that its children end with it and disturb no measurement.
     process = subprocess.Popen(
         list(map(str, command)), cwd=ROOT, env={**os.environ, **environment},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

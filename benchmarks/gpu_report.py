@@ -1,17 +1,17 @@
-"""All that a GPU has to tell of this project, in one command: tests, sanitizers, measurements.
+"""Tests, sanitizes and measures this project on a GPU, in one command.
 
     python benchmarks/gpu_report.py [--seconds 560] [--output benchmarks/results]
 
-Builds the extension, runs the stages of gpu_stages.py one after another, prints tables last, and
-writes one JSON with the raw samples, hardware, versions and commit. A stage that fails, or has no
-time left, is reported and the others go on. Torch, nvcc, ninja, pybind11, pytest and a C++ compiler
-are all it needs; libraries to compare with that are missing are named.
+It builds the extension, runs the stages of gpu_stages.py one after another, prints tables, and
+writes one JSON with the raw samples, hardware, versions and commit. If a stage fails, or has no
+time left, the report says so and the other stages run. It needs torch, nvcc, ninja, pybind11,
+pytest and a C++ compiler. The report names libraries for comparison that are missing.
 
-Where there is a second time, the first is best spent on what has to be right before anything is
-measured: --stage tests --stage sanitize --test-seconds 400; then the other stages.
+If you can run it twice, check first that the kernels are right: --stage tests --stage sanitize
+--test-seconds 400. Then run the other stages.
 
---dry-run goes through the same motions on a CPU with small tensors: what it prints and writes is
-marked as such, and measures nothing.
+--dry-run does the same on a CPU with small tensors. Its output is marked as a dry run: its times
+mean nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(0)
     started = time.perf_counter()
     built = {} if options.dry_run else gpu_build.build(options.seconds)
-    from benchmarks import gpu_stages  # not before: it loads what has been built
+    from benchmarks import gpu_stages  # import it after the build, as it loads the built modules
 
     run = gpu_stages.Run(options, gpu_stages.new_report(options), started)
     run.report["stages"]["build"] = built

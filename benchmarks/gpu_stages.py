@@ -1,4 +1,4 @@
-"""What is asked of a GPU, in stages, and what their results say: see gpu_report.py."""
+"""The stages of gpu_report.py, and their results in words and tables."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Run:
         return Effort(self.options.case_seconds, rounds=11)
 
     def cases(self) -> list[Case]:
-        """Those that were asked for; of next to no size in a dry run."""
+        """The cases that the command line selects. In a dry run they are tiny."""
         wanted = [it for it in cases.gpu_cases() if (self.options.case or "") in it.title]
         if not self.options.dry_run:
             return wanted
@@ -76,7 +76,7 @@ def tests(run: Run) -> dict[str, Any]:
     """The whole suite's GPU tests."""
     wanted = ["tests/test_arithmetic.py"] if run.options.dry_run else ["-k", "cuda"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *wanted]
-    # Of many failures, each is to be told apart: there may be no second run.
+    # Show every failure by itself: there may be no second run.
     command += ["--tb=short", "-rfE", "--continue-on-collection-errors"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", "8"]
@@ -86,7 +86,7 @@ def tests(run: Run) -> dict[str, Any]:
 
 
 def sanitize(run: Run) -> dict[str, Any]:
-    """The self-check of all classes and dtypes under compute-sanitizer, its tools side by side."""
+    """The self-check of all classes and dtypes under compute-sanitizer's tools, all at a time."""
     folders = [f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", os.environ["PATH"]]
     sanitizer = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
     if sanitizer is None:
@@ -111,7 +111,7 @@ def last_line(text: str, pattern: str) -> str:
 
 
 def copies(run: Run) -> dict[str, Any]:
-    """What a plain copy of 4 GiB reaches, in bytes read and written per second."""
+    """The speed of a plain copy of 4 GiB, in bytes read and written per second."""
     elements = 1 << (10 if run.options.dry_run else 30)
     source = torch.randn(elements, device=run.device)
     target = torch.empty_like(source)
@@ -120,10 +120,10 @@ def copies(run: Run) -> dict[str, Any]:
 
 
 def speed(run: Run) -> dict[str, Any]:
-    """Every case, all sides in turn; the most telling first. One that fails doesn't end it."""
+    """Every case, the most important first. A failing case doesn't end the stage."""
     left_out, failed = [], {}
     for case in run.cases():
-        if run.seconds_left() < 0.25 * run.options.seconds:  # what the stages behind this one need
+        if run.seconds_left() < 0.25 * run.options.seconds:  # the later stages need this time
             left_out.append(case.title)
             continue
         single = len(case.shapes) == 1 and not run.options.dry_run
@@ -133,7 +133,7 @@ def speed(run: Run) -> dict[str, Any]:
             run.keep(
                 "gpu", case.title, case, StepComparison(case).run(sides, run.device, run.effort)
             )
-        except Exception as error:  # as where all sides' states don't fit into memory
+        except Exception as error:  # for example, all sides' states don't fit into memory
             failed[case.title] = f"{type(error).__name__}: {error}"
         if run.device == "cuda":
             torch.cuda.empty_cache()
@@ -144,7 +144,7 @@ def host(run: Run) -> dict[str, Any]:
     """How long `step()` keeps the host while the device is idle."""
     for case in run.cases():
         if case.workload == "1,000 tensors of 64":
-            # By the host's clock, each step after all that was enqueued before it.
+            # By the host's clock. Each step starts after all earlier work on the device has ended.
             wait = torch.cuda.synchronize if run.device == "cuda" else None
             samples = interleaved(steps_of(case, run), "cpu", run.effort, wait)
             run.keep("host", f"host: {case.title}", case, Outcome(samples, {}))
@@ -167,7 +167,7 @@ def graphs(run: Run) -> dict[str, Any]:
 
 
 def replays_of(case: Case, device: str) -> tuple[dict[str, Step], dict[str, str]]:
-    """A replay of each side's step, or why there is none."""
+    """A function that replays each side's step; or the reason why there is none."""
     params = make_params(case, device)
     replays, failed = {}, {}
     for side in peers.IN_GRAPHS:
@@ -201,12 +201,12 @@ def captured(step: Step) -> Step:
         with torch.cuda.graph(graph):
             step()
     finally:
-        torch.cuda.set_stream(current)  # where a capture fails at its end, torch leaves its own
-    return lambda: (graph.replay(), step)  # which keeps the step's memory alive
+        torch.cuda.set_stream(current)  # if a capture fails at its end, torch leaves its own stream
+    return lambda: (graph.replay(), step)  # the lambda keeps the step's memory alive
 
 
 def variants(run: Run) -> dict[str, Any]:
-    """Our step, built as it ships and built otherwise, in turn."""
+    """Our step, as shipped and with the other builds of gpu_build, in turn."""
     shipped: Any = backends._C
     modules = {OURS: shipped, **built_variants()}
     for case in run.cases():
@@ -216,7 +216,7 @@ def variants(run: Run) -> dict[str, Any]:
         for name, module in modules.items():
             backends._C = module
             steps[name], _ = peers.make_step(OURS, case, make_params(case, run.device))
-            steps[name]()  # which makes the plan: it stays with this module
+            steps[name]()  # makes the plan, which keeps using this module
         backends._C = shipped
         samples = interleaved(steps, run.device, run.effort)
         run.keep("variants", f"built otherwise: {case.title}", case, Outcome(samples, {}))
@@ -224,12 +224,12 @@ def variants(run: Run) -> dict[str, Any]:
 
 
 def built_variants() -> dict[str, Any]:
-    """The extension, built otherwise, as far as it has been."""
+    """The extension's other builds, those that exist."""
     modules = {}
     for name in VARIANTS:
         path = variant_library(name)
         if path.exists():
-            # A package of its own: by one name pybind11 gives the first module again.
+            # In a package of its own: for the same name pybind11 would return the first module.
             package = name.replace(" ", "_")
             spec = importlib.util.spec_from_file_location(f"{package}._C", path)
             assert spec is not None and spec.loader is not None
@@ -239,7 +239,7 @@ def built_variants() -> dict[str, Any]:
 
 
 def memory(run: Run) -> dict[str, Any]:
-    """Bytes beyond parameters, gradients and states: kept between steps, and at most in a step."""
+    """Memory beyond parameters, gradients and states, in bytes: between steps, and the peak."""
     if run.device == "cpu":
         raise RuntimeError("torch counts a GPU's memory only")
     rows = []
@@ -281,7 +281,7 @@ STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
 
 
 def run_stages(run: Run, stages: Iterable[str]) -> Path:
-    """Returns where the report is."""
+    """Runs the stages. Returns the path of the report."""
     for name in stages:
         start = time.perf_counter()
         result: dict[str, Any]
@@ -296,7 +296,7 @@ def run_stages(run: Run, stages: Iterable[str]) -> Path:
         result["stage_seconds"] = round(time.perf_counter() - start, 1)
         print(f"    {result['stage_seconds']} s", flush=True)
         run.report["stages"][name] = result
-        save(run)  # after every stage: whatever ends this program, what was measured stays
+        save(run)  # after every stage, so that results are kept if the program is stopped
     return save(run)
 
 

@@ -1,11 +1,11 @@
-"""A run of a million small steps under a Monitor: does anything grow, and can its log be read?
+"""A run of a million small steps under a Monitor, to see if memory grows and the log can be read.
 
     python benchmarks/long_run.py [--steps 1000000] [--log run.jsonl]
 
-Trains a network of two layers with FusedAdamW, an infinite gradient now and then. Prints how much
-memory the process has at twenty places of the run; then how much time and memory it takes to read
-the log with `fusedopt.read_log` and to draw it with `python -m fusedopt plot`, each in a process of
-its own. Needs Linux, and 350 bytes of disk a step.
+It trains a network of two layers with FusedAdamW; some gradients are infinite. It prints the memory
+of the process at twenty points of the run. Then it prints the time and memory for reading the log
+with `fusedopt.read_log`, and for drawing it with `python -m fusedopt plot`, each in a process of
+its own. It needs Linux, and 350 bytes of disk per step.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch import nn
 
 import fusedopt
 
-LOOKS = 20  # at the memory
-EXPLODES = 10_000  # every so many steps
+LOOKS = 20  # how often the memory is printed
+EXPLODES = 10_000  # every so many steps a gradient is infinite
 READ = """
 import sys, fusedopt
 log = fusedopt.read_log(sys.argv[1])
@@ -86,7 +86,7 @@ def resident_bytes() -> int:
 
 
 def run(title: str, program: str, arguments: Sequence[object]) -> None:
-    """Says what the program printed, how long it took, and how much memory it had at most."""
+    """Runs a program; prints its output, its time, and its peak memory."""
     started = time.perf_counter()
     command = [sys.executable, "-c", program + PEAK, *map(str, arguments)]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout

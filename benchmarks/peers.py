@@ -1,6 +1,6 @@
-"""The sides of a comparison: ours, torch's, and other libraries', each as a function of one step.
+"""The sides of a comparison: our optimizer, torch's, and other libraries'. Each makes a step.
 
-A side that can't run here, or not in this case, raises `Unavailable` and says why.
+A side that can't run on this machine, or not in this case, raises `Unavailable` and says why.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ OUR_TELEMETRY = "fusedopt with telemetry"
 
 
 class Unavailable(Exception):
-    """Why a side can't be measured."""
+    """A side can't be measured; the message says why."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One optimizer, as its users have it.
+    """One optimizer, as its users call it.
 
     Attributes:
-        make: from the case and its parameters to the optimizer.
-        clips: whether its step clips by itself; else a `clip_grad_norm_` comes first.
-        counted: whether all that it moves passes torch's dispatcher (see `traffic`).
-        find_clip: returns that `clip_grad_norm_`.
+        make: makes the optimizer from the case and its parameters.
+        clips: whether its step clips; else `clip_grad_norm_` is called first.
+        counted: whether torch's dispatcher sees all bytes that it moves (see `traffic`).
+        find_clip: returns the library's `clip_grad_norm_`.
     """
 
     make: Callable[[Case, list[Parameter]], Optimizer]
@@ -74,7 +74,7 @@ def torchs(**flags: bool) -> Callable[[Case, list[Parameter]], Optimizer]:
 
 
 def compiled(case: Case, params: list[Parameter]) -> Optimizer:
-    # On a CPU every tensor becomes a loop of its own: about half a second of compilation for each.
+    # On a CPU torch.compile makes a loop for every tensor, which takes about half a second each.
     limit = 200 if params[0].device.type == "cpu" else 2000
     if len(params) > limit:
         raise Unavailable(f"torch.compile takes too long for more than {limit} tensors")
@@ -114,13 +114,13 @@ def optimi(case: Case, params: list[Parameter]) -> Optimizer:
 
 
 def torchao(case: Case, params: list[Parameter]) -> Optimizer:
-    # Its optimizers keep their state in 8 or 4 bits: fewer bytes, other numbers.
+    # Its optimizers keep their state in 8 or 4 bits: they move fewer bytes and give other results.
     cls = attribute(load("torchao.optim"), f"{case.recipe.name}8bit")
     return cls(params, **case.recipe.options)
 
 
 def flashoptim(case: Case, params: list[Parameter]) -> Optimizer:
-    # Its states have 8 bits, and 8 more of a 16-bit parameter are among them: other numbers.
+    # Its states have 8 bits, and 8 more bits of a 16-bit parameter: it gives other results.
     check_on_gpu("flashoptim", params)
     cls = attribute(load("flashoptim"), f"Flash{case.recipe.name}")
     return cls(params, **case.recipe.options)
@@ -151,7 +151,7 @@ SIDES = {
     "torchao 8-bit": Contender(torchao),
     "flashoptim 8-bit": Contender(flashoptim),
 }
-# torch's refuse to be captured in a CUDA graph unless they are made for it.
+# torch's optimizers can't be captured in a CUDA graph unless they are made with capturable=True.
 IN_GRAPHS = {
     OURS: SIDES[OURS],
     "torch fused": Contender(torchs(fused=True, capturable=True)),
@@ -159,7 +159,7 @@ IN_GRAPHS = {
 
 
 def load(module: str) -> ModuleType:
-    """Imports a library that need not be there, whatever it warns of."""
+    """Imports a library that may be missing, and hides its warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -185,7 +185,7 @@ def make_optimizer(
 def make_step(
     name: str, case: Case, params: list[Parameter], sides: Mapping[str, Contender] = SIDES
 ) -> tuple[Step, Optimizer]:
-    """What users of this side call once the gradients are there, and the optimizer."""
+    """The step as users of this side call it after the backward pass, and the optimizer."""
     optimizer = make_optimizer(name, case, params, sides)
     clips = sides[name].clips
     if case.mode == "plain" or (case.mode == "clip" and clips):
@@ -201,7 +201,7 @@ def make_step(
 
     device = params[0].device.type
     scaler_class = fusedopt.GradScaler if name == OUR_SCALER else torch.amp.GradScaler  # type: ignore[attr-defined]
-    # A scale of 1 leaves the gradients as they are, so that they serve every step of every side.
+    # A scale of 1 doesn't change the gradients, so that all steps of all sides can use them.
     scaler = scaler_class(device, init_scale=1.0, growth_interval=2**31 - 1)
     scaler.scale(torch.zeros((), device=device))
 

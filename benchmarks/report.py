@@ -2,8 +2,8 @@
 
     python -m benchmarks.report
 
-What stands between `<!-- bench:NAME -->` and `<!-- /bench -->` is written by this program, from
-benchmarks/results/*.json alone. For each device and suite, the newest file counts.
+This program writes all text between `<!-- bench:NAME -->` and `<!-- /bench -->`, and reads only
+benchmarks/results/*.json. For each device and suite, it uses the newest file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(root: Path = ROOT, folder: Path = results.FOLDER) -> None:
 
 
 def newest(reports: list[Report]) -> dict[tuple[str, str], Report]:
-    """By suite and device: the newest report, with the rows of that suite only."""
+    """The newest report of each suite and device, with the rows of that suite only."""
     found: dict[tuple[str, str], Report] = {}
     for report in reports:
         for suite in {row["suite"] for row in report["rows"]}:
@@ -42,10 +42,10 @@ def newest(reports: list[Report]) -> dict[tuple[str, str], Report]:
 def fill_in(
     text: str, reports: dict[tuple[str, str], Report], page_folder: Path, images: Path
 ) -> str:
-    """The page with every block written anew.
+    """The page with every block replaced.
 
     Raises:
-        ValueError: a block has a name that nothing here writes.
+        ValueError: a block has an unknown name.
     """
 
     def block(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""Result files: raw samples with hardware, versions, date and commit; and what they say."""
+"""Result files: raw samples with hardware, versions, date and commit; their medians and ratios."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 import fusedopt
 
 FOLDER = Path(__file__).parent / "results"
-MAX_SAMPLES = 60  # of a row: more of them say little more, and make the files large
+MAX_SAMPLES = 60  # per row: more would say little more, and make the files large
 LIBRARIES = "torch apex deepspeed bitsandbytes torch-optimi torchao flashoptim".split()
 
 Row = dict[str, Any]
@@ -57,7 +57,7 @@ def new_report(device: str) -> dict[str, Any]:
 
 
 def save(report: dict[str, Any], suites: Iterable[str], folder: Path = FOLDER) -> Path:
-    """Writes a report, a row a line, samples in nanoseconds. Returns where it is."""
+    """Writes a report: one row per line, samples in nanoseconds. Returns the path."""
     folder.mkdir(parents=True, exist_ok=True)
     name = "_".join([*sorted(suites), report["device"], report["date"][:10]])
     path = folder / f"{name}.json"
@@ -68,13 +68,13 @@ def save(report: dict[str, Any], suites: Iterable[str], folder: Path = FOLDER) -
 
 
 def load_all(folder: Path = FOLDER) -> list[dict[str, Any]]:
-    """All reports, the newest last."""
+    """Reads all reports; the newest is the last."""
     reports = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     return sorted(reports, key=lambda report: report["date"])
 
 
 def kept(samples: list[float]) -> list[int]:
-    """Nanoseconds of at most `MAX_SAMPLES` rounds, spread evenly: the same ones for all sides."""
+    """The nanoseconds of at most `MAX_SAMPLES` rounds, evenly spread; the same for all sides."""
     stride = -(-len(samples) // MAX_SAMPLES)
     return [round(sample * 1e9) for sample in samples[::stride]]
 
@@ -84,9 +84,9 @@ def median_seconds(row: Row) -> float:
 
 
 def ratio(row: Row, base: Row) -> tuple[float, float, float]:
-    """How many times as long as `base` a side took: the quartiles of the rounds' ratios.
+    """The quartiles, over the rounds, of the row's time divided by `base`'s time in the same round.
 
-    The two samples of a round lie next to each other in time: what slowed the machine slowed both.
+    The samples of a round are close in time: a slow moment of the machine slows both.
     """
     pairs = zip(row["samples_ns"], base["samples_ns"], strict=True)
     ratios = [theirs / ours for theirs, ours in pairs]

@@ -1,4 +1,4 @@
-"""The step of every optimizer, in the cases that a reader may recognize, against every peer."""
+"""The step of every optimizer on the tensors of well-known models, against every other library."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""How the time of a step grows with the elements, and with the tensors that hold them."""
+"""The time of a step against the number of elements, and against the number of tensors."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What the step is worth in a training run: tokens and images a second."""
+"""The gain of a faster step in a training run: tokens and images per second."""
 
 import pytest
 

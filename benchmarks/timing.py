@@ -1,4 +1,4 @@
-"""How a step is timed: all sides in turn, round by round, from caches in the same condition."""
+"""Times steps: all sides take turns, round by round, with the caches in the same condition."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: for `seconds`, but at least so many rounds."""
+    """How long to measure: for `seconds`, but at least `rounds` rounds."""
 
     seconds: float = 4.0
     rounds: int = 15
@@ -28,11 +28,11 @@ class Effort:
 def interleaved(
     steps: Mapping[str, Step], device: str, effort: Effort, evict: Step | None = None
 ) -> dict[str, list[float]]:
-    """Seconds that each side's step took, one sample a round.
+    """The seconds of each side's step, one sample per round.
 
-    Every round takes one step of each side, each time in another random order, so that neither a
-    slow moment of the machine nor what a neighbor has left in the caches favors anyone. `evict`
-    runs untimed before each step.
+    Every round takes one step of each side, in another random order each time. So neither a slow
+    moment of the machine nor the data that the previous side left in the caches favors a side.
+    `evict` runs before each step and is not timed.
     """
     samples: dict[str, list[float]] = {side: [] for side in steps}
     sides, shuffle = list(steps), random.Random(0).shuffle
@@ -58,8 +58,8 @@ def interleaved(
 def timed(step: Step, device: str) -> float:
     """Seconds from an idle device to the end of the step.
 
-    On a CPU by the host's clock; on a GPU between two events, so that launches that leave the
-    device waiting count as well.
+    A CPU is timed by the host's clock. A GPU is timed between two events: the time in which it
+    waits for a launch counts.
     """
     if device == "cpu":
         start = time.perf_counter_ns()
@@ -103,13 +103,13 @@ def cache_bytes(device: str) -> int:
 
 
 def make_evict(device: str) -> Step:
-    """A read of twice the cache: afterwards it holds nothing of a step, and nothing unwritten."""
+    """Returns a function that reads twice the cache's size, and so evicts a step's data from it."""
     buffer = torch.ones(2 * cache_bytes(device) // 4, device=device)
     return buffer.sum
 
 
-# pytest-benchmark times one test after the other. To compare within one run, the samples are taken
-# beforehand, and its clock is this one: it stands still, and a "step" moves it on by a sample.
+# pytest-benchmark times one test after the other, but we compare all sides within one run. So the
+# samples are taken first, and pytest-benchmark gets this clock: a "step" advances it by one sample.
 _now = 0.0
 
 
@@ -118,7 +118,7 @@ def replay_clock() -> float:
 
 
 def replay(samples: list[float]) -> Step:
-    """A function that takes, by `replay_clock`, as long as the next of these samples."""
+    """Returns a function that advances `replay_clock` by the next of these samples."""
     global _now
     _now = 0.0
     rest = iter(samples)

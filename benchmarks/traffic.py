@@ -1,4 +1,4 @@
-"""How many bytes a step moves, counted from the operators that it calls."""
+"""Counts the bytes that a step moves, from the operators that it calls."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ WRITE_ONLY = ("copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_")
 
 
 class Traffic(TorchDispatchMode):
-    """Adds up what operators read and write: every tensor argument once, and every new result.
+    """Adds up the bytes that operators read and write: each tensor argument and new result once.
 
-    It sees what passes torch's dispatcher: nothing inside a compiled graph, or a library that
-    takes pointers. Caches and temporaries that an operator uses inside itself don't count.
+    It sees only calls that pass torch's dispatcher: nothing inside a compiled graph, or inside a
+    library that takes pointers. Temporary memory inside an operator doesn't count.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ def size_of(tensor: Tensor) -> int:
 
 
 def count(step: Step) -> int:
-    """Bytes that one call of `step` moves."""
+    """The bytes that one call of `step` moves."""
     with torch.no_grad(), Traffic() as traffic:
         step()
     return traffic.bytes

@@ -25,7 +25,7 @@ Loss = Callable[[nn.Module], Tensor]
 
 
 class Transformer(nn.Module):
-    """A language model built as GPT-2 is, of any size: pre-norm blocks, and tied embeddings."""
+    """A language model like GPT-2, of any size: pre-norm blocks, and tied embeddings."""
 
     def __init__(self, vocabulary: int, context: int, width: int, layers: int, heads: int) -> None:
         super().__init__()
@@ -53,8 +53,8 @@ class TrainingComparison:
     """Training with either optimizer, from the same weights, on the same data.
 
     Attributes:
-        unit, units: what a step consumes, and how many of it.
-        setup: from a device to a model and its loss on one batch.
+        unit, units: the name and the number of the items in a batch, such as tokens.
+        setup: makes a model on a device, and its loss on one batch.
     """
 
     title: str
@@ -94,7 +94,7 @@ class TrainingComparison:
 
 
 def transformer_setup(batch: int, length: int, vocabulary: int, width: int, layers: int) -> Any:
-    """A setup on random tokens: what they are doesn't change what a step costs."""
+    """A setup on random tokens: their values don't change the cost of a step."""
 
     def setup(device: str) -> tuple[nn.Module, Loss]:
         model = Transformer(vocabulary, length, width, layers, heads=width // 64).to(device)

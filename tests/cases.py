@@ -1,4 +1,4 @@
-"""The table of what is tested: classes, their torch twins, options that change the formula."""
+"""The table of cases: classes, torch's classes, and the options that change the formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Machine code of CUDA kernels: their instructions, and the loops among them."""
+"""Reads machine code of CUDA kernels: the instructions, and the loops among them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a jump goes."""
+        """The address that a jump goes to."""
         found = re.search(r"0x([0-9a-f]+)\)?$", self.operands)
         return int(found[1], 16) if self.op.startswith("BRA") and found else None
 
     def next(self, following: int) -> list[int]:
-        """Where it goes on. Calls end a way: compilers put only what is rare behind them."""
+        """The possible next addresses. None after a call: compilers call only rare code."""
         if self.op.startswith("BRA"):
             # As in "BRA 0x8ed0", or "BRA P1, 0x8ed0", or "BRA.DIV UR4, 0x8ed0"
             goes_on = self.conditional or "," in self.operands
@@ -43,7 +43,7 @@ Code = list[Instruction]
 
 
 def disassembler() -> str | None:
-    """cuobjdump of the toolkit, of NVIDIA's package of that name, or the one that Triton brings."""
+    """The path of cuobjdump: from the CUDA toolkit, from NVIDIA's package, or from Triton."""
     folders = [*os.get_exec_path(), "/usr/local/cuda/bin"]
     for package, folder in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
         spec = find_spec(package)
@@ -70,8 +70,7 @@ def disassemble(cuobjdump: str, objects: Sequence[Path], architecture: str) -> d
 
 
 def loops(code: Code) -> list[list[str]]:
-    """The operations on the shortest way round each loop: what runs when nothing is out of the
-    ordinary and no option asks for more."""
+    """The operations on the shortest way round each loop: without slow paths and options."""
     index = {it.address: i for i, it in enumerate(code)}
     following = [it.address for it in code[1:]] + [-1]
     found = []

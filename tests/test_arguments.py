@@ -1,4 +1,4 @@
-"""Constructors: torch's own checks, those of ours, and the signatures."""
+"""Constructors: torch's checks, our checks, and the signatures."""
 
 from __future__ import annotations
 

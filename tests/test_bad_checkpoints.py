@@ -1,4 +1,4 @@
-"""A checkpoint that doesn't fit is refused when it is loaded, and nothing has changed then."""
+"""A checkpoint that doesn't fit is refused when it is loaded, and changes nothing."""
 
 from __future__ import annotations
 

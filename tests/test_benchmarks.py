@@ -183,7 +183,7 @@ def test_the_adams_of_a_gpu_are_asked_for_the_same(
 
 
 def made_up_report(device: str = "cpu") -> dict:
-    """Times that no machine gave, for the form alone."""
+    """A report with made-up times, to test its form."""
     made_up = results.new_report("cpu")
     made_up |= {"device": device, "hardware": "made up"}
     comparisons = {

@@ -1,4 +1,4 @@
-"""What is built from which sources, and what comes of a machine that lacks something."""
+"""The build: which objects are made from which sources, also on machines that lack a tool."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limits that adapt themselves, over checkpoints: they go on, or begin anew."""
+"""Adaptive limits and checkpoints: an equal limit keeps its statistics, others start empty."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_checkpoints_with_and_without():
     plain = torch.optim.Adam(params)
     plain.load_state_dict(copy.deepcopy({**saved, "param_groups": plain_groups(saved)}))
     adapts.load_state_dict(plain.state_dict())
-    assert adapts._own["clip_state"] is None  # learns anew
+    assert adapts._own["clip_state"] is None  # starts empty
     saved["param_groups"][0][KEY]["state"] = torch.zeros(2)
     with pytest.raises(ValueError, match=r"state of ZScore.*float64 tensor of shape \(3,\)"):
         fusedopt.FusedAdam(params, max_grad_norm=ZScore()).load_state_dict(saved)
@@ -71,7 +71,7 @@ def test_what_another_limit_has_learned_is_dropped_with_a_warning(other):
 
 
 def test_a_checkpoint_of_version_0_1_goes_on():
-    """It has what the limit has learned beside the groups, as "clip"."""
+    """Its statistics of the limit stand beside the groups, as "clip"."""
     params, saved = learned(PerTensor(warmup=2))
     learned_then = saved["param_groups"][0].pop(KEY)
     old = {**saved, "clip": {key: learned_then[key] for key in ("limit", "state")}}

@@ -1,4 +1,4 @@
-"""Clipping by itself: torch.nn.utils' three functions, for any optimizer: their numbers."""
+"""Clipping alone, by the three functions of torch.nn.utils: their numbers."""
 
 from __future__ import annotations
 

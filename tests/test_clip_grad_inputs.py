@@ -1,4 +1,4 @@
-"""Clipping by itself: what it takes, what comes back, and what is refused with nothing changed."""
+"""Clipping alone: the accepted inputs, the results, and refusals that change nothing."""
 
 from __future__ import annotations
 

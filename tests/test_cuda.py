@@ -1,4 +1,4 @@
-"""What only a GPU can show: graphs, streams, several devices, waiting, and very many elements."""
+"""Tests that need a GPU: graphs, streams, several devices, waiting, and very many elements."""
 
 from __future__ import annotations
 

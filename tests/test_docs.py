@@ -1,4 +1,4 @@
-"""The code in README.md and docs/ runs. Blocks marked "before" show other libraries and don't."""
+"""The code in README.md and docs/ runs, except blocks of other libraries, marked "before"."""
 
 from __future__ import annotations
 
@@ -39,10 +39,12 @@ SECTIONS = [
 
 
 CHECKPOINT = "checkpoint.pt"  # in the folder that a block runs in
+# The variables of torchrun, for a single process. Port 0: any free one.
+TORCHRUN = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
 
 
 def apex_checkpoint(model: torch.nn.Module) -> dict[str, Any]:
-    """As apex's FusedAdam writes it: the step is the group's."""
+    """A checkpoint as apex's FusedAdam writes it: the group has the step."""
     params = list(model.parameters())
     group = {"lr": 1e-3, "bias_correction": True, "betas": (0.9, 0.999), "eps": 1e-8}
     state = {
@@ -54,7 +56,7 @@ def apex_checkpoint(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def bitsandbytes_checkpoint(model: torch.nn.Module) -> dict[str, Any]:
-    """As its 32-bit AdamW writes it."""
+    """A checkpoint as the 32-bit AdamW of bitsandbytes writes it."""
     params = list(model.parameters())
     state = {
         index: {"step": 7, "state1": torch.ones_like(p), "state2": torch.ones_like(p)}
@@ -64,7 +66,7 @@ def bitsandbytes_checkpoint(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def names_for(heading: str, folder: Path) -> dict[str, Any]:
-    """What a block may use without having made it."""
+    """The names that a block may use without defining them."""
     torch.manual_seed(0)
     model, inputs = torch.nn.Linear(8, 4), torch.randn(16, 8)
     names: dict[str, Any] = {
@@ -109,10 +111,14 @@ def names_for(heading: str, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(("heading", "blocks"), SECTIONS)
 def test_code_runs(heading, blocks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
     names = names_for(heading, tmp_path / "output")
     for block in blocks:
         names["loss"] = names["model"](names["inputs"]).square().mean()
         exec(compile(block, f"<{heading}>", "exec"), names)
+        if "DistributedDataParallel" in block:
+            assert names["opt"].grad_norm > 0 and not names["opt"].step_skipped
         if "apex_checkpoint" in block or "bitsandbytes_checkpoint" in block:
             opt = names["opt"]
             names["loss"].backward()
@@ -124,8 +130,16 @@ def test_code_runs(heading, blocks, tmp_path, monkeypatch):
     assert_monitored(heading, names, tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def no_process_group():
+    """A block may begin one; it ends with the block."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def assert_monitored(heading: str, names: dict[str, Any], folder: Path) -> None:
-    """What docs/monitoring.md promises is there."""
+    """The files and values that docs/monitoring.md promises exist."""
     if heading == "To a file":
         assert names["log"].telemetry.step.tolist() == [1, 2, 3, 4]
         assert names["columns"]["grad_norm/weight"].gt(0).all()

@@ -115,7 +115,7 @@ def optimizer_of(case, tensors, **kwargs):
 @pytest.mark.parametrize("tensors", [1, 3, 400])
 @pytest.mark.parametrize("case", CLASSES, ids=str)
 def test_a_step_launches_two_kernels_however_many_tensors(launches, case, tensors):
-    """And before the first step one that carries the tables."""
+    """Before the first step, one more kernel carries the tables."""
     for kwargs in ({"max_grad_norm": 1.0}, {"nonfinite": "skip"}):
         optimizer = optimizer_of(case, tensors, **kwargs)
         assert [launches(optimizer.step) for _ in range(3)] == [3, 2, 2]
@@ -180,7 +180,7 @@ def filled(case, dtype, shapes=ROWS, **kwargs):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CLASSES, ids=str)
 def test_bytes_of_a_step(traffic, case, dtype):
-    """Each gradient is read once a pass, each array updated is read once and written once."""
+    """Each gradient is read once per pass; each updated array is read once and written once."""
     optimizer, count, size = filled(case, dtype, max_grad_norm=1.0)
     arrays = ARRAYS[case.cls]
     norm, update = traffic(optimizer.step)
@@ -209,7 +209,7 @@ def test_bytes_of_telemetry(traffic, dtype):
 
 
 def test_bytes_of_clips_by_tensor_and_by_unit(traffic):
-    """Units need the parameter's norms as well. Gradients are loaded again, from the cache."""
+    """A limit of rows reads parameters too. Gradients are loaded again, from the cache."""
     update = (4 * 4, 3 * 4)
     for limit, measured in ((fusedopt.clip.PerTensor(), 4), (fusedopt.clip.Unit(), 3 * 4)):
         optimizer, count, _ = filled(CLASSES[0], torch.float32, max_grad_norm=limit)
@@ -218,7 +218,7 @@ def test_bytes_of_clips_by_tensor_and_by_unit(traffic):
 
 
 def test_adam_moves_32_bytes_for_each_float32(traffic):
-    """28 without clipping; torch's clip_grad_norm_ and fused Adam move 40."""
+    """It moves 28 without clipping. torch's clip_grad_norm_ and fused Adam move 40."""
     optimizer, count, _ = filled(CLASSES[0], torch.float32, max_grad_norm=1.0)
     assert sum(map(sum, traffic(optimizer.step))) == 32 * count
     optimizer, count, _ = filled(CLASSES[0], torch.float32)

@@ -1,4 +1,4 @@
-"""The recurrent network's gradients explode by themselves, and clipping is what saves it."""
+"""The recurrent network's gradients explode without help, and clipping saves the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which compiled extension is found, and what is said where there is none."""
+"""The compiled extension that is found, and the message if there is none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps where nothing is compiled: torch's own functions, with what the classes promise."""
+"""Steps without compiled kernels: torch's own functions keep the promises of the classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report for a GPU, as far as a CPU can try it: its motions, its words, its failures."""
+"""The report for a GPU, as far as a CPU can test it: its stages, its output, its failures."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_no_time_is_reported_by_name(tmp_path):
 
 
 def dry_run_of(tmp_path, case_seconds: float = 0, **options) -> gpu_stages.Run:
-    """A run in this process, of cases that are next to nothing."""
+    """A run in this process, with tiny cases."""
     given = {"dry_run": True, "case": None, "seconds": 560, "commit": None, "output": tmp_path}
     asked = argparse.Namespace(**given, case_seconds=case_seconds)
     vars(asked).update(options)

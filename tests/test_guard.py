@@ -1,7 +1,7 @@
-"""What a step may cost, in counts that no noise can change; a step that does more fails here.
+"""The cost of a step in counts that noise can't change. A step that does more fails here.
 
-To measure again, after a change that is worth its price: `pytest tests/test_guard.py -rP`, which
-shows what was counted, and put the new counts, with the stated margins, into the constants below.
+If a change is worth a higher cost, run `pytest tests/test_guard.py -rP`, which shows the counts,
+and put the new counts, with the stated margins, into the constants below.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ Counts = dict[int, tuple[int, ...]]  # by the number of steps
 
 
 def per_step(counts: Counts, index: int) -> float:
-    """What twice the steps added: what only some of them do counts in full."""
+    """The difference between twice the steps and the steps, in counts per step."""
     few, many = sorted(counts)
     return (counts[many][index] - counts[few][index]) / (many - few)
 

@@ -54,7 +54,7 @@ def write(path: Path, *lines: str) -> Path:
 
 
 def shown(*command: str) -> tuple[int, str, str]:
-    """The status and what is printed."""
+    """The exit status and the output."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(list(command))

@@ -14,7 +14,7 @@ SMAPS = Path("/proc/self/smaps")
 
 
 def flags_of_memory_at(address: int) -> list[str]:
-    """The kernel's flags of the mapping that holds an address; "hg" is for huge pages wanted."""
+    """Linux's flags of the mapping that holds an address. "hg": huge pages are wanted."""
     inside = False
     for line in SMAPS.read_text().splitlines():
         words = line.split()

@@ -1,4 +1,4 @@
-"""A load that is interrupted, at any moment, leaves the optimizer as it was or as it is to be."""
+"""A load that is interrupted at any moment is either complete or has changed nothing."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Interrupt:
         return self
 
     def run(self, call):
-        """Whether the call came to its end."""
+        """Whether the call ended without an interrupt."""
         before = sys.gettrace()
         sys.settrace(self)
         try:

@@ -17,7 +17,7 @@ def dense(*shape, dtype=torch.float32) -> Tensor:
 
 
 def offset_by(elements: int, *shape, dtype=torch.float32) -> Tensor:
-    """Not aligned as a fresh tensor is: its memory starts some elements later."""
+    """A tensor whose memory starts some elements later, so that it isn't aligned."""
     values = dense(*shape, dtype=dtype)
     flat = torch.zeros(elements + values.numel(), dtype=dtype)
     return flat[elements:].view(shape).copy_(values)
@@ -77,7 +77,7 @@ def same_place(a: Tensor, b: Tensor) -> bool:
 
 
 class Trio:
-    """The same steps on a backend, on the reference and on torch's own class."""
+    """Takes the same steps on a backend, on the reference and with torch's own class."""
 
     def __init__(self, backend, make: Callable[[], list[Tensor]], case, **kwargs):
         self.device = backend.device

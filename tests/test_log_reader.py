@@ -1,4 +1,4 @@
-"""A log is read up to where it is damaged, never with an exception, and says where that is."""
+"""A damaged log is read up to the damage, without an exception, and says where the damage is."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_a_line_of_garbage(suffix, line, garbage, folder):
     inserted=st.binary(max_size=30),
 )
 def test_any_change_of_bytes(suffix, position, removed, inserted, folder):
-    """Nothing is raised but for a first line that isn't one; rows before the change are kept."""
+    """Only a bad first line raises; rows before the changed bytes are kept."""
     whole = content(suffix, folder)
     start = int(position * len(whole))
     path = folder / f"changed{suffix}"

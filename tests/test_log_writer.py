@@ -1,4 +1,4 @@
-"""A log that is continued, and what a Monitor does not write to."""
+"""A Monitor continues a log of its own run, and doesn't touch other files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def log_run(path: Path, steps: int, first_step: int | None, checkpoint: Any = No
 
 
 def assert_steps(path: Path, norms: list[Tensor]) -> None:
-    """The log has these and no others, numbered from 1, for whoever reads it."""
+    """Asserts that every reader finds exactly these steps, numbered from 1."""
     expected = torch.cat(norms)
     rows = read_log(path).telemetry
     assert rows.step.tolist() == list(range(1, len(expected) + 1))

@@ -1,4 +1,4 @@
-"""A Monitor writes every step once, wherever it is asked to, and what it writes can be read."""
+"""A Monitor writes every step once, to any destination, and its output can be read."""
 
 from __future__ import annotations
 

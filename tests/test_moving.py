@@ -1,4 +1,4 @@
-"""What changes between steps is noticed: gradients, states, parameters, groups and options."""
+"""A step notices changed gradients, states, parameters, groups and options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHAPES = [(33,), (4, 5), (16385,)]
 
 
 class Pair:
-    """A backend and the reference, which looks at everything anew at every step."""
+    """Takes steps on a backend and on the reference, which looks everything up at every step."""
 
     def __init__(
         self, backend, cls=fusedopt.FusedAdam, shapes=SHAPES, dtype=torch.float32, **kwargs

@@ -1,4 +1,4 @@
-"""A name belongs to its parameter, wherever a param group lists that."""
+"""A name belongs to its parameter, at any place in the param groups."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def make(names=NAMES, **options):
 
 
 def blamed(optimizer, param):
-    """What a step is said to have been skipped for, if this gradient holds nan."""
+    """The name that `explain()` gives for a skip, if this parameter's gradient holds nan."""
     for group in optimizer.param_groups:
         set_grads(group["params"], 0)
     param.grad.fill_(math.nan)
@@ -191,7 +191,7 @@ def test_a_copy_has_the_names_of_its_own_parameters(copied):
 
 
 class TestNameParams:
-    """`name_params`, for whoever doesn't make the optimizer."""
+    """`name_params` names parameters if other code makes the optimizer."""
 
     def make(self):
         model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))

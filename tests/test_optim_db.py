@@ -19,7 +19,7 @@ INFOS = [info for info in optim_db if info.optim_cls in OURS]
 
 
 def make_model(dtype):
-    """Its layers and parameters: one is frozen now and then, one has no gradient, one is empty."""
+    """A model in which one parameter is sometimes frozen, one has no gradient, one is empty."""
     torch.manual_seed(1)
     norm = torch.nn.BatchNorm2d(2, eps=1e-5, momentum=0.1)
     model = torch.nn.Sequential(torch.nn.Conv2d(4, 2, 1, stride=2), norm).to(dtype)

@@ -12,7 +12,7 @@ import fusedopt
 
 
 def run_both(backend, case, dtype, steps=3, scale=3.0, shapes=None, **kwargs):
-    """The same steps on a backend and on the reference; checks after each that the bits agree."""
+    """Takes the same steps on a backend and on the reference, and compares the bits after each."""
     options = {} if shapes is None else {"shapes": shapes}
     params = make_params(dtype=dtype, device=backend.device, **options)
     expected = [p.detach().clone().requires_grad_() for p in params]
@@ -46,7 +46,7 @@ def test_bits_with_clipping(backend, case, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CLASSES, ids=str)
 def test_bits_in_one_pass(backend, case, dtype):
-    """Nothing of ours asked for: the update pass sums up the norm as it goes."""
+    """Without clipping or a check, the update pass measures the norm."""
     run_both(backend, case, dtype)
 
 

@@ -1,4 +1,4 @@
-"""What `plot` and `watch` show of a run, whatever its length, and what they say of what is none."""
+"""`plot` and `watch` show runs of any length, and say what is wrong with other files."""
 
 from __future__ import annotations
 

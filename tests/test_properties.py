@@ -1,4 +1,4 @@
-"""Whatever is drawn: after every step a backend has the bits and the readings of the reference."""
+"""For random runs, a backend has the bits and readings of the reference after every step."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def options(draw, case):
 
 @st.composite
 def plans(draw):
-    """Everything about a training run, but the values of its tensors."""
+    """Random training runs, without the values of their tensors."""
     case = draw(st.sampled_from(CASES))
     limit = draw(st.sampled_from(LIMITS))
     kinds = LAYOUTS
@@ -149,7 +149,7 @@ def set_grads(optimizer, step, seed):
 
 
 def outcome(optimizer):
-    """What one step leaves to be seen: the parameters named by an error, and the readings."""
+    """The visible results of a step: the parameters that an error names, and the readings."""
     names = None
     try:
         optimizer.step()

@@ -136,7 +136,7 @@ def test_autograd_notices_a_step_between_forward_and_backward(backend, gaps):
 
 @pytest.mark.parametrize("gaps", [False, True])
 def test_step_leaves_alone_what_has_no_gradient(backend, gaps):
-    """A graph over a parameter that the step doesn't change stays good."""
+    """An autograd graph with a parameter that the step doesn't change stays valid."""
     whole = torch.ones(3, 4, device=backend.device)
     param = (whole[:, ::2] if gaps else whole).detach().requires_grad_()
     other = Parameter(torch.ones(3, device=backend.device))
@@ -212,7 +212,7 @@ def test_two_hundred_steps_leave_no_tensors_behind(backend):
 
 
 def test_wrapper_of_a_derived_class_reads_and_sets_the_optimizer_it_wraps(backend):
-    """Lightning and Fabric wrap an optimizer so: our properties then meet an object not ours."""
+    """Lightning and Fabric wrap optimizers like this: `self` isn't our object in our properties."""
 
     class Wrapper:
         def __init__(self, optimizer):

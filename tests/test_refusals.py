@@ -1,4 +1,4 @@
-"""What is refused, in which words, and that a refusal changes nothing."""
+"""Bad input is refused with these messages, and a refusal changes nothing."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_integer_and_complex_gradients(trained):
 
 
 def test_gradient_on_another_device():
-    """By way of the check: autograd lets none of these be assigned without a second device."""
+    """Calls the check itself: autograd refuses such a gradient without a second device."""
     with pytest.raises(RuntimeError, match=r"gradient of 'w' is on meta; .* parameter's cpu"):
         checks.check_grad(torch.zeros(3), torch.zeros(3, device="meta"), "'w'")
 

@@ -1,4 +1,4 @@
-"""A run that was killed and resumed in a new process has the bits of one that was not."""
+"""A run that is killed and resumed in a new process has the bits of an uninterrupted run."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What nvcc has made of the kernels: 16 bytes an access, nothing in local memory, and so many
-instructions for an element."""
+"""nvcc's machine code of the kernels: it accesses 16 bytes at a time, uses no local memory, and has
+no more instructions per element than stated here."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from test_build import ROOT, setup
 
 ARCHITECTURE = "90"
 
-# Counted with nvcc 13.0, at most: 62 and, for float64, 83; a fifth more is allowed for other
-# versions. docs/kernels.md has how many a GPU has time for.
+# With nvcc 13.0 there are at most 62.4, and 83.5 for float64. A fifth more is allowed for other
+# versions. docs/kernels.md tells how many instructions a GPU has time for.
 MAX_INSTRUCTIONS_PER_ELEMENT = {"MUFU.RSQ": 75, "MUFU.RSQ64H": 100}
 
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, Code]:
-    """Instructions by kernel, as they have been built."""
+    """The instructions of each kernel that is built here."""
     cuobjdump, objects = disassembler(), built_objects()
     if cuobjdump is None:
         pytest.skip("no cuobjdump here: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
@@ -33,7 +33,7 @@ def kernels() -> dict[str, Code]:
 
 
 def built_objects() -> list[Path]:
-    """The CUDA kernels' objects that are of these sources and have this architecture."""
+    """The CUDA kernels' objects that are up to date and compiled for this architecture."""
     before = os.getcwd()
     os.chdir(ROOT)  # which the compiler's lists of included files are relative to
     try:
@@ -71,7 +71,7 @@ def test_arrays_are_written_16_bytes_at_a_time(kernels):
 
 
 def test_the_compiler_knows_that_arrays_are_in_global_memory(kernels):
-    """LD and ST, without a G, find out at each access which memory it goes to."""
+    """LD and ST (without a G) are generic: they check the address at each access."""
     for name, code in main_kernels(kernels).items():
         assert count(code, r"(LD|ST)\.E\.128") == 0, name
 
@@ -82,7 +82,7 @@ def test_nothing_lies_in_local_memory(kernels):
 
 
 def test_arguments_are_not_read_one_thread_after_the_other(kernels):
-    """As constants are, by an address that differs from thread to thread."""
+    """Constant memory would serve addresses that differ between threads one after the other."""
     for name, code in kernels.items():
         by_register = [it for it in code if re.search(r"c\[0x0\]\s*\[U?R\d", it.operands)]
         assert not [it for it in by_register if it.op.startswith("LDC")], name
@@ -95,7 +95,7 @@ def test_one_instruction_rounds_two_elements_to_16_bits(kernels):
 
 
 def test_an_element_takes_so_many_instructions(kernels):
-    """Rules with a root take one for each element, by which loops know how many they have."""
+    """These rules take one root per element: the roots in a loop tell its number of elements."""
     found = 0
     for name, code in update_kernels(kernels).items():
         for ops in loops(code):

@@ -1,4 +1,4 @@
-"""What a gradient scaler asks a step for: to unscale, and to skip."""
+"""A step unscales and skips as a gradient scaler asks."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_found_inf_skips_in_every_mode_without_raising(backend, mode, value):
 
 @pytest.mark.parametrize("fused", [None, True])
 def test_stock_scaler_unscales_once(backend, fused):
-    """Also with `fused=True`, where torch's own class asks the scaler to leave it to the step."""
+    """Also with `fused=True`: torch's own class would then ask the scaler not to unscale."""
     params = make_params([(555,)], device=backend.device)
     twins = make_params([(555,)], device=backend.device)
     optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=0.5, fused=fused)

@@ -39,7 +39,7 @@ MAKERS = {
 
 
 def cycles(optimizer):
-    """Whether there is a momentum to cycle, under either of its names."""
+    """Whether the optimizer has a momentum to cycle: `momentum` or `betas`."""
     return bool({"momentum", "betas"} & optimizer.defaults.keys())
 
 

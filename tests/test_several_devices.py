@@ -1,4 +1,4 @@
-"""Parameters on several devices are one step: the emulator's, which share the CPU's memory."""
+"""Parameters on several devices take one step together. The emulator simulates the devices."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SCALES = [1.0, 2.0, math.nan, 8.0, 1.0]
 
 @pytest.fixture
 def several_devices(monkeypatch):
-    """A call makes all tensors that are looked at from then on lie on so many devices."""
+    """A function that spreads all tensors from then on over so many simulated devices."""
     monkeypatch.setattr(backends, "_C", emulated())
     set_count = ctypes.CDLL(emulated().__file__).fusedopt_emulator_devices
     yield set_count

@@ -26,7 +26,7 @@ def train(optimizer, seeds):
 
 
 def make_both(backend, **kwargs):
-    """Ours, and torch's with the same parameters."""
+    """Our optimizer and torch's, with equal parameters."""
     params, twins = (make_params(SHAPES, torch.float64, backend.device) for _ in range(2))
     return (
         backend.make(fusedopt.FusedSGD, params, **{**KWARGS, **kwargs}),
@@ -96,7 +96,7 @@ def test_late_gradients_have_their_own_first_step(backend):
 
 @pytest.mark.parametrize("missing", ["absent", "none", "empty"])
 def test_checkpoint_without_buffers(backend, missing):
-    """torch writes such ones: with momentum=0 the key is absent, older versions wrote None."""
+    """torch writes such checkpoints: with momentum=0 the key is absent, or None in older ones."""
     fused, twin = make_both(backend)
     checkpoint = fused.state_dict()
     if missing != "absent":

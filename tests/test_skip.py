@@ -1,4 +1,4 @@
-"""What a step does with gradients that hold inf or nan."""
+"""Steps with inf or nan in gradients: skip, raise, or propagate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPES = [(7,), (16385,), (1,)]
 
 
 def set_bad_grads(params, seed, bad, value=math.nan):
-    """`bad`: (parameter, element) pairs to plant the value at."""
+    """Writes the value to these gradients; `bad` has (parameter, element) pairs."""
     set_grads(params, seed)
     for index, element in bad:
         params[index].grad.view(-1)[element] = value
@@ -224,7 +224,7 @@ def test_mode_may_change_between_steps(backend):
 
 
 def test_propagate_with_a_limit_multiplies_all_by_nan(backend):
-    """As clip_grad_norm_ does: a norm of nan is a coefficient of nan."""
+    """As clip_grad_norm_ does: a norm of nan gives a coefficient of nan."""
     params = make_params([(7,), (3,)], device=backend.device)
     optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=1.0, nonfinite="propagate")
     set_bad_grads(params, 0, [(0, 2)])

@@ -1,4 +1,4 @@
-"""The layers of csrc: who includes whom, and a border that torch and Python never cross."""
+"""The layers of csrc: the includes that are allowed; only csrc/torch knows torch and Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tensors a load takes over from a checkpoint, as torch does, and which it copies."""
+"""A load takes over the same tensors of a checkpoint as torch does, and copies all others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def checkpoint_of(cls, params, **options):
 
 
 def taken_over(optimizer, checkpoint):
-    """For each state of the checkpoint, whether it is now the optimizer's."""
+    """For each state of the checkpoint, whether the optimizer now uses this tensor."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     return {
         (i, key): optimizer.state[params[i]][key] is value
@@ -225,7 +225,7 @@ def test_a_users_own_state_is_the_same_object_afterwards():
 
 
 class View(UserDict):
-    """A mapping that is no dict."""
+    """A mapping that is not a dict."""
 
 
 @pytest.mark.parametrize("kind", [OrderedDict, View])

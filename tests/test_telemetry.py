@@ -1,4 +1,4 @@
-"""Telemetry: what the last steps measured, by name, at no change of the step."""
+"""Telemetry has the last steps' measurements by name, and doesn't change the step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def columns_of(optimizer):
 
 
 def plant(params, step):
-    """Some of each: gradients that are missing, and inf and nan in one step."""
+    """Removes some gradients, and writes inf and nan to others in one step."""
     params[2].grad = None if step != 1 else params[2].grad
     if step == 2:
         params[6].grad[5] = torch.inf

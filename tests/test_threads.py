@@ -64,7 +64,7 @@ def test_threads_that_each_step_an_optimizer(backend, shapes):
 
 
 def test_readings_and_zero_grad_from_another_thread_during_a_step(backend):
-    """A reading is that of some step, with all gradients, some or none."""
+    """A reading belongs to one step, which may have seen all gradients, some or none."""
     shape = (300,) if backend.name == "emulated" else (LARGE,)
     params = make_params([shape, (7,)], device=backend.device)
     optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=1.0)
@@ -99,7 +99,7 @@ def test_readings_and_zero_grad_from_another_thread_during_a_step(backend):
 
 
 def test_gradient_dropped_during_a_step_stays_until_its_end():
-    """Its memory would go back to the system at once, and reading it would end the process."""
+    """Without this, its memory would go back to the system, and reading it would crash."""
 
     def trained():
         params = make_params([(4 * LARGE,)])
@@ -144,7 +144,7 @@ def test_gradient_dropped_during_a_step_stays_until_its_end():
 
 
 def test_threads_that_step_one_optimizer():
-    """They take turns, also where a parameter is given new memory meanwhile."""
+    """They take turns, even if a parameter gets new memory meanwhile."""
 
     def trained(run):
         params = make_params([(LARGE,), (64, 64)])
@@ -189,7 +189,7 @@ assert open("child", "rb").read() == param.detach().numpy().tobytes()
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing to fork with")
 def test_forked_child_steps_as_its_parent_does(tmp_path):
-    """Though its parent's threads, which OpenMP counts on, are not there."""
+    """The child lacks its parent's threads, which OpenMP expects."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", FORK], cwd=tmp_path, env=environment, check=True)
 

@@ -8,7 +8,7 @@ from cases import CASES, SHAPES, make_params, set_grads, tensors_of
 
 
 def tolerances(case, dtype):
-    """torch's own, but where the formula itself cancels: a centered variance is a difference."""
+    """torch's own tolerances; larger for a centered variance, which is a difference."""
     if case.kwargs.get("centered") and dtype == torch.float32:
         return {"rtol": 1e-4, "atol": 1e-5}
     return {}

@@ -90,7 +90,7 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def numbers_after(word: str, printed: str) -> list[float]:
-    """What an example prints behind a word, line by line."""
+    """The number after a word in each line that an example prints."""
     return [float(number) for number in re.findall(rf"{word}\W+([\d.]+)", printed)]
 
 

@@ -1,4 +1,4 @@
-"""What torch puts around models and optimizers: DDP, ZeRO, averages, parametrizations, hooks."""
+"""torch's wrappers of models and optimizers: DDP, ZeRO, averages, parametrizations, hooks."""
 
 from __future__ import annotations
 

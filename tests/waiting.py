@@ -1,4 +1,4 @@
-"""That nothing waits for the device."""
+"""A check that nothing waits for the device."""
 
 from __future__ import annotations
 

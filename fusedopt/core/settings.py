@@ -59,7 +59,7 @@ class Settings(Optimizer):
         sharding.refuse(self._own["sharded"], *asks_for_norm(value, None))
         with self._lock:  # a step of another thread has the one or the other
             if value != self._own.get("max_grad_norm"):
-                self._own["clip_state"] = None  # another limit learns anew
+                self._own["clip_state"] = None  # another limit starts empty
             self._own["max_grad_norm"] = value
 
     @property

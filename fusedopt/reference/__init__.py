@@ -1,8 +1,8 @@
-"""The step in plain torch: the specification that every compiled backend matches in bits.
+"""The step in plain torch: the specification. Every compiled backend gives the same bits.
 
-Every operation is a single one in float32 (float64 for float64 parameters), rounded once: no fused
-multiply-add, no `alpha=`, no `lerp`. Scalars are computed in float64 and rounded once. The order of
-every sum is a part of the specification: see `fusedopt.reference.norms`.
+Every operation is computed in float32 (float64 for float64 parameters) and rounded by itself: there
+is no fused multiply-add, no `alpha=`, no `lerp`. Scalars are computed in float64 and rounded once.
+The order of every sum is a part of the specification: see `fusedopt.reference.norms`.
 """
 
 from fusedopt.reference.clip_grads import clip_grads, total_norm

@@ -1,4 +1,4 @@
-"""Arithmetic that gives the same bits in Python, C++ and CUDA, and the types that it is done in."""
+"""Arithmetic that gives the same bits in Python, C++ and CUDA, and the types that it uses."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ def power(base: float, exponent: int) -> float:
 
 
 def sqrt(values: Tensor) -> Tensor:
-    """The correctly rounded square root; torch's own on the CPU may be one unit off.
+    """The correctly rounded square root. torch's own on the CPU may be off by one unit.
 
-    That of a float32 is correct by way of float64, whose 53 bits are more than twice 24 (Figueroa,
-    1995, "When is double rounding innocuous?").
+    The root of a float32 is computed in float64 and rounded to float32. This gives the correctly
+    rounded result, as float64's 53 bits are more than twice 24 (Figueroa, 1995, "When is double
+    rounding innocuous?").
     """
     if values.dtype == torch.float32:
         return values.to(torch.float64).sqrt().to(torch.float32)
@@ -35,10 +36,11 @@ def sqrt(values: Tensor) -> Tensor:
 
 
 def scaled(grad: Tensor, factor: float | Tensor) -> Tensor:
-    """A float32 or float64 gradient times a factor (float64, >= 0) that is rounded once.
+    """Multiplies a float32 or float64 gradient by a factor (float64, >= 0) that is rounded once.
 
-    A factor below float32's normal numbers, as huge gradients and a tiny limit give it, is applied
-    in two steps, of which the first is a power of two. A tensor holds a factor per row.
+    Huge gradients and a tiny limit may lead to a factor below float32's normal numbers. Such a
+    factor is applied in two multiplications, the first by a power of two. If `factor` is a tensor,
+    it holds one factor per row.
     """
     factor = torch.as_tensor(factor, dtype=torch.float64, device=grad.device)
     if grad.dtype == torch.float64:
@@ -76,5 +78,5 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def cast_grad(grad: Tensor, param: Tensor) -> Tensor:
-    """A gradient in the dtype that it is read in: its parameter's, or the one computed in."""
+    """The gradient as it is, if it has its parameter's dtype; else in `compute_dtype`."""
     return grad if grad.dtype == param.dtype else grad.to(compute_dtype(param.dtype))

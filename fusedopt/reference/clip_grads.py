@@ -1,4 +1,4 @@
-"""Clipping by itself: the norm of a list of gradients, and their scaling in place."""
+"""Clipping alone: measures the norm of a list of gradients, and scales them in place."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fusedopt.reference.coefficients import clip_coefficient
 
 @torch.no_grad()
 def total_norm(grads: list[Tensor], norm_type: float) -> Tensor:
-    """The norm of the norms of all gradients: 0-d float64 on the first one's device.
+    """The norm over all gradients: 0-d float64, on the first gradient's device.
 
-    Of order 2 it is summed as the module's docstring says. An empty gradient counts as zeros, but
-    with a negative order, where there is no such norm: torch raises a RuntimeError.
+    The norm of order 2 is summed as `fusedopt.reference.norms` says. An empty gradient counts as
+    zeros. It has no norm of a negative order: torch raises a RuntimeError.
     """
     if norm_type == 2.0:
         norm = math.sqrt(norms.sum_of_squares((grad, grad) for grad in grads))
@@ -40,10 +40,10 @@ def clip_grads(
     skip_nonfinite: bool,
     known_norm: Tensor | float | None,
 ) -> tuple[Tensor | None, bool]:
-    """Clips gradients in place, each once however often it is listed.
+    """Clips gradients in place. A gradient that is listed several times is scaled once.
 
     Returns:
-        Their norm (0-d float64; None where there is no gradient), and whether one is float64.
+        Their norm (0-d float64; None if `grads` is empty), and whether any gradient is float64.
     """
     if not grads:
         return None, False

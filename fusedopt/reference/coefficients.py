@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Decision(NamedTuple):
-    """What a step does with its gradients."""
+    """The decision of a step."""
 
     inv_scale: float
     grad_norm: float
@@ -19,7 +19,7 @@ class Decision(NamedTuple):
 
 
 def clip_coefficient(max_norm: float, norm: float) -> float:
-    """What `torch.nn.utils.clip_grad_norm_` multiplies gradients by (Pascanu et al., 2013)."""
+    """The factor of `torch.nn.utils.clip_grad_norm_` (Pascanu et al., 2013)."""
     if max_norm == math.inf:
         return 1.0
     coef = max_norm / (norm + 1e-6)
@@ -27,7 +27,7 @@ def clip_coefficient(max_norm: float, norm: float) -> float:
 
 
 def smaller(own: float, shared: float) -> float:
-    """Of a parameter's own coefficient and that of all; a nan of the latter stays one."""
+    """The smaller of a parameter's own coefficient and the shared one; nan if `shared` is nan."""
     return own if own < shared else shared
 
 

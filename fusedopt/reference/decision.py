@@ -1,4 +1,4 @@
-"""What a step does with its gradients: unscaling and clipping, or a skip."""
+"""The decision of a step: unscale and clip the gradients, or skip."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from fusedopt.reference.limits import AdaptiveClip
 
 
 class StepOptions(NamedTuple):
-    """What one call of `step()` asks for, beside the hyperparameters in the groups."""
+    """The options of one call of `step()`, in addition to the hyperparameters in the groups."""
 
     max_grad_norm: float  # infinity: never clip
-    measure: bool  # the norm is known before the update
-    skip_nonfinite: bool  # leave everything as it was when a gradient holds inf or nan
-    grad_scale: Tensor | None  # one float32: the gradients are to be divided by it
-    found_inf: Tensor | None  # one float32: anything but zero asks for a skip
-    clip: tuple[AdaptiveClip, Tensor] | None = None  # below `max_grad_norm`, and its state
+    measure: bool  # measure the norm before the update
+    skip_nonfinite: bool  # change nothing if a gradient is inf or nan
+    grad_scale: Tensor | None  # one float32; the gradients are divided by it
+    found_inf: Tensor | None  # one float32; non-zero asks for a skip
+    clip: tuple[AdaptiveClip, Tensor] | None = None  # an adaptive limit, and its state
 
     def for_kernels(self) -> tuple[Any, ...]:
-        """The same for a compiled backend."""
+        """The options as a compiled backend takes them."""
         if self.clip is None:
             return self
         limit, state = self.clip
@@ -33,7 +33,7 @@ class StepOptions(NamedTuple):
 
 
 class Control:
-    """Indices into the float64 tensor that a step leaves its readings in."""
+    """The fields of the float64 tensor that a step writes its readings to, and their indices."""
 
     FIELDS = (
         "sum_of_squares",
@@ -50,13 +50,13 @@ class Control:
 
 
 def decide(options: StepOptions, sum_of_squares: float) -> Decision:
-    """Unscaling and clipping, or a skip.
+    """Decides how to unscale and clip the gradients, or to skip the step.
 
-    A float32 squared is exact in float64 and can't overflow: the sum is finite exactly when all
-    gradients are (float64 gradients above 1e154 count as overflow).
+    The square of a float32 is exact in float64 and can't overflow: the sum is finite exactly when
+    all gradients are finite. (float64 gradients above 1e154 count as overflow.)
     """
     inv_scale = 1.0
-    if options.grad_scale is not None:  # in a tensor, as Python's floats refuse to divide by zero
+    if options.grad_scale is not None:  # as a tensor: Python's floats refuse to divide by zero
         inv_scale = options.grad_scale.float().double().reciprocal().item()
     grad_norm = math.sqrt(sum_of_squares) * inv_scale
     limit = options.max_grad_norm

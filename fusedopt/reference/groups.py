@@ -1,4 +1,4 @@
-"""Param groups as torch has them, and what to call the parameters in them."""
+"""torch's param groups, and the names of the parameters in them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PLACE = re.compile(r"parameter \d+ of param group \d+")
 
 
 def distinct_params(param_groups: list[Group]) -> Iterator[tuple[Group, Tensor]]:
-    """Every parameter with its group, once: one that is listed again is updated once."""
+    """Every parameter once, with its group. A parameter that is listed twice is updated once."""
     seen: set[int] = set()
     for group in param_groups:
         for param in group["params"]:
@@ -24,17 +24,17 @@ def distinct_params(param_groups: list[Group]) -> Iterator[tuple[Group, Tensor]]
 
 
 def place_of(group: int, index: int) -> str:
-    """What to call a parameter that has no name. torch wants names for all parameters or none."""
+    """The name for a parameter without one. torch wants names for all parameters or for none."""
     return f"parameter {index} of param group {group}"
 
 
 def is_place(name: object) -> bool:
-    """Whether a name only says where its parameter was listed at some time."""
+    """Whether a name is one that `place_of` has made, for any place."""
     return isinstance(name, str) and _PLACE.fullmatch(name) is not None
 
 
 def own_name(group: Group, index: int) -> Any:
-    """The name that a group has for a parameter; None: it has none, or only a place."""
+    """The group's name for a parameter. None if it has none, or only a place."""
     names = group.get("param_names")
     if not isinstance(names, Sequence) or index >= len(names) or is_place(names[index]):
         return None
@@ -42,14 +42,14 @@ def own_name(group: Group, index: int) -> Any:
 
 
 def name_of(param_groups: list[Group], group: int, index: int) -> str:
-    """What to call a parameter: its name, if it has one, and where it is listed."""
+    """A parameter's name for messages: its own name, if it has one, and its place."""
     where = place_of(group, index)
     name = own_name(param_groups[group], index)
     return where if name is None else f"{name!r} ({where})"
 
 
 def named_params(param_groups: list[Group]) -> Iterator[tuple[Tensor, str]]:
-    """Every parameter once, with its name; where it has none of its own, with its place."""
+    """Every parameter once, with its own name, or else with its place."""
     params: set[int] = set()
     taken: set[str] = set()
     for g, group in enumerate(param_groups):

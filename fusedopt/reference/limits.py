@@ -1,4 +1,4 @@
-"""Limits of the gradient norm that adapt themselves: their formulas, and what they learn."""
+"""Limits of the gradient norm that adapt themselves: their formulas and their statistics."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from fusedopt.reference import norms
 from fusedopt.reference.arithmetic import cast_grad
 from fusedopt.reference.coefficients import Decision, clip_coefficient, smaller
 
-_COUNT, _MEAN, _VARIANCE, _NORMS = range(4)  # of a state, and where the norms begin
+_COUNT, _MEAN, _VARIANCE, _NORMS = range(4)  # indices into a state; the norms begin at _NORMS
 _LIMIT = _MEAN
 
 
 class AdaptiveClip:
-    """What all limits share. Each has a state: float64, on the first parameter's device.
+    """The base of all limits. A limit has a state: float64, on the first parameter's device.
 
-    It is no dataclass, as they are: jsonargparse takes a class_path only for what is none.
+    The limits are dataclasses, but the base is not: jsonargparse accepts a class_path only where
+    the declared class is no dataclass.
 
-    The kernels know each by its `kind`, and its arguments by their order
-    (csrc/core/limits.h).
+    The kernels know a limit by its `kind`, and its arguments by their order (csrc/core/limits.h).
     """
 
     kind: ClassVar[int]
-    part: ClassVar[str | None] = None  # what has a coefficient of its own, in a word
+    part: ClassVar[str | None] = None  # "parameter" or "row", if each has its own coefficient
     max_norm: float
 
     def __post_init__(self) -> None:
@@ -36,22 +36,22 @@ class AdaptiveClip:
             _check_range(self, "max_norm", 0, math.inf)
 
     def arguments(self) -> list[float]:
-        """Its options, as the kernels know them; `max_norm` is a fixed limit's."""
+        """The arguments for the kernels. `max_norm` is none of them: it is a fixed limit."""
         return [
             float(getattr(self, it.name)) for it in fields(cast(Any, self)) if it.name != "max_norm"
         ]
 
     def label(self) -> str:
-        """The same for equal limits, as `repr`, which tells 1 from 1.0, is not."""
+        """A text that is the same for equal limits. `repr` isn't: it tells 1 from 1.0."""
         values = [f"{it.name}={float(getattr(self, it.name))}" for it in fields(cast(Any, self))]
         return f"{type(self).__name__}({', '.join(values)})"
 
     def new_state(self, num_params: int, device: torch.device) -> Tensor:
-        """Of a run that begins."""
+        """The state at the beginning of a run."""
         return torch.zeros(self._state_shape(num_params), dtype=torch.float64, device=device)
 
     def resize(self, state: Tensor | None, num_params: int, device: torch.device) -> Tensor:
-        """What is known, for at least so many parameters on that device; new ones learn anew."""
+        """The state on `device` with room for `num_params` parameters; new ones start from 0."""
         if state is None:
             return self.new_state(num_params, device)
         state = state.to(device)
@@ -62,24 +62,24 @@ class AdaptiveClip:
         return new
 
     def reorder(self, state: Tensor, before: list[Tensor], now: list[Tensor]) -> Tensor:
-        """What is known, when the parameters have other places than before."""
+        """The state after the parameters have changed places: from `before` to `now`."""
         return state
 
     def limit(self, state: Tensor, norm: float) -> float:
-        """The largest global norm that is not clipped, at a step with this one; inf: none."""
+        """The limit of the global norm at a step with the global norm `norm`; inf: no limit."""
         return math.inf
 
     def own_coef(
         self, state: Tensor, index: int, param: Tensor, decision: Decision
     ) -> float | Tensor:
-        """What a parameter's gradient is multiplied by, unless the global limit asks for less.
+        """The coefficient of one parameter's gradient; the global one counts if it is smaller.
 
-        A tensor stands for a coefficient per row, float64, in a shape that broadcasts.
+        A tensor holds a coefficient per row: float64, in a shape that broadcasts.
         """
         return 1.0
 
     def observe(self, state: Tensor, params: list[Tensor], decision: Decision) -> None:
-        """Takes a step that was not skipped into the statistics."""
+        """Adds a step to the statistics. It is called for steps that were not skipped."""
 
     def _state_shape(self, num_params: int) -> tuple[int, ...]:
         return (_NORMS,)
@@ -89,23 +89,23 @@ class AdaptiveClip:
 class Percentile(AdaptiveClip):
     """Clips to a percentile of the norms of the last steps.
 
-    AutoClip (Seetharaman, Wichern, Pardo and Le Roux, 2020, arXiv:2007.14469), whose default of 10
-    is kept:
+    This is AutoClip (Seetharaman, Wichern, Pardo and Le Roux, 2020, arXiv:2007.14469), with its
+    default of 10:
 
         limit_t = percentile(norm_{t-window}, ..., norm_{t-1})      interpolated linearly
 
-    AutoClip takes it over the whole run, and of the current norm as well; here a window bounds the
-    memory, and a spike doesn't raise its own limit.
+    AutoClip takes the percentile of all norms of the run, the current one included. Here a window
+    bounds the memory, and the current norm is not included: a spike doesn't raise its own limit.
 
     Args:
         percentile: from 1 to 100, or 0, the smallest norm. 90, not 0.9.
-        window: over how many steps, up to 4,096. On CUDA one block compares all of them with each
-            other at every step.
-        warmup: so many norms come before there is a limit but `max_norm`.
+        window: how many norms to keep, up to 4,096. On CUDA one block compares each of them with
+            all others at every step.
+        warmup: the number of steps before the limit begins. Until then only `max_norm` counts.
         max_norm: a fixed limit, for all steps.
 
     Raises:
-        TypeError, ValueError: an argument is no number, or outside of its range.
+        TypeError, ValueError: an argument is not a number, or is out of range.
     """
 
     kind = 1
@@ -147,26 +147,26 @@ class Percentile(AdaptiveClip):
 class ZScore(AdaptiveClip):
     """Clips norms that lie too many standard deviations above their running mean.
 
-    ZClip (Kumar, Owen, Chowdhury and Güra, 2025, arXiv:2504.02507), with its defaults and its
-    reciprocal clipping:
+    This is ZClip (Kumar, Owen, Chowdhury and Güra, 2025, arXiv:2504.02507), with its defaults and
+    its reciprocal clipping:
 
         z = (norm - mean) / (std + eps)
         limit = mean + threshold^2 / z * std                        where z > threshold, else none
         mean = alpha mean + (1 - alpha) min(norm, limit)
         var = alpha var + (1 - alpha) (min(norm, limit) - mean)^2
 
-    The mean and variance of the first `warmup` steps begin the statistics. Gradients that explode
-    from the very start need a `max_norm`: these steps have no other limit.
+    The statistics start with the mean and variance of the first `warmup` steps. Set `max_norm` if
+    gradients may explode from the start: the first steps have no other limit.
 
     Args, all by keyword:
-        alpha: how much of the statistics stays from step to step, from 0 to 1.
+        alpha: the share of the statistics that stays from step to step, from 0 to 1.
         threshold: of z, above 0.
         warmup: how many steps.
         eps: keeps z finite.
         max_norm: a fixed limit, for all steps; 1 in ZClip's own code.
 
     Raises:
-        TypeError, ValueError: an argument is no number, or outside of its range.
+        TypeError, ValueError: an argument is not a number, or is out of range.
     """
 
     kind = 2
@@ -214,7 +214,8 @@ class ZScore(AdaptiveClip):
 class PerTensor(AdaptiveClip):
     """Clips every parameter's gradient by a running average of its own norms.
 
-    AdaGC (Wang et al., 2025, arXiv:2502.11034), with its defaults. Of a parameter's gradient g:
+    This is AdaGC (Wang et al., 2025, arXiv:2502.11034), with its defaults. For a parameter's
+    gradient g:
 
         coef = min(1, threshold average / |g|)
         average = beta average + (1 - beta) coef |g|
@@ -222,20 +223,20 @@ class PerTensor(AdaptiveClip):
     While a parameter warms up, the global norm is clipped to `warmup_norm` instead, and
     `average` is the smallest norm so far (after clipping).
 
-    In AdaGC all parameters warm up in the run's first steps; here each does so in the first ones
-    that have a gradient for it, so that layers may join later. A gradient of zeros teaches nothing:
-    an average of zero would clip everything that follows to zero.
+    In AdaGC all parameters warm up in the run's first steps. Here each parameter warms up in its
+    own first steps with a gradient, so that layers may join later. A gradient of zeros is ignored:
+    an average of zero would clip all later gradients to zero.
 
     Args:
         threshold: how many times its average a norm may be.
-        beta: how much of an average stays from step to step, from 0 to 1.
-        warmup: how many steps.
-        warmup_norm: the limit of the global norm meanwhile.
-        max_norm: a fixed limit of the global norm, for all steps. Of the two coefficients the
-            smaller one counts.
+        beta: the share of an average that stays from step to step, from 0 to 1.
+        warmup: the number of steps that a parameter warms up.
+        warmup_norm: the limit of the global norm while a parameter warms up.
+        max_norm: a fixed limit of the global norm, for all steps. The smaller of the two
+            coefficients counts.
 
     Raises:
-        TypeError, ValueError: an argument is no number, or outside of its range.
+        TypeError, ValueError: an argument is not a number, or is out of range.
     """
 
     kind = 3
@@ -256,7 +257,7 @@ class PerTensor(AdaptiveClip):
 
     def own_coef(self, state: Tensor, index: int, param: Tensor, decision: Decision) -> float:
         norm = _grad_norm(param, decision)
-        if norm == 0:  # it never warms up, and is not to be the smallest coefficient
+        if norm == 0:  # such a tensor never warms up; its coefficient must not be the smallest
             return 1.0
         count, average = state[index].tolist()
         if count < self.warmup:
@@ -292,7 +293,7 @@ class PerTensor(AdaptiveClip):
 
 
 def _grad_norm(param: Tensor, decision: Decision) -> float:
-    """A parameter's, unscaled."""
+    """The norm of a parameter's unscaled gradient."""
     norm = norms.norm_of_chunks(norms.chunk_sums(param, param.grad))
     return norm.item() * decision.inv_scale
 
@@ -301,25 +302,26 @@ def _grad_norm(param: Tensor, decision: Decision) -> float:
 class Unit(AdaptiveClip):
     """Clips every row of a gradient by the norm of the parameter's row.
 
-    AGC (Brock, De, Smith and Simonyan, 2021, arXiv:2102.06171), with its defaults. Of a unit's
-    weights w and gradient g:
+    This is AGC (Brock, De, Smith and Simonyan, 2021, arXiv:2102.06171), with its defaults. For a
+    row's weights w and gradient g:
 
         coef = min(1, clipping max(|w|, eps) / |g|)
 
-    A unit is what one index of the first dimension selects: a row of a linear layer, a filter of a
-    convolution. A parameter of fewer than two dimensions is a unit by itself. AGC leaves the last
-    linear layer alone: give it an optimizer without this limit. On the device, a unit takes 24
+    One index of the first dimension selects a row: a row of a linear layer, a filter of a
+    convolution. A parameter with fewer than two dimensions is a single row. AGC does not clip the
+    last linear layer: put it in an optimizer without this limit. On the device, a row takes 24
     bytes of memory.
 
     Args:
-        clipping: how many times its weights' norm a gradient's may be; 0.01 for batches of 4,096,
-            more for smaller ones.
-        eps: the least norm of weights that counts, so that those that start from zero can grow.
-        max_norm: a fixed limit of the global norm. Of the two coefficients the smaller one counts.
+        clipping: how many times its weights' norm a gradient's norm may be. 0.01 suits batches of
+            4,096; smaller batches need more.
+        eps: weights with a smaller norm count as if it were `eps`, so that weights can grow from 0.
+        max_norm: a fixed limit of the global norm. The smaller of the two coefficients counts.
 
     Raises:
-        TypeError, ValueError: an argument is no number, or outside of its range; or (where it is
-            set) a parameter's rows are not contiguous in memory, as a transposed one's are not.
+        TypeError, ValueError: an argument is not a number, or is out of range. Setting the limit
+            also raises if a parameter's rows are not contiguous in memory, such as a transposed
+            parameter's.
     """
 
     kind = 4
@@ -346,7 +348,7 @@ class Unit(AdaptiveClip):
         return (0,)
 
 
-LIMITS = (Percentile, ZScore, PerTensor, Unit)  # others, the kernels don't know
+LIMITS = (Percentile, ZScore, PerTensor, Unit)  # the kernels know no others
 MAX_WINDOW = 4096
 
 
@@ -355,7 +357,7 @@ def _check_range(clip: AdaptiveClip, name: str, low: float, high: float) -> None
     what = f"{type(clip).__name__}'s {name}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{what} is a {type(value).__name__}; expected a number")
-    if type(value) is not int:  # NumPy's float32 would make single precision of the formulas
+    if type(value) is not int:  # with NumPy's float32, formulas would run in single precision
         object.__setattr__(clip, name, value := float(value))
     if not low <= value <= high or (low == 0 and high == math.inf and not 0 < value < math.inf):
         bounds = "a finite number above 0" if high == math.inf else f"from {low} to {high}"

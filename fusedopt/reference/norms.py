@@ -1,22 +1,25 @@
-"""Norms in plain torch, as every compiled backend sums them.
+"""Norms in plain torch, summed as every compiled backend sums them.
 
-The order of a sum is a part of the specification: it makes a norm the same for any number of
+The order of a sum is a part of the specification: the norm has the same bits for any number of
 threads or blocks.
 
 1. A gradient, in its parameter's memory order, is cut into chunks of `CHUNK_SIZE` elements.
 2. The squares of a chunk's elements are summed in float64 in `ROW_BYTES // itemsize` lanes:
    element i is added to lane i % lanes.
-3. Lanes are folded: neighbors are added, then neighbors of these sums, until one is left.
-4. The sums of all chunks of one device's parameters are summed likewise, in `TOTAL_LANES` lanes. A
+3. Lanes are folded: neighboring lanes are added, then neighboring results, until one is left.
+4. The sums of all chunks of one device are summed in the same way in `TOTAL_LANES` lanes. A
    parameter without a gradient counts as zeros. Devices are added in the order of their parameters.
 
-Telemetry sums up the same way, but for the chunks of one parameter, whose sums go to `TENSOR_LANES`
-lanes. The squares of parameters and of their updates are summed in a chunk's lanes in float32
-(float64 for float64 parameters); then the halves of all lanes are added until `TENSOR_LANES` are
-left, which are folded in float64.
+Telemetry and limits of tensors need a parameter's own norm: the sums of its chunks are summed in
+`TENSOR_LANES` lanes.
 
-A clip of single units cuts them where chunks end. The squares of each piece are summed in float64
-in `TENSOR_LANES` lanes, element i of the piece in lane i % lanes, and then the pieces likewise.
+Telemetry sums the squares of parameters and of their updates in a chunk's lanes in float32 (float64
+for float64 parameters). The upper half of the lanes is added to the lower half until `TENSOR_LANES`
+lanes are left; these are folded in float64.
+
+A limit of rows needs a row's norm. A row is cut into parts where chunks end. The squares of each
+part are summed in float64 in `TENSOR_LANES` lanes: element i of the part is added to lane
+i % lanes. Then the sums of the parts are summed in `TENSOR_LANES` lanes too.
 """
 
 from __future__ import annotations
@@ -36,21 +39,21 @@ TENSOR_LANES = 32
 
 
 def in_memory_order(tensor: Tensor, param: Tensor) -> Tensor:
-    """The elements of `tensor`, shaped as `param`, in the order that `param`'s lie in memory."""
+    """The elements of `tensor` (shaped as `param`), in the memory order of `param`: 1-d."""
     strides = torch.empty_like(param, device="meta").stride()
     order = sorted(range(param.dim()), key=lambda dim: -strides[dim])
     return tensor.permute(order).reshape(-1)
 
 
 def fold(lanes: Tensor) -> Tensor:
-    """The sum over the last dimension, whose size is a power of two: neighbors first."""
+    """The sum over the last dimension, whose size is a power of two. Neighbors are added first."""
     while lanes.shape[-1] > 1:
         lanes = lanes[..., 0::2] + lanes[..., 1::2]
     return lanes[..., 0]
 
 
 def in_lanes(terms: Tensor, lanes: int) -> Tensor:
-    """The last dimension, summed in so many lanes: term i in lane i % lanes."""
+    """Sums the last dimension in `lanes` lanes: term i is added to lane i % lanes."""
     rows = max(1, -(-terms.shape[-1] // lanes))
     terms = torch.nn.functional.pad(terms, (0, rows * lanes - terms.shape[-1]))
     total = torch.zeros_like(terms[..., :lanes])
@@ -60,7 +63,7 @@ def in_lanes(terms: Tensor, lanes: int) -> Tensor:
 
 
 def sum_in_lanes(terms: Tensor, lanes: int) -> Tensor:
-    """The sum over the last dimension of a float64 tensor: in lanes, then the lanes."""
+    """The sum over the last dimension of a float64 tensor: first in lanes, then over the lanes."""
     return fold(in_lanes(terms, lanes))
 
 
@@ -73,7 +76,7 @@ def chunk_sums(param: Tensor, grad: Tensor | None) -> Tensor:
 
 
 def sums_of_squares(values: Tensor, param: Tensor) -> Tensor:
-    """The sum of squares of every chunk of values shaped as a parameter, as `chunk_sums`."""
+    """As `chunk_sums`, for any values shaped as the parameter."""
     values = in_memory_order(values, param).to(torch.float64)
     chunks = max(1, -(-values.numel() // CHUNK_SIZE))
     squares = values * values
@@ -83,7 +86,7 @@ def sums_of_squares(values: Tensor, param: Tensor) -> Tensor:
 
 
 def sums_in_single(values: Tensor, param: Tensor) -> Tensor:
-    """As `sums_of_squares`, but lanes are summed in the dtype that is computed in."""
+    """As `sums_of_squares`, but lanes are summed in the dtype of `values`."""
     values = in_memory_order(values, param)
     values = torch.nn.functional.pad(values, (0, -values.numel() % CHUNK_SIZE))
     lanes = ROW_BYTES // param.element_size()
@@ -96,14 +99,14 @@ def sums_in_single(values: Tensor, param: Tensor) -> Tensor:
 
 
 def norm_of_chunks(sums: Tensor) -> Tensor:
-    """A parameter's norm, from the sums of its chunks: 0-d float64."""
+    """The norm of a parameter's gradient or values, from the sums of its chunks: 0-d float64."""
     return sqrt(sum_in_lanes(sums, TENSOR_LANES))
 
 
 def unit_norms(values: Tensor, param: Tensor) -> Tensor:
-    """The norms of values shaped as a parameter, by index of its first dimension: float64.
+    """The norm of every row of values shaped as the parameter: float64, shape (rows,).
 
-    Of one with fewer than two dimensions it is one norm. Shape (units,).
+    A parameter with fewer than two dimensions is a single row.
     """
     units = param.shape[0] if param.dim() > 1 else 1
     if param.numel() == 0:
@@ -124,7 +127,7 @@ def unit_norms(values: Tensor, param: Tensor) -> Tensor:
 
 
 def sum_of_squares(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> float:
-    """Of all gradients of pairs (parameter, gradient), summed as the module's docstring says."""
+    """The sum of squares over all pairs (parameter, gradient), in the specified order."""
     sums_by_device: dict[torch.device, list[Tensor]] = {}
     for param, grad in pairs:
         sums_by_device.setdefault(param.device, []).append(chunk_sums(param, grad))

@@ -1,4 +1,4 @@
-"""What a rule is to the reference: an optimizer's formula in plain torch."""
+"""A rule of the reference: an optimizer's formula in plain torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from fusedopt.reference.groups import Group
 
 @dataclass(frozen=True)
 class Twin:
-    """torch's own function of a rule, for parameters of one group.
+    """torch's own functions for a rule. They update the parameters of one group.
 
-    `step(group, params, grads, states, fused)` updates parameters and states in place; a state has
-    the rule's counter too. `fused_dtypes`: parameters of these dtypes take torch's fused kernels,
-    all others its foreach functions. `suits(group)`: whether the function keeps what our classes
-    promise with these options.
+    Attributes:
+        step: `step(group, params, grads, states, fused)` updates parameters and states in place. A
+            state also has the rule's counter.
+        fused_dtypes: parameters of these dtypes take torch's fused kernels; all others take its
+            foreach functions.
+        suits: `suits(group)` says whether these functions keep the promises of our classes with
+            the group's options.
     """
 
     step: Callable[[Group, list[Tensor], list[Tensor], list[dict[str, Tensor]], bool], None]
@@ -33,17 +36,19 @@ def column(states: list[dict[str, Tensor]], name: str) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Rule:
-    """An optimizer's formula, and what it keeps for every parameter.
+    """An optimizer's formula, and the states that it keeps for every parameter.
 
-    `scalars` are its 0-d float32 states with the values that they start from, `states(group)` the
-    names of those shaped as the parameter. `update(group, scalars, param, grad, states)` returns
-    the new parameter and the new states; all tensors come and go in the type that is computed in.
-    `advance(group, scalars)` returns the scalars of this step, which `update` is given.
-
-    `counter` names the scalar that counts a state's steps. Where torch's twin doesn't keep one, it
-    is not among `scalars` and is kept apart from the state; of a loaded state it starts from 1.
-
-    `twin` updates parameters where nothing is compiled.
+    Attributes:
+        name: the rule's name in csrc/rules.
+        scalars: the names of the 0-d float32 states, with their first values.
+        states: `states(group)` returns the names of the states shaped as the parameter.
+        advance: `advance(group, scalars)` returns the scalars of this step, for `update`.
+        update: `update(group, scalars, param, grad, states)` returns the new parameter and the new
+            states. All tensors have the dtype that the parameter is computed in.
+        counter: the name of the scalar that counts steps. If torch's class keeps no such state, it
+            is not among `scalars`, and it is kept apart from the state. It starts from 1 when a
+            state is loaded.
+        twin: torch's functions, which update parameters where nothing is compiled.
     """
 
     name: str

@@ -18,7 +18,7 @@ from fusedopt.reference.rule import Rule
 
 
 class Rings(Protocol):
-    """Where telemetry goes; see `fusedopt.telemetry.rings.Rings`."""
+    """The tensors that telemetry is written to; see `fusedopt.telemetry.rings.Rings`."""
 
     size: int
     steps: Tensor
@@ -35,7 +35,7 @@ def step(
     control: Tensor,
     rings: Rings | None,
 ) -> None:
-    """One whole step. `control` (float64, shape (7,)) takes the readings; see `Control`."""
+    """Runs one step, and writes its readings to `control` (float64, shape (7,)); see `Control`."""
     pairs = list(distinct_params(param_groups))
     measured = [(param, param.grad) for _, param in pairs if can_be_updated(param)]
     total = norms.sum_of_squares(measured)
@@ -77,9 +77,9 @@ def write_readings(control: Tensor, sum_of_squares: float, decision: Decision) -
 
 
 def coef_of(options: StepOptions, index: int, param: Tensor, decision: Decision) -> float | Tensor:
-    """What a parameter's gradient is clipped by, in float64: the smaller of two coefficients.
+    """The clip coefficient of a parameter, in float64: the smaller of its own and the global one.
 
-    A tensor stands for a coefficient per row, in a shape that broadcasts.
+    A tensor holds a coefficient per row, in a shape that broadcasts.
     """
     if options.clip is None or param.grad is None:
         return decision.clip_coef
@@ -93,7 +93,7 @@ def coef_of(options: StepOptions, index: int, param: Tensor, decision: Decision)
 def record(
     rings: Rings, steps: int, param_groups: list[Group], before: list[Tensor], decision: Decision
 ) -> None:
-    """Writes a step's row of telemetry: of the step, and of every parameter."""
+    """Writes telemetry: the row of the step, and the row of every parameter."""
     row = steps % rings.size
     lrs = [float(group["lr"]) for group in param_groups]
     readings = (decision.grad_norm, decision.clip_coef, float(decision.skip), *lrs)
@@ -108,7 +108,7 @@ def record(
 
 
 def measures(param: Tensor, before: Tensor, decision: Decision) -> Tensor:
-    """What telemetry keeps of a parameter (`telemetry.PARAM_COLUMNS`): shape (6,), float64."""
+    """A parameter's row of telemetry (`telemetry.PARAM_COLUMNS`): float64, shape (6,)."""
     if param.grad is None:
         return torch.full((6,), math.nan, dtype=torch.float64, device=param.device)
     grad = cast_grad(param.grad, param)
@@ -153,7 +153,7 @@ def update(
     state: dict[str, Tensor],
     grad_factor: float | Tensor,
 ) -> None:
-    """Applies a rule to one parameter, in place."""
+    """Applies the rule to one parameter, and changes it and its states in place."""
     assert param.grad is not None
     dtype = compute_dtype(param.dtype)
     names = {*rule.scalars, rule.counter}
