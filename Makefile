@@ -70,14 +70,14 @@ test: $(extension) $(emulator)
 lint: $(tools) $(lint-tools)
 	$(bin)/ruff check
 	$(bin)/ruff format --check
-	$(bin)/clang-format --dry-run -Werror $(cpp) $(filter-out %.py,$(emulation)) $(measuring)
+	$(bin)/clang-format --dry-run -Werror $(filter-out %.py,$(cpp)) $(filter-out %.py,$(emulation)) $(measuring)
 	$(bin)/pyright --project . --pythonpath $(python)
 	$(bin)/lint-imports
 
 format: $(lint-tools)
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
-	$(bin)/clang-format -i $(cpp) $(filter-out %.py,$(emulation)) $(measuring)
+	$(bin)/clang-format -i $(filter-out %.py,$(cpp)) $(filter-out %.py,$(emulation)) $(measuring)
 
 # What a sanitizer says as it ends a test's process, pytest would keep to itself.
 sanitize: $(tools)

@@ -160,7 +160,8 @@ class ChunkUpdate {
       Elements<kCount> singles = arrays_.template load<kCount>(
           [&](auto array) { return array.template load_each<kCount, kThreads>(first, size_); });
       update(
-          singles, [&](T grad, int k) { return scaled_grad(grad, first + k * kThreads); }, kAllStates);
+          singles, [&](T grad, int k) { return scaled_grad(grad, first + k * kThreads); },
+          kAllStates);
       if (telemetry_) {
         squares_.template add<kThreads>(
             first, size_, arrays_.param.template load_each<kCount, kThreads>(first, size_),

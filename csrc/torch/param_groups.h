@@ -33,9 +33,9 @@ class CurrentGroups {
   std::vector<std::pair<py::object, py::object>> groups_;
 };
 
-// Reads the options that the rule names, into `hyperparameters`. A tensor lr on `device` is left there: only its
-// address is taken, so that reading it waits for nothing. Any other tensor is read here and now.
-// May run any Python code.
+// Reads the options that the rule names, into `hyperparameters`. A tensor lr on `device` is left
+// there: only its address is taken, so that reading it waits for nothing. Any other tensor is read
+// here and now. May run any Python code.
 Group read_group(const RuleInfo& rule, const std::vector<PyObject*>& names, PyObject* group,
                  c10::Device device, double* hyperparameters);
 
