@@ -315,8 +315,8 @@ def test_refused(make, error, words):
 
 def test_numbers_of_numpy():
     """In the formulas, a float32 of NumPy's would make single precision of Python's numbers."""
-    limit = Percentile(np.float32(0.1), window=np.int64(20))
-    assert limit == Percentile(float(np.float32(0.1)), window=20)
+    limit = Percentile(np.float32(10.1), window=np.int64(20))
+    assert limit == Percentile(float(np.float32(10.1)), window=20)
     assert type(limit.percentile) is float and type(limit.window) is int
     assert repr(Unit(1)) == "Unit(max_norm=inf, clipping=1, eps=0.001)"
 

@@ -123,7 +123,9 @@ def _load_group(group: Group, saved: Group) -> Group:
     not_loaded = ("params", "param_names", *IMPLEMENTATION)
     options = {key: value for key, value in saved.items() if key not in not_loaded}
     implementation = {key: group[key] for key in IMPLEMENTATION if key in group}
-    return {"params": group["params"], **deepcopy(options), **implementation}
+    params = group["params"]
+    params = params if isinstance(params, list | tuple) else list(params)  # a view has no copy
+    return {"params": params, **deepcopy(options), **implementation}
 
 
 @dataclass(frozen=True)

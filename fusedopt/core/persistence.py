@@ -15,6 +15,7 @@ from fusedopt.core.names import ParamNames, check_named
 from fusedopt.core.provisional_state import ProvisionalState
 from fusedopt.core.readings import Readings
 from fusedopt.core.settings import TORCHS
+from fusedopt.core.state import is_new
 from fusedopt.reference import Control, Group, distinct_params
 from fusedopt.reference.limits import AdaptiveClip
 
@@ -129,8 +130,10 @@ class Persistence(Readings):
             checks.check_options(index, group, self.defaults, self._settings())
         states = checkpoint.load_state(self.rule, groups, read)
         loaded = self._twin()
-        loaded.__setstate__({"state": {}, "param_groups": groups})
-        loaded._own["state"] = states  # torch's classes expect a `step` beside a user's own items
+        # torch's classes expect a `step` in every state, so they see none of a user's items alone.
+        begun = {k: it for k, it in states.items() if isinstance(k, Tensor) and not is_new(it)}
+        loaded.__setstate__({"state": begun, "param_groups": groups})
+        loaded._own["state"] = states
         loaded._own |= {**self._loaded_count(states), **self._loaded_limit(groups, read)}
         attributes = loaded.__dict__
         own = _changed(self._own, attributes.pop("_own"))
