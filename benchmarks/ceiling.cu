@@ -1,4 +1,5 @@
-// Kernels that move a step's bytes and compute next to nothing, to measure how fast a step could be.
+// Kernels that move a step's bytes and compute next to nothing, to measure how fast a step could
+// be.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -56,8 +57,8 @@ cudaError_t launch(const Arrays& arrays, int vectors, int threads, cudaStream_t 
 
 }  // namespace
 
-// Adds `arrays[count - 1]` to the other arrays. Each has `elements` floats, a multiple of 4. A single
-// array is only read. Returns a cudaError_t.
+// Adds `arrays[count - 1]` to the other arrays. Each has `elements` floats, a multiple of 4. A
+// single array is only read. Returns a cudaError_t.
 extern "C" int fusedopt_move(float* const* pointers, int count, int64_t elements, int vectors,
                              int threads, void* stream) {
   if (count < 1 || count > kMaxArrays + 1 || elements % 4 != 0) return cudaErrorInvalidValue;
