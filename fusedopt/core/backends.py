@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedopt import reference
 from fusedopt.core import agreement, extension, fallback
+from fusedopt.core.plan import Plan
 from fusedopt.reference import Group, Rule
-
-if TYPE_CHECKING:
-    from fusedopt._C import Plan
 
 _warned: set[str] = set()
 
@@ -98,7 +96,7 @@ def new_plan(
     state: dict[Tensor, dict[str, Tensor]],
     counters: dict[Tensor, Tensor],
     rings: list[Tensor],
-) -> Plan | fallback.TorchPlan | None:
+) -> Plan | None:
     """What a step looks up once and keeps; None for the reference."""
     if backend == TORCH:
         return fallback.TorchPlan(rule, param_groups, state, counters)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.core.backends import device_type_of
+from fusedopt.core.plan import Plan
 from fusedopt.reference import Group, Rule
 from fusedopt.reference.arithmetic import DTYPES, can_be_updated, compute_dtype, is_subclass
 from fusedopt.reference.groups import name_of
@@ -202,7 +203,7 @@ def check_grad(param: Tensor, grad: Tensor, name: str) -> None:
     check_memory(param, name)
 
 
-def check_shared_memory(plan: Any, param_groups: list[Group]) -> None:
+def check_shared_memory(plan: Plan | None, param_groups: list[Group]) -> None:
     """Refuses two tensors that share memory, where a step would write both at once."""
     found = None if plan is None else plan.shared_memory()
     if found is None:

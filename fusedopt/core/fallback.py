@@ -57,7 +57,7 @@ class Batch:
 
 
 class TorchPlan:
-    """Has the methods of the kernels' `Plan`. Its tensors have been checked and have their states.
+    """A `Plan` without kernels. Its tensors have been checked and have their states.
 
     `step` compares how all tensors look with how they looked then: where they have changed, the
     optimizer checks them and makes a new plan.

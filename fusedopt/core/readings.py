@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from fusedopt.core.fallback import TorchPlan
+from fusedopt.core.plan import Plan
 from fusedopt.core.provisional_state import ProvisionalState
 from fusedopt.core.settings import Settings
 from fusedopt.reference import Control, Rule
 from fusedopt.reference.limits import AdaptiveClip
 from fusedopt.telemetry import PendingTelemetry, Rings, Telemetry, explain
-
-if TYPE_CHECKING:
-    from fusedopt import _C
 
 
 class Readings(Settings):
@@ -27,12 +24,12 @@ class Readings(Settings):
     _backend: str | None
 
     @property
-    def _plan(self) -> _C.Plan | TorchPlan | None:
+    def _plan(self) -> Plan | None:
         """What the compiled backends know of the parameters; None: the next step looks anew."""
         return self._own["plan"]
 
     @_plan.setter
-    def _plan(self, plan: _C.Plan | TorchPlan | None) -> None:
+    def _plan(self, plan: Plan | None) -> None:
         self._own["plan"] = plan
 
     @property

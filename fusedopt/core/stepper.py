@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fusedopt import reference
 from fusedopt.core import backends, checks, sharding, state
-from fusedopt.core.fallback import TorchPlan
+from fusedopt.core.plan import Plan
 from fusedopt.core.readings import Readings
 from fusedopt.core.settings import NonFinite, asks_for_norm
 from fusedopt.core.skip_limit import SkipLimit, TooManySkipsError
@@ -19,9 +18,6 @@ from fusedopt.reference import Control, StepOptions, norms
 from fusedopt.reference.groups import name_of
 from fusedopt.reference.limits import AdaptiveClip
 from fusedopt.telemetry import PARAM_COLUMNS, STEP_COLUMNS, explain
-
-if TYPE_CHECKING:
-    from fusedopt import _C
 
 
 class Stepper(Readings):
@@ -105,7 +101,7 @@ class Stepper(Readings):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _prepare(self) -> tuple[_C.Plan | TorchPlan | None, list[Tensor]]:
+    def _prepare(self) -> tuple[Plan | None, list[Tensor]]:
         """Checks everything, then makes what is missing.
 
         Returns:
