@@ -1,4 +1,4 @@
-"""Limits that adapt themselves: the formulas by hand, equal bits, what is refused."""
+"""The formulas of adaptive limits by hand, equal bits, what is refused."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from cases import CLASSES, DTYPES, assert_same_bits, make_params, set_grads, snapshot, tensors_of
-from limited import LEARNING, LIMITS, OWN, SCALES, UNITS, run
+from limited import LIMITS, OWN, SCALES, UNITS, run
 
 import fusedopt
 from fusedopt.clip import AdaptiveClip, Percentile, PerTensor, Unit, ZScore
-from fusedopt.core.limit_state import KEY
 
 
 @pytest.mark.racecheck
@@ -156,23 +155,6 @@ def test_the_reading_is_the_smallest_coefficient(backend, limit):
     assert f"the most clipped {limit.part} by " in probe.explain()
 
 
-def test_a_layer_that_joins_later_warms_up(backend):
-    params = make_params([(30,), (20,)], device=backend.device)
-    optimizer = backend.make(fusedopt.FusedSGD, params, lr=0.1, max_grad_norm=PerTensor(warmup=2))
-    for step in range(4):
-        set_grads(params, step)
-        if step < 2:
-            params[1].grad = None
-        optimizer.step()
-    assert optimizer._own["clip_state"][:, 0].tolist() == [4, 2]
-    late = make_params([(5, 5)], device=backend.device)
-    optimizer.add_param_group({"params": late})
-    set_grads([*params, *late], 9)
-    params[0].grad.zero_()  # teaches nothing
-    optimizer.step()
-    assert optimizer._own["clip_state"][:, 0].tolist() == [4, 3, 1]
-
-
 def test_rows_that_are_not_contiguous_are_refused(backend):
     transposed = torch.nn.Parameter(torch.randn(4, 6, device=backend.device).t())
     words = r"parameter 0 of param group 0 has shape \(6, 4\) and strides \(1, 6\); Unit"
@@ -203,17 +185,6 @@ def test_rows_of_other_layouts(backend):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("nonfinite", [None, "propagate"])
-@pytest.mark.parametrize("limit", LEARNING, ids=str)
-def test_bad_steps_teach_nothing(backend, limit, nonfinite):
-    params = make_params(device=backend.device)
-    optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=limit, nonfinite=nonfinite)
-    run(optimizer, params, [1.0, 1.1, 0.9, 1.0, 1.0])
-    before = optimizer._own["clip_state"].clone()
-    run(optimizer, params, [math.nan, math.inf])
-    assert torch.equal(optimizer._own["clip_state"], before)
-
-
 class Halved(ZScore):
     """The kernels wouldn't know what it overrides."""
 
@@ -225,19 +196,6 @@ class Halved(ZScore):
 def test_what_is_no_limit_is_refused(value):
     with pytest.raises(TypeError, match=r"max_grad_norm is .*; expected .*fusedopt\.clip's limits"):
         fusedopt.FusedAdam(make_params(), max_grad_norm=value)
-
-
-def test_another_limit_learns_anew(backend):
-    params = make_params(device=backend.device)
-    optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=ZScore(warmup=2))
-    run(optimizer, params, SCALES[:3])
-    optimizer.max_grad_norm = ZScore(warmup=2)
-    assert optimizer._own["clip_state"][0] == 3
-    optimizer.max_grad_norm = Percentile()
-    run(optimizer, params, SCALES[:2])
-    assert optimizer._own["clip_state"][0] == 2
-    optimizer.max_grad_norm = 1.0
-    run(optimizer, params, SCALES[:1])
 
 
 def test_a_limit_is_not_changed_in_the_middle_of_another_threads_step(monkeypatch):
@@ -260,17 +218,6 @@ def test_a_limit_is_not_changed_in_the_middle_of_another_threads_step(monkeypatc
     assert optimizer._own["clip_state"] is None
     run(optimizer, params, [1.0])
     assert optimizer._own["clip_state"].tolist() == [[1, pytest.approx(1.0, rel=1e-4)]]
-
-
-def test_unscaled_norms_are_learned(backend):
-    params = make_params(device=backend.device)
-    states = []
-    for scale in (1.0, 1024.0):
-        optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=ZScore(warmup=2))
-        optimizer.grad_scale = torch.tensor(scale, device=backend.device)
-        run(optimizer, params, [scale * it for it in (1.0, 1.5, 1.25)])
-        states.append(optimizer._own["clip_state"])
-    assert torch.equal(*states)
 
 
 @pytest.mark.parametrize("limit", OWN, ids=str)
@@ -321,20 +268,6 @@ def test_numbers_of_numpy():
     assert repr(Unit(1)) == "Unit(max_norm=inf, clipping=1, eps=0.001)"
 
 
-@pytest.mark.parametrize("limit", LEARNING, ids=str)
-def test_norms_of_zero_teach_nothing(backend, limit):
-    """A limit of zero would clip everything to zero, and learn nothing else ever after."""
-    params = make_params(UNITS, device=backend.device)
-    optimizer = backend.make(fusedopt.FusedSGD, params, max_grad_norm=limit)
-    _, coefs = run(optimizer, params, [0.0] * 6 + [1.0, 1.0])
-    assert min(coefs) > 0
-    twins = make_params(UNITS, device=backend.device)
-    reference = fusedopt.FusedSGD(twins, max_grad_norm=limit, backend="reference")
-    run(reference, twins, [1.0, 1.0], first=6)
-    ours, expected = optimizer._own["clip_state"], reference._own["clip_state"]
-    assert_same_bits({"state": ours.cpu()}, {"state": expected.cpu()})
-
-
 def test_no_state_is_made_in_a_graph(backend, monkeypatch):
     params = make_params([(5,), (6,)], device=backend.device)
     optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=1.0)
@@ -379,23 +312,3 @@ def test_telemetry_of_nothing_but_empty_parameters(backend):
     optimizer = backend.make(fusedopt.FusedAdam, params, max_grad_norm=1.0, telemetry=2)
     optimizer.step()
     assert optimizer.telemetry().grad_norm.tolist() == [0.0]
-
-
-def test_what_is_known_of_a_parameter_goes_along_with_it(backend):
-    params = make_params([(30,), (5,), (7,)], device=backend.device)
-    groups = [{"params": [param]} for param in params]
-    limit = PerTensor(warmup=1, max_norm=100.0)
-    optimizer = backend.make(fusedopt.FusedSGD, groups, lr=0.1, max_grad_norm=limit)
-    run(optimizer, params, [1.0, 1.0])
-    known = optimizer._own["clip_state"].clone()
-    optimizer.param_groups.pop(0)
-    assert torch.equal(optimizer.state_dict()["param_groups"][0][KEY]["state"], known[1:])
-    optimizer.param_groups.pop(0)
-    late = make_params([(9,)], device=backend.device)
-    optimizer.add_param_group({"params": late})
-    run(optimizer, [params[2], *late], [0.5])
-    state = optimizer._own["clip_state"]
-    assert state[:, 0].tolist() == [3, 1]
-    average, norm = known[2, 1].item(), params[2].grad.norm().item()
-    expected = 0.98 * average + 0.02 * min(norm, 1.05 * average)
-    assert state[0, 1].item() == pytest.approx(expected, rel=1e-6)
