@@ -1,7 +1,8 @@
-"""The layers of csrc: the includes that are allowed; only csrc/torch knows torch and Python."""
+"""The layers of csrc, and the length of files and classes; only csrc/torch knows torch."""
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -78,3 +79,32 @@ def test_the_library_of_kernels_loads_without_torch():
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# --- sizes
+ROOT = CSRC.parent
+MAX_FILE, MAX_CLASS = 400, 250  # lines
+
+
+def python_files() -> list[Path]:
+    folders = ("fusedopt", "tests", "benchmarks", "examples")
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def test_no_file_of_the_library_is_too_long():
+    package = [path for path in python_files() if path.is_relative_to(ROOT / "fusedopt")]
+    files = [*sources(), *package]
+    assert len(package) > 40
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert {name: count for name, count in lines.items() if count > MAX_FILE} == {}
+
+
+def test_no_class_is_too_long():
+    lines = {
+        f"{path.relative_to(ROOT)}: {node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for path in python_files()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    assert len(lines) > 50
+    assert {name: count for name, count in lines.items() if count > MAX_CLASS} == {}
