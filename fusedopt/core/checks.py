@@ -89,7 +89,9 @@ def check_telemetry(value: Any) -> int | None:
 
 def check_attribute(owner: type, name: str, value: Any) -> None:
     """Refuses to set what would have no effect: a setting's name with a typo in it, say."""
-    if name == "backend" or (name == "telemetry" and not callable(value)):
+    if name in ("backend", "process_group", "plain") or (
+        name == "telemetry" and not callable(value)
+    ):
         raise AttributeError(f"{name} is an argument of {owner.__name__}, and can't be set later")
     if hasattr(owner, name):
         return

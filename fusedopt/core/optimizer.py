@@ -117,8 +117,6 @@ class FusedOptimizer(Persistence, Stepper):
             "backend": self._backend,
             "telemetry": kept_steps,
             "max_consecutive_skips": self.max_consecutive_skips,
-            "process_group": self._own["process_group"],
-            "plain": self._own["plain"],
         }
         lines = "".join(f"{name}: {value}\n" for name, value in ours.items())
         return f"{super().__repr__()[:-1]}{lines})"
