@@ -1,5 +1,6 @@
 """The compiled extension, csrc/bindings.cpp."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -43,6 +44,7 @@ class Plan:
         found_inf: Tensor | None,
         clip: tuple[int, list[float], Tensor] | None,
         control: Tensor,
+        exchange: Callable[[list[Tensor]], float] | None = None,
     ) -> bool: ...
     def shared_memory(self) -> tuple[tuple[int, int, str], tuple[int, int, str]] | None: ...
     def nonfinite(self) -> list[tuple[int, int]]: ...

@@ -5,6 +5,7 @@ from fusedopt.clip_grad import clip_grad_norm_, clip_grads_with_norm_, get_total
 from fusedopt.core.checks import NonFiniteGradientError
 from fusedopt.core.optimizer import FusedOptimizer
 from fusedopt.core.skip_limit import TooManySkipsError
+from fusedopt.distributed import PeerError
 from fusedopt.grad_scaler import GradScaler
 from fusedopt.monitoring import Monitor, NotALogError, RunLog, read_log
 from fusedopt.optimizers.adam import FusedAdam, FusedAdamW
@@ -27,6 +28,7 @@ __all__ = [
     "NonFiniteGradientError",
     "NotALogError",
     "ParamTelemetry",
+    "PeerError",
     "PendingTelemetry",
     "RunLog",
     "Telemetry",

@@ -56,7 +56,9 @@ class GradScaler(torch.amp.GradScaler):
         state = self._per_optimizer_states[id(optimizer)]
         if state["stage"] is OptState.STEPPED:
             raise RuntimeError("step() has already been called since the last update().")
-        if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+        alone = optimizer._find_ranks() is None  # the others would wait for this rank
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        if alone and all(param.grad is None for param in params):
             raise AssertionError("No inf checks were recorded for this optimizer.")
 
         with self._set_on(optimizer, state):

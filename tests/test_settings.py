@@ -19,6 +19,8 @@ OURS = {
     "backend": "cpu",
     "telemetry": 3,
     "max_consecutive_skips": 3,
+    "process_group": "everyone",
+    "plain": "own",
 }
 
 

@@ -269,14 +269,20 @@ def test_distributed_checkpoint(process_group, case):
     assert_same_bits(tensors_of(again), tensors_of(optimizer))
 
 
-def test_sharded_parameters_are_refused_by_name(process_group):
+def test_sharded_parameters_step_as_plain_ones(process_group):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = make_model()
-    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(TypeError, match=r"'0\.weight' \(parameter 0 of .*DTensor.*plain tensor"):
-        fusedopt.FusedAdam(model.named_parameters())
+    models = [make_model(), make_model()]
+    models[1].load_state_dict(models[0].state_dict())
+    fully_shard(models[1], mesh=init_device_mesh("cpu", (1,)))
+    for model in models:
+        optimizer = fusedopt.FusedAdam(model.named_parameters(), max_grad_norm=1.0)
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    for plain, sharded in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(plain, sharded.full_tensor())
 
 
 @pytest.fixture

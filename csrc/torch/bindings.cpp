@@ -1,4 +1,5 @@
 #include <c10/core/GradMode.h>
+#include <pybind11/functional.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -127,7 +128,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              const std::optional<at::Tensor>& grad_scale,
              const std::optional<at::Tensor>& found_inf,
              std::optional<std::tuple<int, std::vector<double>, at::Tensor>> clip,
-             const at::Tensor& control) {
+             const at::Tensor& control, const Exchange& exchange) {
             std::optional<LimitTensors> limit;
             if (clip.has_value()) {
               auto& [kind, arguments, limit_state] = *clip;
@@ -135,11 +136,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             }
             return step_of(plan, param_groups, state,
                            {max_grad_norm, std::move(limit), measure, skip_nonfinite, grad_scale,
-                            found_inf, control});
+                            found_inf, control, exchange});
           },
           py::arg("param_groups"), py::arg("state"), py::arg("max_grad_norm"), py::arg("measure"),
           py::arg("skip_nonfinite"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("clip"),
-          py::arg("control"));
+          py::arg("control"), py::arg("exchange") = Exchange());
 }
 
 }  // namespace fusedopt

@@ -199,8 +199,11 @@ std::optional<ClipResult> clip_grads(const py::list& tensors, bool of_params, bo
     lock.take(memory);
     return memory;
   };
-  const auto launch = total_norm.has_value() ? launch_update : launch_step;
-  launch(rule, devices, steps, keep_alive);
+  if (total_norm.has_value()) {
+    launch_update(rule, devices, steps, keep_alive);
+  } else {
+    launch_step(rule, devices, steps, keep_alive, {});
+  }
   collector.finish();
   return ClipResult{control_slot(devices[0], offsetof(StepControl, grad_norm)).squeeze(), wide};
 }

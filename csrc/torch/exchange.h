@@ -1,11 +1,16 @@
 // The exchange between the devices of one optimizer in a step.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "torch/device_tensors.h"
 
 namespace fusedopt {
+
+// Other ranks' part of a step: from the sums of every device's chunks to the sum of squares over
+// all ranks. It may raise, and then nothing is updated.
+using Exchange = std::function<double(const std::vector<at::Tensor>&)>;
 
 // Combines the devices' sums of squares (or largest magnitudes) in the order of the devices, and
 // gives every device the result.

@@ -53,6 +53,11 @@ class Launcher {
     for (size_t i = 0; i < devices_.size(); ++i) on_one(devices_[i], steps_[i], call);
   }
 
+  // Keeps all memory of the step until its end.
+  void keep() {
+    if (kept_.empty()) kept_ = keep_alive_();
+  }
+
  private:
   template <class Call>
   void on_one(DeviceTensors& tensors, const StepParams& step, Call call) {
@@ -67,7 +72,7 @@ class Launcher {
       call(step, device);
       return;
     }
-    if (kept_.empty()) kept_ = keep_alive_();
+    keep();
     const GilRelease release;
     call(step, device);
   }
@@ -84,11 +89,29 @@ void update_all(const RuleInfo& rule, Launcher& launcher) {
       [&](const StepParams& step, const Device& device) { return update(rule, step, device); });
 }
 
+// Measures every device, then asks `exchange` for the sum over all ranks, then updates.
+void launch_exchanged(const RuleInfo& rule, Launcher& launcher, std::vector<DeviceTensors>& devices,
+                      const std::vector<StepParams>& steps, const Exchange& exchange) {
+  if (steps[0].telemetry.params != nullptr) exchange_step_number(devices);
+  launcher.on_all(measure);
+  launcher.keep();  // the exchange lets other Python threads run
+  std::vector<at::Tensor> chunk_sums;
+  for (const DeviceTensors& it : devices) chunk_sums.push_back(it.chunk_sums());
+  const double sum_of_squares = exchange(chunk_sums);
+  for (DeviceTensors& it : devices) {
+    control_slot(it, offsetof(StepControl, sum_of_squares)).fill_(sum_of_squares);
+  }
+  update_all(rule, launcher);
+  if (steps[0].chunk_coefs != nullptr && devices.size() > 1) exchange_coefs(devices);
+}
+
 }  // namespace
 
 void launch_step(const RuleInfo& rule, std::vector<DeviceTensors>& devices,
-                 const std::vector<StepParams>& steps, KeepAlive keep_alive) {
+                 const std::vector<StepParams>& steps, KeepAlive keep_alive,
+                 const Exchange& exchange) {
   Launcher launcher(devices, steps, keep_alive);
+  if (exchange) return launch_exchanged(rule, launcher, devices, steps, exchange);
   if (devices.size() == 1) {
     return launcher.on_all(
         [&](const StepParams& step, const Device& device) { return run_step(rule, step, device); });

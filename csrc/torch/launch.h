@@ -3,13 +3,16 @@
 
 #include <vector>
 
+#include "torch/exchange.h"
 #include "torch/keep_alive.h"
 
 namespace fusedopt {
 
 // `steps` has one entry per device. `keep_alive` is called before other Python threads may run.
+// `exchange`: empty, or called between measure and update.
 void launch_step(const RuleInfo& rule, std::vector<DeviceTensors>& devices,
-                 const std::vector<StepParams>& steps, KeepAlive keep_alive);
+                 const std::vector<StepParams>& steps, KeepAlive keep_alive,
+                 const Exchange& exchange);
 
 // Launches the update alone. The norm must be in the controls already.
 void launch_update(const RuleInfo& rule, std::vector<DeviceTensors>& devices,

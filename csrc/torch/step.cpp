@@ -30,7 +30,7 @@ StepParams make_params(DeviceTensors& tensors, bool is_first, const StepCall& ca
   StepOptions& options = step.options;
   options.max_grad_norm = call.max_grad_norm;
   options.skip_nonfinite = call.skip_nonfinite;
-  options.measure = call.measure;
+  options.measure = call.measure || call.exchange;
   options.grad_scale = scalar_on(call.grad_scale, tensors.device, kept);
   options.found_inf = scalar_on(call.found_inf, tensors.device, kept);
   options.limit.kind = kind;
@@ -68,15 +68,36 @@ void load_dense_params(DeviceTensors& tensors) {
 void store_dense_params(DeviceTensors& tensors, bool changed) {
   for (DenseParam& it : tensors.dense_params) {
     if (changed && it.original.defined()) it.original.copy_(it.dense);
-    it.original.reset();
   }
 }
+
+// Lets go of what only a step needs, also where an exchange has refused it.
+class StepEnd {
+ public:
+  explicit StepEnd(std::vector<DeviceTensors>& devices) : devices_(devices) {}
+  StepEnd(const StepEnd&) = delete;
+  StepEnd& operator=(const StepEnd&) = delete;
+  ~StepEnd() {
+    for (DeviceTensors& tensors : devices_) {
+      for (DenseParam& it : tensors.dense_params) it.original.reset();
+      tensors.dense_grads.clear();
+      tensors.limit_state.reset();
+    }
+  }
+
+ private:
+  std::vector<DeviceTensors>& devices_;
+};
 
 }  // namespace
 
 bool step(const RuleInfo& rule, std::vector<DeviceTensors>& devices, const StepCall& call,
           KeepAlive keep_alive) {
-  if (devices.empty()) return false;
+  if (devices.empty()) {
+    if (call.exchange) call.exchange({});  // the other ranks wait for this one
+    return false;
+  }
+  const StepEnd end(devices);
   devices[0].control = call.control;
 
   std::vector<at::Tensor> kept;
@@ -91,13 +112,11 @@ bool step(const RuleInfo& rule, std::vector<DeviceTensors>& devices, const StepC
   }
   const bool gathers = steps.size() > 1 && kind_of(call) == LimitKind::kPerTensor;
   const at::Tensor before = gathers ? call.limit->state.clone() : at::Tensor();
-  launch_step(rule, devices, steps, keep_alive);
+  launch_step(rule, devices, steps, keep_alive, call.exchange);
   if (gathers) gather_limit_states(devices, call.limit->state, before);
   const bool changed = !is_known_skip(devices);
   for (DeviceTensors& tensors : devices) {
     store_dense_params(tensors, changed);
-    tensors.dense_grads.clear();
-    tensors.limit_state.reset();
   }
   return changed;
 }

@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "torch/exchange.h"
 #include "torch/keep_alive.h"
 
 namespace fusedopt {
@@ -26,6 +27,7 @@ struct StepCall {
   std::optional<at::Tensor> grad_scale;  // 0-d; the gradients are divided by it
   std::optional<at::Tensor> found_inf;   // 0-d; non-zero asks for a skip
   at::Tensor control;                    // float64, a StepControl on the first parameter's device
+  Exchange exchange;                     // empty: nothing stands between measure and update
 };
 
 // Runs one step. Call it after the plan has looked up its tensors and gradients. Returns whether

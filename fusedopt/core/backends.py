@@ -13,6 +13,7 @@ from fusedopt import reference
 from fusedopt.core import agreement, extension, fallback
 from fusedopt.core.plan import Plan
 from fusedopt.reference import Group, Rule
+from fusedopt.reference.arithmetic import is_subclass
 
 _warned: set[str] = set()
 
@@ -119,6 +120,8 @@ def clip_grads(
 
 def zeros_like(param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """As torch's, in memory that a step walks fast: a large state lies in huge pages."""
+    if is_subclass(param):  # a DTensor
+        return torch.zeros_like(param, dtype=dtype, requires_grad=False)
     value = torch.empty_like(param, dtype=dtype, requires_grad=False)
     if _C is not None and value.device.type == "cpu":
         _C.prefer_huge_pages(value)

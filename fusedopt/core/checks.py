@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fusedopt.core.backends import device_type_of
 from fusedopt.core.plan import Plan
+from fusedopt.distributed.ranks import PLAIN
 from fusedopt.reference import Group, Rule
 from fusedopt.reference.arithmetic import DTYPES, can_be_updated, compute_dtype, is_subclass
 from fusedopt.reference.groups import name_of
@@ -22,7 +23,10 @@ DTYPE_NAMES = "float32, float64, bfloat16 or float16"
 NONFINITE_MODES = ("skip", "raise", "propagate")
 BACKENDS = ("cuda", "cpu", "reference")
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")  # flags; ignored here
-OURS = ("max_grad_norm", "nonfinite", "backend", "telemetry", "max_consecutive_skips")
+OURS = (
+    *("max_grad_norm", "nonfinite", "backend", "telemetry", "max_consecutive_skips"),
+    *("process_group", "plain"),
+)
 MAX_TELEMETRY = 2**31 - 1
 
 _COUNTS = {"betas": 2}  # how many numbers an option takes; every other takes one
@@ -86,7 +90,9 @@ def check_telemetry(value: Any) -> int | None:
 
 def check_attribute(owner: type, name: str, value: Any) -> None:
     """Refuses to set what would have no effect: a setting's name with a typo in it, say."""
-    if name == "backend" or (name == "telemetry" and not callable(value)):
+    if name in ("backend", "process_group", "plain") or (
+        name == "telemetry" and not callable(value)
+    ):
         raise AttributeError(f"{name} is an argument of {owner.__name__}, and can't be set later")
     if hasattr(owner, name):
         return
@@ -99,6 +105,12 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
     if value is not None and value not in choices:
         expected = ", ".join(map(repr, choices))
         raise ValueError(f"Invalid {name} value: {value!r}; expected one of {expected} or None")
+    return value
+
+
+def check_plain(value: Any) -> str:
+    if value not in PLAIN:
+        raise ValueError(f"Invalid plain value: {value!r}; expected 'replicated' or 'own'")
     return value
 
 
@@ -135,7 +147,7 @@ def check_param(param: Tensor, name: str, backend: str | None) -> None:
     if is_subclass(param):
         raise TypeError(
             f"{name} is a {type(param).__name__}, a tensor subclass with operations of its own; "
-            f"expected a plain tensor{_advice(param)}"
+            "expected a plain tensor or a DTensor"
         )
     if param.layout != torch.strided:
         raise TypeError(f"{name} has layout {param.layout}; expected a dense tensor")
@@ -143,15 +155,6 @@ def check_param(param: Tensor, name: str, backend: str | None) -> None:
         raise TypeError(f"{name} is {param.dtype}; expected {DTYPE_NAMES}")
     check_device(param, name, backend)
     check_writable(param, name)
-
-
-def _advice(param: Tensor) -> str:
-    if type(param).__name__ != "DTensor":
-        return ""
-    return (
-        ". Sharded parameters (FSDP2, tensor parallelism) are not supported: keep torch.optim's "
-        "class for them"
-    )
 
 
 def check_writable(tensor: Tensor, name: str) -> None:

@@ -119,9 +119,10 @@ class TorchPlan:
         found_inf: Tensor | None,
         clip: object | None,
         control: Tensor,
+        exchange: object | None = None,
     ) -> bool:
         """One whole step, or False: then this plan doesn't fit, and nothing has been changed."""
-        if clip is not None or not self._fits(param_groups, state):
+        if clip is not None or exchange is not None or not self._fits(param_groups, state):
             return False
         options = StepOptions(max_grad_norm, measure, skip_nonfinite, grad_scale, found_inf)
         with torch.no_grad():

@@ -14,6 +14,7 @@ from fusedopt.core.names import ParamNames
 from fusedopt.core.persistence import Persistence
 from fusedopt.core.provisional_state import ProvisionalState
 from fusedopt.core.stepper import Stepper
+from fusedopt.distributed import LocalView
 from fusedopt.reference import Group
 from fusedopt.telemetry import Rings
 
@@ -41,9 +42,16 @@ class FusedOptimizer(Persistence, Stepper):
     * `max_consecutive_skips` (int > 0, or None): after so many skipped steps in a row, `step()`
       raises `TooManySkipsError`. It doesn't wait for a GPU, and may notice some steps later.
 
-    All but `backend` and `telemetry` are attributes and may be changed between steps. `foreach`,
-    `fused` and `capturable` are accepted where the twin has them, and change nothing: the step is
-    always fused and capturable.
+    * `process_group` (ProcessGroup, DeviceMesh, or None): the ranks that step together: they have
+      the same norm to the bit, and skip together. None: those of the mesh of the parameters that
+      are DTensors (FSDP2, tensor parallelism); of several meshes, those of their common root.
+    * `plain`: what parameters that are no DTensors are over these ranks: "replicated", the same on
+      all, or "own", each rank's own. A param group with `"counted": False` is clipped and updated,
+      but its gradients are counted on another rank (tied embeddings of pipeline stages).
+
+    All but `backend`, `telemetry`, `process_group` and `plain` are attributes and may be changed
+    between steps. `foreach`, `fused` and `capturable` are accepted where the twin has them, and
+    change nothing: the step is always fused and capturable.
 
     They hold for all param groups: in one of these they are refused.
 
@@ -68,6 +76,8 @@ class FusedOptimizer(Persistence, Stepper):
         backend: Any,
         telemetry: Any,
         max_consecutive_skips: Any,
+        process_group: Any,
+        plain: Any,
     ) -> None:
         """Takes our own arguments. Comes before torch's __init__, which adds the param groups."""
         self._own = {
@@ -81,8 +91,14 @@ class FusedOptimizer(Persistence, Stepper):
             "found_inf": None,
             "skips_for_scaler": False,
             "group_sizes": [],
-            "sharded": sharding.sharding_caller(),
+            "sharded": None,
+            "process_group": process_group,
+            "plain": checks.check_plain(plain),
+            "ranks": None,
+            "view": LocalView(),
         }
+        if not self._knows_ranks():
+            self._own["sharded"] = sharding.sharding_caller()
         self._names = ParamNames()
         self._lock = threading.RLock()
         self.max_grad_norm = max_grad_norm
@@ -116,6 +132,7 @@ class FusedOptimizer(Persistence, Stepper):
 
     def add_param_group(self, param_group: Group) -> None:
         sharded = self._own["sharded"]
+        self._plan = None
         checks.normalize_options(self.defaults)
         super().add_param_group(param_group)
         self._follow_names()

@@ -16,6 +16,7 @@ from fusedopt.core.provisional_state import ProvisionalState
 from fusedopt.core.readings import Readings
 from fusedopt.core.settings import TORCHS
 from fusedopt.core.state import is_new
+from fusedopt.distributed import LocalView
 from fusedopt.reference import Control, Group, distinct_params
 from fusedopt.reference.limits import AdaptiveClip
 
@@ -169,7 +170,7 @@ class Persistence(Readings):
     def __getstate__(self) -> dict[str, Any]:
         self._follow_names()
         kept = ("_backend", "_rings", "_names")
-        own = {**self._own, "plan": None}
+        own = {**self._own, "plan": None, "ranks": None, "view": LocalView()}
         return {"_own": own, **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

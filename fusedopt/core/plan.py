@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -26,8 +27,12 @@ class Plan(Protocol):
         found_inf: Tensor | None,
         clip: Any,
         control: Tensor,
+        exchange: Callable[[list[Tensor]], float] = ...,
     ) -> bool:
-        """One whole step, or False: then this plan doesn't fit, and nothing has been changed."""
+        """One whole step, or False: then this plan doesn't fit, and nothing has been changed.
+
+        `exchange` adds up over ranks: from the sums of chunks, by device, to the sum of squares.
+        """
         ...
 
     def shared_memory(self) -> tuple[TensorPlace, TensorPlace] | None:

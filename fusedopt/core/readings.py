@@ -45,6 +45,8 @@ class Readings(Settings):
             "backend": self._backend,
             "telemetry": None if rings is None else rings.size,
             "max_consecutive_skips": self.max_consecutive_skips,
+            "process_group": own["process_group"],
+            "plain": own["plain"],
         }
 
     @property

@@ -17,6 +17,7 @@ from fusedopt.reference.limits import AdaptiveClip, Unit
 
 TORCHS = ("state", "param_groups", "defaults")  # attributes that a checkpoint or a user replaces
 NonFinite = Literal["skip", "raise", "propagate"]
+Plain = Literal["replicated", "own"]
 
 
 class Settings(Optimizer):

@@ -51,7 +51,8 @@ def refuse(sharded: str | None, *asked: str) -> None:
     if sharded is not None and asked:
         raise RuntimeError(
             f"{' and '.join(asked)} can't be had: {sharded}. As it is, a rank would clip by its "
-            "own norm and skip by itself, which leaves a half-updated model; expected neither "
+            "own norm and skip by itself, which leaves a half-updated model; expected "
+            "process_group=, the ranks that step together, with plain='own', or neither "
             "max_grad_norm nor nonfinite nor fusedopt.GradScaler, without which the update is right"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,16 +12,17 @@ from torch import Tensor
 from fusedopt import reference
 from fusedopt.core import backends, checks, sharding, state
 from fusedopt.core.plan import Plan
-from fusedopt.core.readings import Readings
+from fusedopt.core.rank_stepper import RankStepper
 from fusedopt.core.settings import NonFinite, asks_for_norm
 from fusedopt.core.skip_limit import SkipLimit, TooManySkipsError
+from fusedopt.distributed import Exchange, local_of
 from fusedopt.reference import Control, StepOptions, norms
 from fusedopt.reference.groups import name_of
 from fusedopt.reference.limits import AdaptiveClip
 from fusedopt.telemetry import PARAM_COLUMNS, STEP_COLUMNS, explain
 
 
-class Stepper(Readings):
+class Stepper(RankStepper):
     """The step of every optimizer, without torch's protocol around it."""
 
     _backend: str | None
@@ -33,7 +35,11 @@ class Stepper(Readings):
         plan = own["plan"]
         if [*map(len, own["param_groups"])] != own["group_sizes"]:
             plan = None  # a key that was set since the last step may be one of ours
-        if plan is None or not plan.step(
+        if plan is None:
+            self._find_ranks()
+        if own["ranks"] is not None:
+            options = self._step_over_ranks(mode, plan, options, control)
+        elif plan is None or not plan.step(
             own["param_groups"], own["state"], *options.for_kernels(), control=control
         ):
             options = self._step_anew(mode, control)
@@ -70,22 +76,31 @@ class Stepper(Readings):
             clip=clip,
         )
 
-    def _step_anew(self, mode: NonFinite, control: Tensor) -> StepOptions:
+    def _step_anew(
+        self, mode: NonFinite, control: Tensor, exchange: Exchange | None = None
+    ) -> StepOptions:
         """A step after a change: by a new plan, or by the reference. Returns what it did."""
         plan, new_states = self._prepare()
         self._plan = plan
         options = self._step_options(mode)  # a limit's state may have moved
+        groups, states, counters = self._seen()
+        arguments: dict[str, Any] = {"control": control}
+        if exchange is not None:
+            options = options._replace(found_inf=exchange.found_inf)
+            arguments["exchange"] = exchange
+            exchange.counted = self._counted_chunks()
         if plan is None:
             reference.step(
                 self.rule,
-                self.param_groups,
-                self.state,
-                self._provisional_state.counters,
+                groups,
+                states,
+                counters,
                 options,
                 control,
                 self._rings,
+                exchange,
             )
-        elif not plan.step(self.param_groups, self.state, *options.for_kernels(), control=control):
+        elif not plan.step(groups, states, *options.for_kernels(), **arguments):
             raise RuntimeError("fusedopt: a new plan doesn't fit its parameters; please report")
         if new_states:
             self._settle(new_states, mode, control)
@@ -124,9 +139,9 @@ class Stepper(Readings):
         self._move_clip_state()
         self._own["group_sizes"] = [*map(len, self.param_groups)]
         try:
-            plan = backends.new_plan(
-                backend, self.rule, self.param_groups, self.state, counters, rings
-            )
+            self._look()
+            groups, states, counters = self._seen()
+            plan = backends.new_plan(backend, self.rule, groups, states, counters, rings)
             checks.check_shared_memory(plan, self.param_groups)
         except Exception:
             self._drop_state(new_states)
@@ -136,6 +151,8 @@ class Stepper(Readings):
     def _only_exact(self) -> str | None:
         """What torch's own functions can't do, where no kernels are compiled."""
         limit = self.max_grad_norm
+        if self._own["ranks"] is not None:
+            return "steps over several ranks"
         if isinstance(limit, AdaptiveClip):
             return f"max_grad_norm={limit}"
         return None if self._rings is None else f"telemetry={self._rings.size}"
@@ -159,7 +176,8 @@ class Stepper(Readings):
     def _check_all(self) -> None:
         """Refuses by name what no step can take: groups, parameters, gradients, states."""
         self._follow_names()
-        for index, group in enumerate(self.param_groups):
+        groups, states, _ = self._seen()
+        for index, group in enumerate(groups):
             self._check_group(index)
             checks.check_ranges(index, group, self.defaults)
             for position, param in enumerate(group["params"]):
@@ -167,9 +185,9 @@ class Stepper(Readings):
                 if param.grad is None:  # then its state is left alone, too
                     continue
                 checks.check_grad(param, param.grad, name)
-                if not state.is_new(self.state.get(param)):
-                    checks.check_state(self.rule, group, param, self.state[param], name)
-                    checks.check_state_dtypes(self.rule, group, param, self.state[param], name)
+                if not state.is_new(states.get(param)):
+                    checks.check_state(self.rule, group, param, states[param], name)
+                    checks.check_state_dtypes(self.rule, group, param, states[param], name)
                 elif self.rule.scalars or self.rule.states(group):
                     checks.check_new_state(name, "a step with its gradient")
 
@@ -178,8 +196,11 @@ class Stepper(Readings):
         checks.check_options(index, group, self.defaults, self._settings())
         for position, param in enumerate(group["params"]):
             name = name_of(self.param_groups, index, position)
-            checks.check_param(param, name, self._backend)
-            checks.check_rows(self.max_grad_norm, param, name)
+            self._check_layout(param, name)
+            checks.check_param(local_of(param), name, self._backend)
+            checks.check_rows(self.max_grad_norm, local_of(param), name)
+            if self._knows_ranks():
+                continue
             own["sharded"] = own["sharded"] or sharding.sharded_param(param, name)
         sharding.refuse(own["sharded"], *asks_for_norm(own["max_grad_norm"], own["nonfinite"]))
 
@@ -218,8 +239,12 @@ class Stepper(Readings):
         return not finite and not options.asks_for_skip()
 
     def _nonfinite_error(self) -> checks.NonFiniteGradientError:
+        self._look()
         places = self._nonfinite_places()
+        self._own["view"].end()
         names = [name_of(self.param_groups, g, i) for g, i in places]
+        if self._own["ranks"] is not None:
+            return self._nonfinite_error_over_ranks(names)
         grads = [list(self.param_groups[g]["params"])[i].grad for g, i in places]
         if self._rings is not None:
             return checks.NonFiniteGradientError(names, explain.last_step(self.telemetry()))
@@ -231,7 +256,7 @@ class Stepper(Readings):
             return self._plan.nonfinite()
         return [
             (g, i)
-            for g, group in enumerate(self.param_groups)
+            for g, group in enumerate(self._seen()[0])
             for i, param in enumerate(group["params"])
             if param.grad is not None and not norms.chunk_sums(param, param.grad).isfinite().all()
         ]

@@ -6,12 +6,14 @@ import math
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.nadam import nadam
 from torch.optim.optimizer import ParamsT
 
 from fusedopt.clip import AdaptiveClip
 from fusedopt.core.optimizer import Backend, FusedOptimizer
-from fusedopt.core.settings import NonFinite
+from fusedopt.core.settings import NonFinite, Plain
 from fusedopt.optimizers.moments import moment_options, update_moments
 from fusedopt.reference import Group, Rule, Twin
 from fusedopt.reference.arithmetic import power, sqrt
@@ -119,8 +121,11 @@ class FusedNAdam(FusedOptimizer, torch.optim.NAdam):
         telemetry: the number of steps to keep measurements of, or None.
         max_consecutive_skips: after this number of skipped steps in a row, `step` raises
             `TooManySkipsError`; None never does.
+        process_group: the ranks that step together, a ProcessGroup or a DeviceMesh; None: those
+            of the parameters' mesh, where they are DTensors.
+        plain: what parameters that are no DTensors are over these ranks: "replicated" or "own".
 
-    `FusedOptimizer` says more of these five, and of what is refused.
+    `FusedOptimizer` says more of these seven, and of what is refused.
     """
 
     rule = NADAM
@@ -144,8 +149,18 @@ class FusedNAdam(FusedOptimizer, torch.optim.NAdam):
         backend: Backend | None = None,
         telemetry: int | None = None,
         max_consecutive_skips: int | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None,
+        plain: Plain = "replicated",
     ) -> None:
-        self._configure(max_grad_norm, nonfinite, backend, telemetry, max_consecutive_skips)
+        self._configure(
+            max_grad_norm,
+            nonfinite,
+            backend,
+            telemetry,
+            max_consecutive_skips,
+            process_group,
+            plain,
+        )
         super().__init__(
             params,
             lr,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 from torch.optim.rmsprop import rmsprop
 
 from fusedopt.clip import AdaptiveClip
 from fusedopt.core.optimizer import Backend, FusedOptimizer
-from fusedopt.core.settings import NonFinite
+from fusedopt.core.settings import NonFinite, Plain
 from fusedopt.reference import Group, Rule, Twin, count_step
 from fusedopt.reference.arithmetic import sqrt
 from fusedopt.reference.rule import column
@@ -116,8 +118,11 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
         telemetry: the number of steps to keep measurements of, or None.
         max_consecutive_skips: after this number of skipped steps in a row, `step` raises
             `TooManySkipsError`; None never does.
+        process_group: the ranks that step together, a ProcessGroup or a DeviceMesh; None: those
+            of the parameters' mesh, where they are DTensors.
+        plain: what parameters that are no DTensors are over these ranks: "replicated" or "own".
 
-    `FusedOptimizer` says more of these five, and of what is refused.
+    `FusedOptimizer` says more of these seven, and of what is refused.
     """
 
     rule = RMSPROP
@@ -141,8 +146,18 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
         backend: Backend | None = None,
         telemetry: int | None = None,
         max_consecutive_skips: int | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None,
+        plain: Plain = "replicated",
     ) -> None:
-        self._configure(max_grad_norm, nonfinite, backend, telemetry, max_consecutive_skips)
+        self._configure(
+            max_grad_norm,
+            nonfinite,
+            backend,
+            telemetry,
+            max_consecutive_skips,
+            process_group,
+            plain,
+        )
         super().__init__(
             params,
             lr,

@@ -128,10 +128,15 @@ def unit_norms(values: Tensor, param: Tensor) -> Tensor:
 
 def sum_of_squares(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> float:
     """The sum of squares over all pairs (parameter, gradient), in the specified order."""
-    sums_by_device: dict[torch.device, list[Tensor]] = {}
-    for param, grad in pairs:
-        sums_by_device.setdefault(param.device, []).append(chunk_sums(param, grad))
     total = 0.0
-    for sums in sums_by_device.values():
-        total += sum_in_lanes(torch.cat(sums), TOTAL_LANES).item()
+    for sums in chunk_sums_by_device(pairs):
+        total += sum_in_lanes(sums, TOTAL_LANES).item()
     return total
+
+
+def chunk_sums_by_device(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    """The sums of all chunks of every device, in the order of the parameters."""
+    sums: dict[torch.device, list[Tensor]] = {}
+    for param, grad in pairs:
+        sums.setdefault(param.device, []).append(chunk_sums(param, grad))
+    return [torch.cat(it) for it in sums.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, Protocol
 
@@ -34,11 +35,19 @@ def step(
     options: StepOptions,
     control: Tensor,
     rings: Rings | None,
+    exchange: Callable[[list[Tensor]], float] | None = None,
 ) -> None:
-    """Runs one step, and writes its readings to `control` (float64, shape (7,)); see `Control`."""
+    """Runs one step, and writes its readings to `control` (float64, shape (7,)); see `Control`.
+
+    `exchange` adds up over ranks: from the sums of chunks, by device, to the sum of squares.
+    """
     pairs = list(distinct_params(param_groups))
     measured = [(param, param.grad) for _, param in pairs if can_be_updated(param)]
-    total = norms.sum_of_squares(measured)
+    if exchange is None:
+        total = norms.sum_of_squares(measured)
+    else:
+        total = exchange(norms.chunk_sums_by_device(measured))
+        options = options._replace(measure=True)
     decision = decide(options, total if options.measure else 0.0)
     before = (
         None

@@ -1,0 +1,131 @@
+"""What the kernels see of sharded parameters: param groups and state of this rank's tensors."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt.reference import Group, distinct_params
+from fusedopt.reference.arithmetic import can_be_updated
+from fusedopt.reference.groups import name_of
+from fusedopt.reference.norms import CHUNK_SIZE
+
+States = dict[Tensor, dict[str, Any]]
+
+
+def is_dtensor(value: object) -> bool:
+    """Whether it is torch's DTensor; there is none before its module was imported."""
+    return hasattr(value, "_local_tensor") and hasattr(value, "placements")
+
+
+def local_of(value: Any) -> Any:
+    """This rank's part of a DTensor; anything else as it is."""
+    return value._local_tensor if is_dtensor(value) else value
+
+
+class LocalView:
+    """An optimizer's groups and state as this rank's plain tensors, which share their memory.
+
+    The gradients of sharded parameters are on the local tensors from `look` until `end`.
+    """
+
+    def __init__(self) -> None:
+        self.groups: list[Group] = []
+        self.state: States = {}
+        self.counters: dict[Tensor, Tensor] = {}
+        self._seen: list[Any] = []
+        self._sharded: list[Tensor] = []
+
+    def look(
+        self, param_groups: list[Group], state: States, counters: dict[Tensor, Tensor]
+    ) -> bool:
+        """Looks at everything again. Returns whether all tensors are those of the last look.
+
+        Raises:
+            TypeError: the gradient of a DTensor is none.
+        """
+        seen = list(_objects(param_groups, state))
+        same = len(seen) == len(self._seen) and all(map(operator.is_, seen, self._seen))
+        if not same:
+            self._seen = seen
+            self.groups = [{} for _ in param_groups]
+            self.state = {
+                local_of(key): _local_values(value) if isinstance(value, dict) else value
+                for key, value in state.items()
+            }
+        self.counters = {local_of(param): value for param, value in counters.items()}
+        for own, group in zip(self.groups, param_groups, strict=True):
+            params = own.get("params") or [local_of(param) for param in group["params"]]
+            own.clear()
+            own.update(group, params=params)
+        self._take_grads(param_groups)
+        return same
+
+    def _take_grads(self, param_groups: list[Group]) -> None:
+        for g, group in enumerate(param_groups):
+            for i, param in enumerate(group["params"]):
+                if is_dtensor(param):
+                    local = param._local_tensor
+                    local.grad = _local_grad(param, param_groups, g, i)
+                    if local.grad is not None:
+                        self._sharded.append(local)
+
+    def end(self) -> None:
+        """Lets go of the gradients."""
+        for local in self._sharded:
+            local.grad = None
+        self._sharded.clear()
+
+    def counted_chunks(self, counts: list[bool]) -> list[Tensor]:
+        """By device, which chunks are counted: bool, shape (chunks,), in the kernels' order.
+
+        Args:
+            counts: of every parameter once, whether this rank counts it.
+        """
+        chunks: dict[torch.device, list[Tensor]] = {}
+        params = (param for _, param in distinct_params(self.groups))
+        for param, counted in zip(params, counts, strict=True):
+            if param.device.type in ("cpu", "cuda"):
+                number = -(-param.numel() // CHUNK_SIZE) if can_be_updated(param) else 0
+                chunks.setdefault(param.device, []).append(torch.full((number,), counted))
+        return [torch.cat(it) for it in chunks.values()]
+
+
+def _objects(param_groups: list[Group], state: States) -> Iterable[Any]:
+    """All objects that a view is made of."""
+    for group in param_groups:
+        yield group
+        for param in group["params"]:
+            yield local_of(param)
+    for key, entry in state.items():
+        yield local_of(key)
+        if isinstance(entry, dict):
+            yield from entry.keys()
+            yield from map(local_of, entry.values())
+
+
+def _local_values(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: local_of(value) for key, value in entry.items()}
+
+
+def _local_grad(param: Any, param_groups: list[Group], group: int, index: int) -> Tensor | None:
+    """This rank's part of the gradient, laid out over the mesh as the parameter is.
+
+    A gradient with other placements (`Partial`, in tensor parallelism) is redistributed, which
+    communicates.
+    """
+    grad = param.grad
+    if grad is None:
+        return None
+    if not is_dtensor(grad):
+        raise TypeError(
+            f"the gradient of {name_of(param_groups, group, index)} is a {type(grad).__name__}; "
+            "expected a DTensor, as the parameter is"
+        )
+    if grad.placements != param.placements or grad.device_mesh != param.device_mesh:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return grad._local_tensor

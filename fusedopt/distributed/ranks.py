@@ -1,0 +1,103 @@
+"""The ranks that step together, and which of them counts a parameter's gradient."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusedopt.distributed.local_view import is_dtensor
+from fusedopt.reference import Group, distinct_params
+
+Item = TypeVar("Item")
+
+PLAIN = ("replicated", "own")
+
+
+class Ranks:
+    """The ranks of a process group or a mesh.
+
+    Attributes:
+        groups: to be reduced in turn; one, where a single group holds all ranks.
+        size: how many ranks there are.
+        device: where a message must lie.
+    """
+
+    def __init__(self, of: Any, plain: str) -> None:
+        self._plain = plain
+        is_mesh = isinstance(of, dist.device_mesh.DeviceMesh)
+        members = of.mesh.flatten().tolist() if is_mesh else dist.get_process_group_ranks(of)
+        self.size = len(members)
+        self._members = frozenset(members)
+        self.groups: list[Any] = [of] if not is_mesh else of.get_all_groups()
+        if is_mesh and self.size == dist.get_world_size():
+            self.groups = [dist.group.WORLD]
+        on_cuda = dist.get_backend(self.groups[0]) == "nccl"
+        here = f"cuda:{torch.cuda.current_device()}" if on_cuda else "cpu"
+        self.device = torch.device(here)
+        self._is_first = dist.get_rank() == members[0]
+
+    @staticmethod
+    def of(param_groups: list[Group], process_group: Any, plain: str) -> Ranks | None:
+        """Those that were named, or those of the parameters' mesh. None: this rank steps alone.
+
+        Raises:
+            ValueError: the parameters' meshes have no root in common.
+        """
+        if process_group is not None:
+            return Ranks(process_group, plain)
+        params: list[Any] = [param for _, param in distinct_params(param_groups)]
+        meshes = {param.device_mesh for param in params if is_dtensor(param)}
+        if not meshes:
+            return None
+        if len(meshes) == 1:
+            return Ranks(meshes.pop(), plain)
+        roots = {root_of(mesh) for mesh in meshes}
+        if len(roots) > 1:
+            told = ", ".join(sorted(map(str, roots)))
+            raise ValueError(
+                f"the parameters lie on meshes without a common root: {told}; expected "
+                "process_group=, a process group or mesh of all ranks that step together"
+            )
+        return Ranks(roots.pop(), plain)
+
+    def counts(self, param: Tensor, group: Group) -> bool:
+        """Whether this rank adds its part of the parameter's gradient to the sum of squares."""
+        if not group.get("counted", True):
+            return False
+        if not is_dtensor(param):
+            return self._plain == "own" or self._is_first
+        tensor: Any = param
+        mesh = tensor.device_mesh
+        coordinate = mesh.get_coordinate()
+        if coordinate is None:
+            return False
+        places = zip(coordinate, tensor.placements, strict=True)
+        is_copy = any(place for place, it in places if it.is_replicate())
+        return not is_copy and self._counts_submesh(mesh)
+
+    def _counts_submesh(self, mesh: Any) -> bool:
+        """Along the other dimensions of its root, a submesh's parameters are as plain ones are."""
+        members, root = set(mesh.mesh.flatten().tolist()), root_of(mesh)
+        if self._plain == "own" or members >= self._members or root == mesh:
+            return True
+        first = min(self._members & set(root.mesh.flatten().tolist()))
+        return first in members
+
+    def gather(self, item: Item) -> list[tuple[int, Item]]:
+        """Every rank's item, with its global rank, in the order of the ranks."""
+        items: list[Any] = [(dist.get_rank(), item)]
+        for group in self.groups:
+            found: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(found, items, group=group)
+            items = [it for part in found for it in part]
+        return sorted(items, key=lambda it: it[0])
+
+
+def root_of(mesh: Any) -> Any:
+    """The mesh that this one was cut out of, or itself."""
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    return torch.distributed.device_mesh._mesh_resources.get_root_mesh(mesh)
