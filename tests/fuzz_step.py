@@ -233,7 +233,11 @@ def storage_cut(world, rng):
 def storage_grown(world, rng):
     tensor = world.tensor(rng)
     if tensor is not None and tensor.layout == torch.strided and tensor.device.type == "cpu":
-        tensor.untyped_storage().resize_(tensor.untyped_storage().nbytes() + 64)
+        storage = tensor.untyped_storage()
+        size = storage.nbytes()
+        storage.resize_(size + 64)
+        # What resize_ adds is not initialized: both worlds would hold different numbers.
+        torch.empty(0, dtype=torch.uint8).set_(storage)[size:] = 0
 
 
 @mutation
