@@ -55,10 +55,10 @@ def check_compiler() -> None:
 
 def openmp() -> tuple[list[str], list[str]]:
     """Flags for the compiler and the linker. Without OpenMP, the kernels run in one thread."""
-    if sys.platform != "darwin":
-        return ["-fopenmp"], ["-fopenmp"]
-    apple = ["-Xpreprocessor", "-fopenmp"]  # Apple's clang, with Homebrew's libomp
-    for compiling, linking in ((["-fopenmp"], ["-fopenmp"]), (apple, ["-lomp"])):
+    choices = [(["-fopenmp"], ["-fopenmp"])]
+    if sys.platform == "darwin":  # Apple's clang, with Homebrew's libomp
+        choices.append((["-Xpreprocessor", "-fopenmp"], ["-lomp"]))
+    for compiling, linking in choices:
         if compiler_error(*compiling, *linking) is None:
             return compiling, linking
     say("this compiler has no OpenMP: the CPU kernels will run in one thread")

@@ -103,6 +103,18 @@ def test_a_compiler_that_fails_ends_the_build_with_what_to_do(monkeypatch):
         toolchain.check_compiler()
 
 
+def test_openmp_is_asked_for_where_the_compiler_has_it(monkeypatch, tmp_path, capsys):
+    assert toolchain.openmp() == (["-fopenmp"], ["-fopenmp"])
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *openmp*) exit 1;; esac\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    for platform in ("linux", "darwin"):
+        monkeypatch.setattr(toolchain.sys, "platform", platform)
+        assert toolchain.openmp() == ([], [])
+    assert "no OpenMP" in capsys.readouterr().err
+
+
 def test_without_torch_there_are_metadata_but_no_build(tmp_path):
     """As in pip's isolated environment: setup.py runs, and says how to build without one."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):

@@ -91,17 +91,29 @@ def test_why_nothing_is_compiled(tmp_path, sources, missing):
 
 
 @pytest.mark.parametrize(
-    ("built", "expected"),
+    ("built", "loads"),
     [
-        ("2.13.0+cpu", "is compiled for torch 2.13.0+cpu, but torch 2.15.0 runs here (no symbol)"),
-        ("2.15.1", "can't be imported (no symbol)"),
-        (None, "can't be imported (no symbol)"),
+        ("2.13.0+cpu", False),
+        ("2.1.0", False),
+        ("2.15.1", True),
+        ("2.15.0+cu130", True),
+        (None, True),
     ],
 )
-def test_torch_of_another_minor_version_is_named(tmp_path, built, expected):
-    path = tmp_path / f"_C{EXTENSION_SUFFIXES[0]}"
-    why = extension.why_broken(path, {"torch": built}, "2.15.0", ImportError("no symbol"))
-    assert why == f"{path} {expected}. Build it again: `{extension.INSTALL}` in the source folder"
+def test_an_extension_of_another_minor_version_of_torch_is_not_loaded(
+    tmp_path, monkeypatch, built, loads
+):
+    """Even where it could be: what it knows of torch's memory may be wrong."""
+    module = types.ModuleType("_C")
+    monkeypatch.setattr(extension, "_load", lambda name, file: module)
+    package = make_package(tmp_path, True, torch=built)
+    found = extension.find("2.15.0", package, [])
+    assert (found.module is module) == loads and found.broken != loads
+    if not loads:
+        path = package / f"_C{EXTENSION_SUFFIXES[0]}"
+        cause = f"is compiled for torch {built}, but torch 2.15.0 runs here"
+        expected = f"{path} {cause}. Build it again: `{extension.INSTALL}` in the source folder"
+        assert found.reason == expected
 
 
 def test_a_file_that_cannot_be_imported_is_broken(tmp_path):

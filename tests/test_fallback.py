@@ -113,6 +113,16 @@ def test_a_gradient_of_1e30_is_clipped_and_not_taken_for_an_overflow(dtype):
     assert sum(moved).sqrt().item() == pytest.approx(1.0, rel=tolerance)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12, 1e30])
+def test_the_norm_is_read_right_where_nothing_depends_on_it(scale):
+    """Without a limit it may be summed in float32, but not where its squares don't fit there."""
+    optimizer = run(fusedopt.FusedSGD, 1, scale=scale)
+    grads = [param.grad for group in optimizer.param_groups for param in group["params"]]
+    expected = torch.cat([grad.double().flatten() for grad in grads]).norm()
+    torch.testing.assert_close(optimizer.grad_norm, expected.float(), rtol=1e-5, atol=0)
+    assert not optimizer.step_skipped
+
+
 def test_gradients_are_not_written():
     optimizer = run(fusedopt.FusedAdamW, 1, max_grad_norm=1e-3)
     expected = make_params(SHAPES)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import math
 
 import pytest
 import torch
@@ -224,6 +226,36 @@ def test_state_that_does_not_fit(trained, change, error, words):
     for param, state in trained.state.items():
         assert all(value is before[param][key] for key, value in state.items())
     assert params_of(trained)[2] not in trained.state
+
+
+@pytest.mark.parametrize(
+    "state", [1, [2], torch.ones(2), collections.UserDict(step=1)], ids=lambda it: type(it).__name__
+)
+def test_state_that_is_no_dict_is_refused_by_name(trained, state):
+    trained.state[params_of(trained)[0]] = state
+    with pytest.raises(TypeError, match=f"'first'.* is a {type(state).__name__}; expected a dict"):
+        trained.step()
+
+
+@pytest.mark.parametrize("cls", [fusedopt.FusedAdam, fusedopt.FusedSGD])
+@pytest.mark.parametrize("grad", [1.0, math.inf], ids=["step", "skip"])
+@pytest.mark.parametrize("state", [None, collections.UserDict(), collections.UserDict(mine=1)])
+def test_state_without_anything_of_ours_becomes_a_dict(backend, cls, grad, state):
+    """One that a user put there before the first step, with whatever else is in it."""
+    param = torch.ones(3, device=backend.device, requires_grad=True)
+    param.grad = torch.full_like(param, grad)
+    optimizer = backend.make(cls, [param], nonfinite="skip")
+    optimizer.state[param] = copy.copy(state)
+    optimizer.step()
+    expected = backend.make(cls, [torch.ones_like(param)], nonfinite="skip")
+    (twin,) = params_of(expected)
+    twin.grad = param.grad.clone()
+    expected.step()
+    assert_same_bits({"param": param.detach()}, {"param": twin.detach()})
+    kept = dict(optimizer.state.get(param) or {})
+    assert kept.pop("mine", None) == (state or {}).get("mine")
+    assert kept.keys() == expected.state[twin].keys()
+    optimizer.step()
 
 
 def test_state_of_16_bits_that_mixes_dtypes(backend):

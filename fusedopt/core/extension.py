@@ -119,32 +119,40 @@ def fingerprint(root: Path) -> str:
 
 
 def _import(extension: Path, record: dict[str, Any], torch_version: str) -> Found:
+    cause = why_unfit(extension, record, torch_version)
     name = f"{PACKAGE.name}._C"
     try:
-        spec = importlib.util.spec_from_file_location(name, extension)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"{extension.name} is no file that this Python can import")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
+        if cause is None:
+            return Found(_load(name, extension), None, False, record)
     except ImportError as error:
         sys.modules.pop(name, None)
-        return Found(None, why_broken(extension, record, torch_version, error), True, record)
-    return Found(module, None, False, record)
+        cause = f"can't be imported ({error})"
+    reason = f"{extension} {cause}. Build it again: `{INSTALL}` in the source folder"
+    return Found(None, reason, True, record)
 
 
-def why_broken(
-    extension: Path, record: dict[str, Any], torch_version: str, error: ImportError
-) -> str:
-    """Why a file of the extension can't be imported, and what to do."""
+def _load(name: str, extension: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, extension)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{extension.name} is no file that this Python can import")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def why_unfit(extension: Path, record: dict[str, Any], torch_version: str) -> str | None:
+    """Why an extension is not to be loaded here: it was compiled for something else.
+
+    torch's C++ classes change between minor versions. An extension of another one may load, and
+    then read memory wrongly.
+    """
     if extension.name.removeprefix("_C") not in EXTENSION_SUFFIXES:
         here = f"{sys.implementation.name} {sys.version_info.major}.{sys.version_info.minor}"
-        cause = f"is compiled for another Python than this {here}"
-    elif (built := record.get("torch")) and minor(built) != minor(torch_version):
-        cause = f"is compiled for torch {built}, but torch {torch_version} runs here ({error})"
-    else:
-        cause = f"can't be imported ({error})"
-    return f"{extension} {cause}. Build it again: `{INSTALL}` in the source folder"
+        return f"is compiled for another Python than this {here}"
+    if (built := record.get("torch")) and minor(built) != minor(torch_version):
+        return f"is compiled for torch {built}, but torch {torch_version} runs here"
+    return None
 
 
 def minor(version: str) -> list[str]:

@@ -126,7 +126,8 @@ class TorchPlan:
             return False
         options = StepOptions(max_grad_norm, measure, skip_nonfinite, grad_scale, found_inf)
         with torch.no_grad():
-            norm = total_norm([_grad(param) for param in self._places], 2.0)
+            grads = [_grad(param) for param in self._places]
+            norm = total_norm(grads, 2.0) if measure else _norm_to_read(grads)
             decision = reference.decide(options, norm * norm if measure else 0.0)
             if not decision.skip:
                 for batch in self._batches:
@@ -165,23 +166,35 @@ class TorchPlan:
         return [place for param, place in places if not _grad(param).isfinite().all()]
 
 
-def total_norm(grads: list[Tensor], norm_type: float) -> float:
-    """The norm of order 2 or inf of all gradients, summed in float64."""
+def total_norm(grads: list[Tensor], norm_type: float, dtype: torch.dtype = torch.float64) -> float:
+    """The norm of order 2 or inf of all gradients, summed in `dtype` over a block of elements."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for grad in grads:
         by_device.setdefault(grad.device, []).append(grad)
-    norms = [_norm_on_device(grads, norm_type) for grads in by_device.values()]
+    norms = [_norm_on_device(grads, norm_type, dtype) for grads in by_device.values()]
     return torch.linalg.vector_norm(torch.tensor(norms, dtype=torch.float64), norm_type).item()
 
 
-def _norm_on_device(grads: list[Tensor], norm_type: float) -> float:
-    size = min(BLOCK, sum(grad.numel() for grad in grads))
-    buffer = torch.empty(size, dtype=torch.float64, device=grads[0].device)
-    norms = [
-        torch.linalg.vector_norm(buffer[: block.numel()].copy_(block), norm_type)
-        for block in _blocks(grads)
-    ]
-    return torch.linalg.vector_norm(torch.stack(norms), norm_type).item() if norms else 0.0
+def _norm_to_read(grads: list[Tensor]) -> float:
+    """The norm of order 2, for a reading alone: float32 where that holds the squares.
+
+    Several times as fast as in float64, which converts every element.
+    """
+    if all(grad.dtype == torch.float32 for grad in grads):
+        norm = total_norm(grads, 2.0, torch.float32)
+        if 1e-10 < norm < 1e15:
+            return norm
+    return total_norm(grads, 2.0)
+
+
+def _norm_on_device(grads: list[Tensor], norm_type: float, dtype: torch.dtype) -> float:
+    blocks = _blocks(grads)
+    if any(grad.dtype != dtype for grad in grads):
+        size = min(BLOCK, sum(grad.numel() for grad in grads))
+        buffer = torch.empty(size, dtype=dtype, device=grads[0].device)
+        blocks = (buffer[: block.numel()].copy_(block) for block in blocks)
+    norms = [torch.linalg.vector_norm(block, norm_type) for block in blocks]
+    return torch.linalg.vector_norm(torch.stack(norms).double(), norm_type).item() if norms else 0.0
 
 
 def _blocks(grads: list[Tensor]) -> Iterator[Tensor]:

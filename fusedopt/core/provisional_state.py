@@ -34,7 +34,9 @@ class ProvisionalState:
         """Takes back a state that no step has used."""
         for param in params:
             self.counters.pop(param, None)
-            state = states.get(param, {})
+            state = states.get(param)
+            if not isinstance(state, dict):  # a rule without state left it as it was
+                continue
             for name in STATE_NAMES:
                 state.pop(name, None)
             if not state:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,9 +27,14 @@ def is_empty(state: dict[str, Any] | None) -> bool:
     return all(value is None for value in state.values())
 
 
-def is_new(state: dict[str, Any] | None) -> bool:
-    """Whether there is nothing of an optimizer's in it: a user may keep things there, too."""
-    return not state or all(state.get(name) is None for name in STATE_NAMES)
+def is_new(state: object) -> bool:
+    """Whether there is nothing of an optimizer's in it: a user may keep things there, too.
+
+    What is neither None nor a mapping is no state that has yet to begin: `check_state` refuses it.
+    """
+    if state is None:
+        return True
+    return isinstance(state, Mapping) and all(state.get(name) is None for name in STATE_NAMES)
 
 
 def complete(
@@ -51,8 +57,10 @@ def complete(
             **{name: _scalar_in_place(value, param) for name, value in rule.scalars.items()},
             **{name: zeros_like(param) for name in rule.states(group)},
         }
-        if new_state:
-            states.setdefault(param, {}).update(new_state)
+        if new_state:  # in a dict, which alone the kernels read; with what a user keeps there
+            if not isinstance(state, dict):
+                states[param] = dict(state or {})
+            states[param].update(new_state)
         return True
     assert state is not None
     for name in rule.scalars:

@@ -54,6 +54,14 @@ PEERS = {
         ("tests/test_optimizer.py", "tests/test_scheduler.py", "tests/test_state_checkpointing.py"),
         needs=("parameterized",),
     ),
+    "pytorch-ignite": Peer(
+        tuple(
+            f"tests/ignite/handlers/test_{name}.py"
+            for name in ("param_scheduler", "lr_finder", "checkpoint")
+        )
+        + ("tests/ignite/engine/test_create_supervised.py", "-m", "not distributed and not tpu"),
+        needs=("pytest-mock", "matplotlib", "torchvision"),
+    ),
     "pytorch_optimizer": Peer(
         ("tests/test_wrapper_optimizers.py", "tests/test_lr_schedulers.py"),
     ),
