@@ -8,8 +8,11 @@ from fusedopt.core.skip_limit import TooManySkipsError
 from fusedopt.distributed import PeerError
 from fusedopt.grad_scaler import GradScaler
 from fusedopt.monitoring import Monitor, NotALogError, RunLog, read_log
+from fusedopt.optimizers.adadelta import FusedAdadelta
 from fusedopt.optimizers.adam import FusedAdam, FusedAdamW
+from fusedopt.optimizers.adamax import FusedAdamax
 from fusedopt.optimizers.nadam import FusedNAdam
+from fusedopt.optimizers.radam import FusedRAdam
 from fusedopt.optimizers.rmsprop import FusedRMSprop
 from fusedopt.optimizers.sgd import FusedSGD
 from fusedopt.telemetry import ParamTelemetry, PendingTelemetry, Telemetry
@@ -17,10 +20,13 @@ from fusedopt.telemetry import ParamTelemetry, PendingTelemetry, Telemetry
 __version__ = "0.1.0"
 
 __all__ = [
+    "FusedAdadelta",
     "FusedAdam",
     "FusedAdamW",
+    "FusedAdamax",
     "FusedNAdam",
     "FusedOptimizer",
+    "FusedRAdam",
     "FusedRMSprop",
     "FusedSGD",
     "GradScaler",

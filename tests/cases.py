@@ -69,6 +69,28 @@ CASES = [
         {"centered": True, "momentum": 0.9, "weight_decay": 0.1, "maximize": True},
         {"lr": 0.1, "alpha": 0.5, "eps": 1e-3},
     ),
+    *cases_of(
+        fusedopt.FusedAdadelta,
+        torch.optim.Adadelta,
+        {"weight_decay": 0.1, "maximize": True},
+        {"lr": 0.1, "rho": 0.5, "eps": 1e-3},
+    ),
+    *cases_of(
+        fusedopt.FusedAdamax,
+        torch.optim.Adamax,
+        {"weight_decay": 0.1, "maximize": True},
+        {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3},
+        {"betas": (0.0, 0.0)},
+    ),
+    # Rectification begins at the sixth step; without beta2 it never does.
+    *cases_of(
+        fusedopt.FusedRAdam,
+        torch.optim.RAdam,
+        {"weight_decay": 0.1, "maximize": True},
+        {"weight_decay": 0.1, "decoupled_weight_decay": True},
+        {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3},
+        {"betas": (0.0, 0.0)},
+    ),
 ]
 # Each class once, with options under which it has a state to keep.
 TYPICAL = {fusedopt.FusedSGD: {"momentum": 0.9, "dampening": 0.5}}

@@ -31,18 +31,21 @@ def test_report_and_self_check():
     assert lines[2].startswith(f"compiled extension: {backends._C.__file__}, compiled for torch ")
     assert lines[3].startswith("cpu: ")
     assert any(isa in lines[3] for isa in ("baseline", "avx2", "avx512"))
-    assert [line.split() for line in lines[4:10]] == [
+    assert [line.split() for line in lines[4:13]] == [
+        ["FusedAdadelta", "ok"],
         ["FusedAdam", "ok"],
         ["FusedAdamW", "ok"],
+        ["FusedAdamax", "ok"],
         ["FusedNAdam", "ok"],
+        ["FusedRAdam", "ok"],
         ["FusedRMSprop", "ok"],
         ["FusedSGD", "ok"],
         ["clip_grad_norm_", "ok"],
     ]
-    assert lines[10].startswith("cuda")
+    assert lines[13].startswith("cuda")
     reason = backends.why_missing("cuda")
     if reason is not None:
-        assert lines[10] == f"cuda: can't be used: {reason}"
+        assert lines[13] == f"cuda: can't be used: {reason}"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--backend", "cpu"], ["--backend", "cuda"]], ids=str)

@@ -165,6 +165,9 @@ ARRAYS = {
     fusedopt.FusedNAdam: 3,
     fusedopt.FusedSGD: 2,
     fusedopt.FusedRMSprop: 2,
+    fusedopt.FusedAdadelta: 3,
+    fusedopt.FusedAdamax: 3,
+    fusedopt.FusedRAdam: 3,
 }
 ROWS = [(16384,), (4, 2048), (40960,)]  # no edges: 16 KiB are a whole number of what a block takes
 

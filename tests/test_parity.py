@@ -104,15 +104,19 @@ def test_bits_where_the_caller_flushes_subnormal_numbers(backend, limit):
         assert fused.grad_norm == reference.grad_norm
 
 
-def test_bits_after_many_steps(backend):
+COUNTING = [case for case in CLASSES if case.cls is not fusedopt.FusedSGD]
+
+
+@pytest.mark.parametrize("case", COUNTING, ids=str)
+def test_bits_after_many_steps(backend, case):
     """Bias corrections by repeated squaring, at a step count that takes many squarings."""
     params = make_params([(100,)], device=backend.device)
-    fused = backend.make(fusedopt.FusedAdam, params)
+    fused = backend.make(case.cls, params)
     set_grads(params, 0)
     fused.step()
     fused.state[params[0]]["step"].fill_(1_234_567)
     expected = [p.detach().clone().requires_grad_() for p in params]
-    reference = fusedopt.FusedAdam(expected, backend="reference")
+    reference = case.cls(expected, backend="reference")
     reference.load_state_dict(copy.deepcopy(fused.state_dict()))
     for seed in range(3):
         set_grads(params, seed)
@@ -121,6 +125,12 @@ def test_bits_after_many_steps(backend):
         reference.step()
     assert_same_bits(tensors_of(fused), tensors_of(reference))
     assert fused.state[params[0]]["step"] == 1_234_570
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_where_the_rectification_of_radam_begins(backend, dtype):
+    case = next(case for case in CLASSES if case.cls is fusedopt.FusedRAdam)
+    run_both(backend, case, dtype, steps=8, shapes=[(555,)], max_grad_norm=1.0)
 
 
 @pytest.mark.racecheck

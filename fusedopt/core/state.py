@@ -14,7 +14,7 @@ from fusedopt.reference import Group, Rule
 # What our rules keep for a parameter. A state without any of it has yet to begin.
 STATE_NAMES = (
     *("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu_product"),
-    *("square_avg", "grad_avg", "momentum_buffer"),
+    *("square_avg", "grad_avg", "momentum_buffer", "exp_inf", "acc_delta"),
 )
 
 States = dict[Tensor, dict[str, Any]]

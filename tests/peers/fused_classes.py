@@ -9,9 +9,12 @@ import torch
 import fusedopt
 
 SUBSTITUTES = {
+    "Adadelta": fusedopt.FusedAdadelta,
     "Adam": fusedopt.FusedAdam,
     "AdamW": fusedopt.FusedAdamW,
+    "Adamax": fusedopt.FusedAdamax,
     "NAdam": fusedopt.FusedNAdam,
+    "RAdam": fusedopt.FusedRAdam,
     "RMSprop": fusedopt.FusedRMSprop,
     "SGD": fusedopt.FusedSGD,
 }
