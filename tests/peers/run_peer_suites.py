@@ -55,11 +55,14 @@ PEERS = {
         needs=("parameterized",),
     ),
     "pytorch-ignite": Peer(
-        tuple(
-            f"tests/ignite/handlers/test_{name}.py"
-            for name in ("param_scheduler", "lr_finder", "checkpoint")
-        )
-        + ("tests/ignite/engine/test_create_supervised.py", "-m", "not distributed and not tpu"),
+        (
+            "tests/ignite/handlers/test_param_scheduler.py",
+            "tests/ignite/handlers/test_lr_finder.py",
+            "tests/ignite/handlers/test_checkpoint.py",
+            "tests/ignite/engine/test_create_supervised.py",
+            "-m",
+            "not distributed and not tpu",
+        ),
         needs=("pytest-mock", "matplotlib", "torchvision"),
     ),
     "pytorch_optimizer": Peer(
