@@ -96,8 +96,11 @@ def test_one_instruction_rounds_two_elements_to_16_bits(kernels):
 
 def test_an_element_takes_so_many_instructions(kernels):
     """These rules take one root per element: the roots in a loop tell its number of elements."""
+    rules = ("Adam", "NAdam", "RMSprop")
     found = 0
     for name, code in update_kernels(kernels).items():
+        if not any(f"{len(rule)}{rule}E" in name for rule in rules):
+            continue
         for ops in loops(code):
             if sum(op.startswith("LDG.E.128") for op in ops) < 3:
                 continue
@@ -106,5 +109,5 @@ def test_an_element_takes_so_many_instructions(kernels):
                     found += 1
                     print(f"{name}: {len(ops) / elements:.1f} instructions per element, {root}")
                     assert len(ops) / elements <= limit, name
-    rules_with_a_root, combinations_of_types = 3, 6
-    assert found == rules_with_a_root * combinations_of_types
+    combinations_of_types = 6
+    assert found == len(rules) * combinations_of_types
