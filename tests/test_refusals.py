@@ -360,6 +360,24 @@ def test_storage_that_was_freed_beneath_a_tensor(trained):
     trained.step()
 
 
+@pytest.mark.parametrize("option", ["lr", "weight_decay", "betas"])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_option_whose_storage_was_freed(backend, option, steps):
+    """torch's own functions read, and print, memory that is not there."""
+    value = torch.tensor(0.5)
+    (param,) = make_params([(3,)], device=backend.device)
+    optimizer = backend.make(fusedopt.FusedAdam, [param], lr=torch.tensor(0.1))
+    set_grads([param], 0)
+    optimizer.param_groups[0][option] = (value, 0.9) if option == "betas" else value
+    for _ in range(steps):
+        optimizer.step()
+    value.untyped_storage().resize_(0)
+    before = param.detach().clone()
+    with pytest.raises(RuntimeError, match=f"param group 0's {option} has a storage of 0 bytes"):
+        optimizer.step()
+    assert_same_bits({"param": param.detach()}, {"param": before})
+
+
 def test_option_refused_at_the_first_step_leaves_no_state(backend):
     params = make_params([(3,)], device=backend.device)
     optimizer = backend.make(fusedopt.FusedAdam, params)

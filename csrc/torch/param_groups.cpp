@@ -10,7 +10,14 @@ namespace {
 
 double to_double(PyObject* value) {
   if (PyFloat_Check(value)) return PyFloat_AS_DOUBLE(value);
-  if (THPVariable_Check(value)) return THPVariable_Unpack(value).item<double>();
+  if (THPVariable_Check(value)) {
+    const at::Tensor& tensor = THPVariable_Unpack(value);
+    // torch reads a number from memory that was freed, too.
+    if (is_plain(tensor.unsafeGetTensorImpl()) && !fits_its_storage(tensor.unsafeGetTensorImpl())) {
+      throw py::value_error("a tensor's storage was freed or cut");
+    }
+    return tensor.item<double>();
+  }
   const double number = PyFloat_AsDouble(value);
   if (PyErr_Occurred()) throw py::error_already_set();
   return number;

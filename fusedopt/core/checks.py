@@ -260,8 +260,10 @@ def check_options(
 def _check_numbers(index: int, key: str, value: Any) -> None:
     count = _COUNTS.get(key, 1)
     is_list = not (count == 1 and isinstance(value, Tensor)) and as_tuple(value) is not None
-    numbers = as_tuple(value) if is_list else (value,)
-    assert numbers is not None
+    numbers = (as_tuple(value) or ()) if is_list else (value,)
+    for number in numbers:  # before torch reads it, or prints it
+        if type(number) is Tensor and number.layout == torch.strided:
+            check_memory(number, f"param group {index}'s {key}")
     if is_list != (count > 1) or len(numbers) != count or not all(map(_is_number, numbers)):
         raise (ValueError if is_list or isinstance(value, Tensor) else TypeError)(
             f"param group {index}'s {key} is {value!r}; expected "
@@ -294,15 +296,12 @@ def check_ranges(index: int, group: Group, defaults: dict[str, Any]) -> None:
             continue
         numbers = (as_tuple(group[key]) or ()) if key in _COUNTS else (group[key],)
         for position, number in enumerate(numbers):
-            if isinstance(number, Tensor) and number.device.type != "cpu":
-                continue
-            if not (number >= 0 and (number < 1 or key not in _COUNTS)):
+            on_device = isinstance(number, Tensor) and number.device.type != "cpu"
+            if not (on_device or (number >= 0 and (number < 1 or key not in _COUNTS))):
                 what = _TORCHS_WORDS.get(key, f"{key} value")
-                where, below = (f" at index {position}", " and < 1") if key in _COUNTS else ("", "")
-                raise ValueError(
-                    f"param group {index}: Invalid {what}{where}: {number}; expected a number >= 0"
-                    f"{below}"
-                )
+                what += f" at index {position}" if key in _COUNTS else ""
+                span = "a number >= 0 and < 1" if key in _COUNTS else "a number >= 0"
+                raise ValueError(f"param group {index}: Invalid {what}: {number}; expected {span}")
 
 
 def check_state(rule: Rule, group: Group, param: Tensor, state: dict[str, Any], name: str) -> None:
