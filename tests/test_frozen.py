@@ -25,6 +25,7 @@ FROZEN = {
     "complex": lambda: torch.ones(3, 2, dtype=torch.complex64),
     "bool": lambda: torch.ones(4, dtype=torch.bool),
     "sparse": lambda: torch.eye(3).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
     "meta": lambda: torch.empty(40000, device="meta"),
     "subclass": lambda: Wrapper(torch.ones(3, 4)),
     "transposed": lambda: torch.ones(3, 4).t().to(torch.int32),
@@ -51,6 +52,7 @@ def frozen_param(kind, device):
     return value if isinstance(value, Wrapper) else Parameter(value, requires_grad=False)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 @pytest.mark.parametrize("kind", FROZEN)
 @pytest.mark.parametrize("limit", LIMITS, ids=str)
 @pytest.mark.parametrize("telemetry", [None, 4])
@@ -81,6 +83,7 @@ def test_frozen_parameters_change_nothing_for_the_others(any_backend, kind, limi
         assert optimizer.step_skipped
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 @pytest.mark.parametrize("case", CLASSES, ids=str)
 def test_frozen_parameters_of_all_kinds_in_groups_of_their_own(any_backend, case):
     frozen = [frozen_param(kind, any_backend.device) for kind in FROZEN]

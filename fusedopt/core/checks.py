@@ -149,8 +149,9 @@ def check_param(param: Tensor, name: str, backend: str | None) -> None:
             f"{name} is a {type(param).__name__}, a tensor subclass with operations of its own; "
             "expected a plain tensor or a DTensor"
         )
-    if param.layout != torch.strided:
-        raise TypeError(f"{name} has layout {param.layout}; expected a dense tensor")
+    layout = "nested" if param.is_nested else param.layout
+    if layout != torch.strided:
+        raise TypeError(f"{name} has layout {layout}; expected a dense tensor")
     if param.dtype not in DTYPES:
         raise TypeError(f"{name} is {param.dtype}; expected {DTYPE_NAMES}")
     check_device(param, name, backend)

@@ -67,6 +67,7 @@ def _has_memory(tensor: Tensor) -> bool:
         dispatch is torch._C._disabled_torch_dispatch_impl
         and not torch.nn.parameter.is_lazy(tensor)
         and tensor.layout == torch.strided
+        and not tensor.is_nested
         and tensor.device.type != "meta"
     )
 

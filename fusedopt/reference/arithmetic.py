@@ -67,6 +67,7 @@ def can_be_updated(param: Tensor) -> bool:
     return (
         not is_subclass(param)
         and param.layout == torch.strided
+        and not param.is_nested
         and param.dtype in DTYPES
         and param.device.type != "meta"
     )
