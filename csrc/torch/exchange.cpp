@@ -12,6 +12,13 @@ at::Tensor sum_of(const DeviceTensors& tensors) {
 
 }  // namespace
 
+void exchange_with_ranks(std::vector<DeviceTensors>& devices, const Exchange& exchange) {
+  std::vector<at::Tensor> chunk_sums;
+  for (const DeviceTensors& it : devices) chunk_sums.push_back(it.chunk_sums());
+  const double sum_of_squares = exchange(chunk_sums);
+  for (const DeviceTensors& it : devices) sum_of(it).fill_(sum_of_squares);
+}
+
 void exchange_norms(std::vector<DeviceTensors>& devices, NormType norm_type) {
   at::Tensor total = sum_of(devices[0]).clone();
   for (size_t i = 1; i < devices.size(); ++i) {

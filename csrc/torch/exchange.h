@@ -1,4 +1,4 @@
-// The exchange between the devices of one optimizer in a step.
+// The exchange between the devices of one optimizer, and between ranks, in a step.
 #pragma once
 
 #include <functional>
@@ -8,9 +8,12 @@
 
 namespace fusedopt {
 
-// Other ranks' part of a step: from the sums of every device's chunks to the sum of squares over
-// all ranks. It may raise, and then nothing is updated.
+// Takes the sums of the chunks, one tensor per device. Returns the sum of squares over all ranks.
+// It may throw: then nothing is updated.
 using Exchange = std::function<double(const std::vector<at::Tensor>&)>;
+
+// Gives every device the sum of squares over all ranks.
+void exchange_with_ranks(std::vector<DeviceTensors>& devices, const Exchange& exchange);
 
 // Combines the devices' sums of squares (or largest magnitudes) in the order of the devices, and
 // gives every device the result.

@@ -89,30 +89,14 @@ void update_all(const RuleInfo& rule, Launcher& launcher) {
       [&](const StepParams& step, const Device& device) { return update(rule, step, device); });
 }
 
-// Measures every device, then asks `exchange` for the sum over all ranks, then updates.
-void launch_exchanged(const RuleInfo& rule, Launcher& launcher, std::vector<DeviceTensors>& devices,
-                      const std::vector<StepParams>& steps, const Exchange& exchange) {
-  if (steps[0].telemetry.params != nullptr) exchange_step_number(devices);
-  launcher.on_all(measure);
-  launcher.keep();  // the exchange lets other Python threads run
-  std::vector<at::Tensor> chunk_sums;
-  for (const DeviceTensors& it : devices) chunk_sums.push_back(it.chunk_sums());
-  const double sum_of_squares = exchange(chunk_sums);
-  for (DeviceTensors& it : devices) {
-    control_slot(it, offsetof(StepControl, sum_of_squares)).fill_(sum_of_squares);
-  }
-  update_all(rule, launcher);
-  if (steps[0].chunk_coefs != nullptr && devices.size() > 1) exchange_coefs(devices);
-}
-
 }  // namespace
 
 void launch_step(const RuleInfo& rule, std::vector<DeviceTensors>& devices,
                  const std::vector<StepParams>& steps, KeepAlive keep_alive,
                  const Exchange& exchange) {
   Launcher launcher(devices, steps, keep_alive);
-  if (exchange) return launch_exchanged(rule, launcher, devices, steps, exchange);
-  if (devices.size() == 1) {
+  const bool one_device = devices.size() == 1;
+  if (one_device && !exchange) {
     return launcher.on_all(
         [&](const StepParams& step, const Device& device) { return run_step(rule, step, device); });
   }
@@ -120,11 +104,16 @@ void launch_step(const RuleInfo& rule, std::vector<DeviceTensors>& devices,
   const StepOptions& options = steps[0].options;
   if (options.measure) {
     launcher.on_all(measure);
-    launcher.on_all(reduce);
-    exchange_norms(devices, options.norm_type);
+    if (exchange) {
+      launcher.keep();  // the exchange lets other Python threads run
+      exchange_with_ranks(devices, exchange);
+    } else {
+      launcher.on_all(reduce);
+      exchange_norms(devices, options.norm_type);
+    }
   }
   update_all(rule, launcher);
-  if (steps[0].chunk_coefs != nullptr) exchange_coefs(devices);
+  if (steps[0].chunk_coefs != nullptr && !one_device) exchange_coefs(devices);
   if (!options.measure) {
     exchange_norms(devices, options.norm_type);
     control_slot(devices[0], offsetof(StepControl, grad_norm))

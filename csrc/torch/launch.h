@@ -9,7 +9,7 @@
 namespace fusedopt {
 
 // `steps` has one entry per device. `keep_alive` is called before other Python threads may run.
-// `exchange`: empty, or called between measure and update.
+// `exchange` is empty, or it is called between measure and update. Then the steps must measure.
 void launch_step(const RuleInfo& rule, std::vector<DeviceTensors>& devices,
                  const std::vector<StepParams>& steps, KeepAlive keep_alive,
                  const Exchange& exchange);

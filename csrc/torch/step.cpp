@@ -71,7 +71,7 @@ void store_dense_params(DeviceTensors& tensors, bool changed) {
   }
 }
 
-// Lets go of what only a step needs, also where an exchange has refused it.
+// Its destructor releases the tensors that only a step needs, also if an exchange has thrown.
 class StepEnd {
  public:
   explicit StepEnd(std::vector<DeviceTensors>& devices) : devices_(devices) {}
@@ -115,9 +115,7 @@ bool step(const RuleInfo& rule, std::vector<DeviceTensors>& devices, const StepC
   launch_step(rule, devices, steps, keep_alive, call.exchange);
   if (gathers) gather_limit_states(devices, call.limit->state, before);
   const bool changed = !is_known_skip(devices);
-  for (DeviceTensors& tensors : devices) {
-    store_dense_params(tensors, changed);
-  }
+  for (DeviceTensors& tensors : devices) store_dense_params(tensors, changed);
   return changed;
 }
 
