@@ -14,7 +14,7 @@ from fusedopt.core.optimizer import Backend, FusedOptimizer
 from fusedopt.core.settings import NonFinite, Plain
 from fusedopt.reference import Group, Rule, Twin, count_step
 from fusedopt.reference.arithmetic import sqrt
-from fusedopt.reference.rule import column
+from fusedopt.reference.rule import column, with_l2
 
 
 def _states(group: Group) -> tuple[str, ...]:
@@ -24,9 +24,8 @@ def _states(group: Group) -> tuple[str, ...]:
 def _update(
     group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    rho, eps, weight_decay = group["rho"], group["eps"], group["weight_decay"]
-    if weight_decay != 0:
-        grad = grad + weight_decay * param
+    rho, eps = group["rho"], group["eps"]
+    grad = with_l2(group, param, grad)
     square_avg = rho * state["square_avg"] + ((1 - rho) * grad) * grad
     delta = sqrt(state["acc_delta"] + eps) / sqrt(square_avg + eps) * grad
     acc_delta = rho * state["acc_delta"] + ((1 - rho) * delta) * delta

@@ -14,7 +14,7 @@ from fusedopt.core.optimizer import Backend, FusedOptimizer
 from fusedopt.core.settings import NonFinite, Plain
 from fusedopt.reference import Group, Rule, Twin, count_step
 from fusedopt.reference.arithmetic import power
-from fusedopt.reference.rule import column
+from fusedopt.reference.rule import column, with_l2
 
 
 def _states(group: Group) -> tuple[str, ...]:
@@ -25,8 +25,7 @@ def _update(
     group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     beta1, beta2 = map(float, group["betas"])
-    if group["weight_decay"] != 0:
-        grad = grad + group["weight_decay"] * param
+    grad = with_l2(group, param, grad)
     exp_avg = beta1 * state["exp_avg"] + (1 - beta1) * grad
     exp_inf = torch.maximum(beta2 * state["exp_inf"], grad.abs() + group["eps"])
     step_size = group["lr"] / (1 - power(beta1, int(scalars["step"])))

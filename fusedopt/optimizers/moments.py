@@ -7,18 +7,18 @@ from typing import Any
 from torch import Tensor
 
 from fusedopt.reference import Group
+from fusedopt.reference.rule import with_l2
 
 
 def update_moments(
     group: Group, param: Tensor, grad: Tensor, state: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Returns the parameter and the gradient with the weight decay in them, and the moments."""
-    lr, weight_decay = group["lr"], group["weight_decay"]
     beta1, beta2 = map(float, group["betas"])
     if group["decoupled_weight_decay"]:
-        param = param * (1 - lr * weight_decay)
-    elif weight_decay != 0:
-        grad = grad + weight_decay * param
+        param = param * (1 - group["lr"] * group["weight_decay"])
+    else:
+        grad = with_l2(group, param, grad)
     exp_avg = beta1 * state["exp_avg"] + (1 - beta1) * grad
     exp_avg_sq = beta2 * state["exp_avg_sq"] + ((1 - beta2) * grad) * grad
     return param, grad, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}

@@ -26,9 +26,10 @@ def _states(group: Group) -> tuple[str, ...]:
 
 def _rectification(beta2: float, step: int) -> float:
     """The factor for the variance of the second moment, and 0 while this has too few samples."""
-    bias_correction2 = 1 - power(beta2, step)
+    beta2_power = power(beta2, step)
+    bias_correction2 = 1 - beta2_power
     rho_inf = 2 / (1 - beta2) - 1
-    rho = rho_inf - 2 * float(step) * power(beta2, step) / bias_correction2
+    rho = rho_inf - 2 * float(step) * beta2_power / bias_correction2
     if not rho > 5:
         return 0.0
     squared = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)

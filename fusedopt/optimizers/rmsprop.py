@@ -14,7 +14,7 @@ from fusedopt.core.optimizer import Backend, FusedOptimizer
 from fusedopt.core.settings import NonFinite, Plain
 from fusedopt.reference import Group, Rule, Twin, count_step
 from fusedopt.reference.arithmetic import sqrt
-from fusedopt.reference.rule import column
+from fusedopt.reference.rule import column, with_l2
 
 
 def _states(group: Group) -> tuple[str, ...]:
@@ -25,9 +25,8 @@ def _states(group: Group) -> tuple[str, ...]:
 def _update(
     group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    alpha, momentum, weight_decay = group["alpha"], group["momentum"], group["weight_decay"]
-    if weight_decay != 0:
-        grad = grad + weight_decay * param
+    alpha, momentum = group["alpha"], group["momentum"]
+    grad = with_l2(group, param, grad)
     square_avg = alpha * state["square_avg"] + ((1 - alpha) * grad) * grad
     new_state = {"square_avg": square_avg}
     variance = square_avg

@@ -13,7 +13,7 @@ from fusedopt.clip import AdaptiveClip
 from fusedopt.core.optimizer import Backend, FusedOptimizer
 from fusedopt.core.settings import NonFinite, Plain
 from fusedopt.reference import Group, Rule, Twin
-from fusedopt.reference.rule import column
+from fusedopt.reference.rule import column, with_l2
 
 
 def _states(group: Group) -> tuple[str, ...]:
@@ -27,9 +27,8 @@ def _advance(group: Group, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
 def _update(
     group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    momentum, weight_decay = group["momentum"], float(group["weight_decay"])
-    if weight_decay != 0:
-        grad = grad + weight_decay * param
+    momentum = group["momentum"]
+    grad = with_l2(group, param, grad)
     direction, new_state = grad, {}
     if momentum != 0:
         # The buffer starts from zero, and its first gradient is not dampened.

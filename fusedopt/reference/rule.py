@@ -70,3 +70,9 @@ class Rule:
 def count_step(group: Group, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
     """`advance` of a rule whose only scalar is the number of its steps."""
     return {"step": scalars["step"] + 1}
+
+
+def with_l2(group: Group, param: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of the loss with an L2 penalty: `weight_decay` times the parameter is added."""
+    weight_decay = float(group["weight_decay"])
+    return grad if weight_decay == 0 else grad + weight_decay * param
