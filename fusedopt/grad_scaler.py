@@ -56,9 +56,8 @@ class GradScaler(torch.amp.GradScaler):
         state = self._per_optimizer_states[id(optimizer)]
         if state["stage"] is OptState.STEPPED:
             raise RuntimeError("step() has already been called since the last update().")
-        alone = optimizer._find_ranks() is None  # the others would wait for this rank
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        if alone and all(param.grad is None for param in params):
+        no_grads = all(p.grad is None for group in optimizer.param_groups for p in group["params"])
+        if no_grads and optimizer._find_ranks() is None:  # other ranks would wait for this one
             raise AssertionError("No inf checks were recorded for this optimizer.")
 
         with self._set_on(optimizer, state):
