@@ -1,4 +1,4 @@
-"""The compiled extension, csrc/bindings.cpp."""
+"""The compiled extension, csrc/torch/bindings.cpp."""
 
 from collections.abc import Callable
 from typing import Any

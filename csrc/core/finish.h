@@ -6,10 +6,9 @@
 //
 // - once(body): calls body() in one worker; all others wait.
 // - each(count, body): calls body(i) for every i, each in one worker.
-// - each_tensor(step, body): calls body(t, sum) for every tensor t, in one worker or in several
-// that
-//   add up the tensor's chunks together. sum.of<Norm>(value) combines value(c) of the tensor's
-//   chunks c in kTensorLanes lanes. sum.leads() is true in the worker that must store the result.
+// - each_tensor(step, body): calls body(t, sum) for every tensor t, in one worker or in several.
+//   sum.of<Norm>(value) combines value(c) of the tensor's chunks c in kTensorLanes lanes.
+//   sum.leads() is true in the worker that must store the result.
 // - total(step): the sum of squares of all chunks; every worker gets it.
 // - smallest(count, start, value): the smallest of start and every value(i); every worker gets it.
 // - ranked(norms, size, rank): the sorted norms at rank and rank + 1; every worker gets them.

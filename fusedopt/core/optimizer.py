@@ -53,7 +53,7 @@ class FusedOptimizer(Persistence, Stepper):
     between steps. `foreach`, `fused` and `capturable` are accepted where the twin has them, and
     change nothing: the step is always fused and capturable.
 
-    They hold for all param groups: in one of these they are refused.
+    These settings hold for all param groups. In a group they are refused.
 
     Parameters are float32, float64, bfloat16 or float16, of any shape and strides, on CPU and CUDA,
     in any mix. 16-bit ones are computed in float32 and rounded once. Frozen ones may be of any

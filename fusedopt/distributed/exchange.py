@@ -47,7 +47,11 @@ class Exchange:
         ranks: who steps together.
         counted: by device, which chunks this rank adds to the sum: bool, shape (chunks,).
         asked: what this rank was asked for, in words; all ranks must have been asked for the same.
-        found_inf: one float32 that asks for a skip if it isn't 0; set to 1 if any rank's does.
+        found_inf: None, or one float32: this rank asks for a skip if it is not 0.
+
+    Attributes:
+        sent: whether this rank has sent its message.
+        found_inf: after the message, 1 if any rank asks for a skip, else 0: 0-d float32.
     """
 
     def __init__(self, ranks: Ranks, asked: str, found_inf: Tensor | None) -> None:

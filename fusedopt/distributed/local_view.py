@@ -1,4 +1,4 @@
-"""What the kernels see of sharded parameters: param groups and state of this rank's tensors."""
+"""Sharded parameters as the kernels see them: groups and state of this rank's plain tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ States = dict[Tensor, dict[str, Any]]
 
 
 def is_dtensor(value: object) -> bool:
-    """Whether it is torch's DTensor; there is none before its module was imported."""
+    """Whether it is a DTensor of torch. Its attributes tell, so that no module is imported."""
     return hasattr(value, "_local_tensor") and hasattr(value, "placements")
 
 
@@ -46,7 +46,7 @@ class LocalView:
         """Looks at everything again. Returns whether all tensors are those of the last look.
 
         Raises:
-            TypeError: the gradient of a DTensor is none.
+            TypeError: a DTensor has a gradient that is no DTensor.
         """
         seen = list(_objects(param_groups, state))
         same = len(seen) == len(self._seen) and all(map(operator.is_, seen, self._seen))
@@ -75,7 +75,7 @@ class LocalView:
                         self._sharded.append(local)
 
     def end(self) -> None:
-        """Lets go of the gradients."""
+        """Takes the gradients off the local tensors."""
         for local in self._sharded:
             local.grad = None
         self._sharded.clear()

@@ -20,7 +20,7 @@ class Ranks:
     """The ranks of a process group or a mesh.
 
     Attributes:
-        groups: to be reduced in turn; one, where a single group holds all ranks.
+        groups: the process groups that a message is reduced over, one after the other.
         size: how many ranks there are.
         device: where a message must lie.
     """
@@ -79,7 +79,11 @@ class Ranks:
         return not is_copy and self._counts_submesh(mesh)
 
     def _counts_submesh(self, mesh: Any) -> bool:
-        """Along the other dimensions of its root, a submesh's parameters are as plain ones are."""
+        """Whether this rank counts a parameter of a submesh, which does not hold all ranks.
+
+        Each copy of the submesh in its root holds such a parameter, replicated or its own, as
+        `plain` says. If it is replicated, the copy with the first rank counts it.
+        """
         members, root = set(mesh.mesh.flatten().tolist()), root_of(mesh)
         if self._plain == "own" or members >= self._members or root == mesh:
             return True
