@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -128,11 +129,43 @@ def test_a_mesh_of_two_dimensions_has_one_norm():
     over_ranks.run(two_dimensions, 4)
 
 
-def fully_sharded_model(rank):
+def make_model():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
-    alone = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
-    alone.load_state_dict(model.state_dict())
+    return torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
+
+
+def older_fsdp(rank):
+    """Each rank has a part of every flat parameter. The second batch gives nan on all ranks."""
+    for use_orig_params in (True, False):
+        alone = make_model()
+        model = FSDP(make_model(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+        opt = fusedopt.FusedAdamW(
+            model.parameters(),
+            lr=0.1,
+            max_grad_norm=0.1,
+            process_group=dist.group.WORLD,
+            plain="own",
+        )
+        other = fusedopt.FusedAdamW(alone.parameters(), lr=0.1, max_grad_norm=0.1)
+        for step in range(3):
+            batch = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+            if step == 1:
+                batch *= math.inf
+            for one, its in ((model, opt), (alone, other)):
+                its.zero_grad()
+                one(batch).square().sum().backward()
+                its.step()
+            assert same_on_all(opt.grad_norm.item())
+            torch.testing.assert_close(opt.grad_norm, other.grad_norm, equal_nan=True)
+            assert bool(opt.step_skipped) == bool(other.step_skipped) == (step == 1)
+        with FSDP.summon_full_params(model):
+            full_params = torch.cat([param.reshape(-1) for param in model.parameters()])
+        expected = torch.cat([param.reshape(-1) for param in alone.parameters()])
+        torch.testing.assert_close(full_params[: len(expected)], expected)  # then padding
+
+
+def fully_sharded_model(rank):
+    model, alone = make_model(), make_model()
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     opt = fusedopt.FusedAdamW(model.parameters(), lr=0.1, max_grad_norm=0.1)
     other = fusedopt.FusedAdamW(alone.parameters(), lr=0.1, max_grad_norm=0.1)
@@ -298,7 +331,7 @@ def both_scalers(rank):
 @pytest.mark.parametrize(
     "body",
     [
-        *(fully_sharded_model, partial_gradients, decisions),
+        *(fully_sharded_model, older_fsdp, partial_gradients, decisions),
         *(counted_collectives, own_tensors, both_scalers),
     ],
     ids=lambda body: body.__name__,
