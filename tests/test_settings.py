@@ -12,6 +12,7 @@ from cases import CLASSES, assert_same_bits, make_params, set_grads, snapshot, t
 
 import fusedopt
 from fusedopt.core import checks
+from fusedopt.core.state import is_new
 
 OURS = {
     "max_grad_norm": 0.5,
@@ -358,12 +359,14 @@ def test_state_of_another_class_is_not_a_users():
         optimizer.step()
 
 
-def test_names_of_states_are_those_of_the_rules():
-    for case in CLASSES:
-        options = {key: True for key in ("amsgrad", "centered", "momentum")}
-        group = case.cls([torch.zeros(1)]).defaults | options
-        names = {*case.cls.rule.scalars, *case.cls.rule.states(group)}
-        from fusedopt.core.state import STATE_NAMES
+def test_a_new_rules_states_are_not_a_users():
+    rule = fusedopt.reference.Rule(
+        "new", {"age": 0}, ("trace",), advance=lambda *_: {}, update=lambda *_: (torch.ones(1), {})
+    )
+    assert rule.states({}) == ("trace",)
+    assert is_new({"mask": 1, "trace": None}) and not is_new({"trace": torch.ones(1)})
+    assert not is_new({"age": 0})
 
-        assert names <= set(STATE_NAMES)
+
+def test_the_names_of_our_settings():
     assert set(checks.OURS) == set(OURS)

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fusedopt.core.state import STATE_NAMES, States
-from fusedopt.reference import Rule
+from fusedopt.core.state import States
+from fusedopt.reference import Rule, all_state_names
 
 
 class ProvisionalState:
@@ -37,7 +37,7 @@ class ProvisionalState:
             state = states.get(param)
             if not isinstance(state, dict):  # a rule without state left it as it was
                 continue
-            for name in STATE_NAMES:
+            for name in all_state_names():
                 state.pop(name, None)
             if not state:
                 states.pop(param, None)
@@ -64,4 +64,4 @@ class ProvisionalState:
 
 def _users(state: dict[str, Any]) -> dict[str, Any]:
     """What a user keeps in a parameter's state."""
-    return {key: value for key, value in state.items() if key not in STATE_NAMES}
+    return {key: value for key, value in state.items() if key not in all_state_names()}

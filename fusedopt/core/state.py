@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.core.backends import zeros_like
-from fusedopt.reference import Group, Rule
-
-# What our rules keep for a parameter. A state without any of it has yet to begin.
-STATE_NAMES = (
-    *("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu_product"),
-    *("square_avg", "grad_avg", "momentum_buffer", "exp_inf", "acc_delta"),
-)
+from fusedopt.reference import Group, Rule, all_state_names
 
 States = dict[Tensor, dict[str, Any]]
 
@@ -34,7 +28,7 @@ def is_new(state: object) -> bool:
     """
     if state is None:
         return True
-    return isinstance(state, Mapping) and all(state.get(name) is None for name in STATE_NAMES)
+    return isinstance(state, Mapping) and all(state.get(name) is None for name in all_state_names())
 
 
 def complete(

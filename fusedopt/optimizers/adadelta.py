@@ -17,10 +17,6 @@ from fusedopt.reference.arithmetic import sqrt
 from fusedopt.reference.rule import column, with_l2
 
 
-def _states(group: Group) -> tuple[str, ...]:
-    return ("square_avg", "acc_delta")
-
-
 def _update(
     group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -58,7 +54,7 @@ def _torch_step(
 ADADELTA = Rule(
     "adadelta",
     scalars={"step": 0},
-    states=_states,
+    tensors=("square_avg", "acc_delta"),
     advance=count_step,
     update=_update,
     twin=Twin(_torch_step),

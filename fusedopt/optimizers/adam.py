@@ -20,10 +20,6 @@ from fusedopt.reference.arithmetic import power, sqrt
 from fusedopt.reference.rule import column
 
 
-def _states(group: Group) -> tuple[str, ...]:
-    return ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else []))
-
-
 def _update(
     group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -68,7 +64,8 @@ def _torch_step(
 ADAM = Rule(
     "adam",
     scalars={"step": 0},
-    states=_states,
+    tensors=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    optional={"max_exp_avg_sq": lambda group: group["amsgrad"]},
     advance=count_step,
     update=_update,
     twin=Twin(

@@ -17,10 +17,6 @@ from fusedopt.reference.arithmetic import power
 from fusedopt.reference.rule import column, with_l2
 
 
-def _states(group: Group) -> tuple[str, ...]:
-    return ("exp_avg", "exp_inf")
-
-
 def _update(
     group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -60,7 +56,7 @@ def _torch_step(
 ADAMAX = Rule(
     "adamax",
     scalars={"step": 0},
-    states=_states,
+    tensors=("exp_avg", "exp_inf"),
     advance=count_step,
     update=_update,
     twin=Twin(_torch_step),

@@ -26,10 +26,6 @@ def _mu(group: Group, step: int) -> float:
     return float(group["betas"][0]) * (1 - 0.5 * power(base, step))
 
 
-def _states(group: Group) -> tuple[str, ...]:
-    return ("exp_avg", "exp_avg_sq")
-
-
 def _advance(group: Group, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
     step = scalars["step"] + 1
     return {"step": step, "mu_product": scalars["mu_product"] * _mu(group, int(step))}
@@ -75,7 +71,7 @@ def _torch_step(
 NADAM = Rule(
     "nadam",
     scalars={"step": 0, "mu_product": 1},
-    states=_states,
+    tensors=("exp_avg", "exp_avg_sq"),
     advance=_advance,
     update=_update,
     twin=Twin(_torch_step),

@@ -20,10 +20,6 @@ from fusedopt.reference.arithmetic import power, sqrt
 from fusedopt.reference.rule import column
 
 
-def _states(group: Group) -> tuple[str, ...]:
-    return ("exp_avg", "exp_avg_sq")
-
-
 def _rectification(beta2: float, step: int) -> float:
     """The factor for the variance of the second moment, and 0 while this has too few samples."""
     beta2_power = power(beta2, step)
@@ -74,7 +70,7 @@ def _torch_step(
 RADAM = Rule(
     "radam",
     scalars={"step": 0},
-    states=_states,
+    tensors=("exp_avg", "exp_avg_sq"),
     advance=count_step,
     update=_update,
     twin=Twin(_torch_step),

@@ -17,11 +17,6 @@ from fusedopt.reference.arithmetic import sqrt
 from fusedopt.reference.rule import column, with_l2
 
 
-def _states(group: Group) -> tuple[str, ...]:
-    optional = {"grad_avg": group["centered"], "momentum_buffer": group["momentum"] > 0}
-    return ("square_avg", *(name for name, used in optional.items() if used))
-
-
 def _update(
     group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -74,7 +69,11 @@ def _torch_step(
 RMSPROP = Rule(
     "rmsprop",
     scalars={"step": 0},
-    states=_states,
+    tensors=("square_avg", "grad_avg", "momentum_buffer"),
+    optional={
+        "grad_avg": lambda group: group["centered"],
+        "momentum_buffer": lambda group: group["momentum"] > 0,
+    },
     advance=count_step,
     update=_update,
     twin=Twin(_torch_step, suits=lambda group: not group["centered"]),

@@ -16,10 +16,6 @@ from fusedopt.reference import Group, Rule, Twin
 from fusedopt.reference.rule import column, with_l2
 
 
-def _states(group: Group) -> tuple[str, ...]:
-    return ("momentum_buffer",) if group["momentum"] != 0 else ()
-
-
 def _advance(group: Group, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"momentum_steps": scalars["momentum_steps"] + 1}
 
@@ -75,7 +71,8 @@ def _torch_step(
 SGD = Rule(
     "sgd",
     scalars={},
-    states=_states,
+    tensors=("momentum_buffer",),
+    optional={"momentum_buffer": lambda group: group["momentum"] != 0},
     advance=_advance,
     update=_update,
     counter="momentum_steps",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,6 +34,14 @@ def column(states: list[dict[str, Tensor]], name: str) -> list[Tensor]:
     return [state[name] for state in states]
 
 
+_state_names: dict[str, None] = {}  # of every rule that exists; a dict keeps their order
+
+
+def all_state_names() -> Collection[str]:
+    """The names of the states, scalars too, of every rule that has been made so far."""
+    return _state_names.keys()
+
+
 @dataclass(frozen=True)
 class Rule:
     """An optimizer's formula, and the states that it keeps for every parameter.
@@ -41,7 +49,9 @@ class Rule:
     Attributes:
         name: the rule's name in csrc/rules.
         scalars: the names of the 0-d float32 states, with their first values.
-        states: `states(group)` returns the names of the states shaped as the parameter.
+        tensors: the names of the states that are shaped as the parameter.
+        optional: those of `tensors` that not every group uses. `optional[name](group)` says
+            whether a group with these options does.
         advance: `advance(group, scalars)` returns the scalars of this step, for `update`.
         update: `update(group, scalars, param, grad, states)` returns the new parameter and the new
             states. All tensors have the dtype that the parameter is computed in.
@@ -53,7 +63,7 @@ class Rule:
 
     name: str
     scalars: dict[str, float]
-    states: Callable[[Group], tuple[str, ...]]
+    tensors: tuple[str, ...]
     advance: Callable[[Group, dict[str, Tensor]], dict[str, Tensor]]
     update: Callable[
         [Group, dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]],
@@ -61,6 +71,15 @@ class Rule:
     ]
     counter: str = "step"
     twin: Twin | None = None
+    optional: Mapping[str, Callable[[Group], bool]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _state_names.update(dict.fromkeys((*self.scalars, *self.tensors)))
+
+    def states(self, group: Group) -> tuple[str, ...]:
+        """The names of the states shaped as the parameter that a group with these options uses."""
+        optional = self.optional
+        return tuple(it for it in self.tensors if it not in optional or optional[it](group))
 
     @property
     def hidden_step(self) -> bool:
