@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo
 
 from fusedopt import reference
 from fusedopt.clip import AdaptiveClip
-from fusedopt.core import backends, checks
+from fusedopt.core import backends, check_settings, checks
 from fusedopt.core.optimizer import Backend
 
 _FUSED_NORM_TYPES = (2.0, math.inf)
@@ -166,7 +166,7 @@ def _run(
     Returns:
         The norm (0-d float64; None where there is no gradient), and whether a gradient is float64.
     """
-    checks.check_choice("backend", backend, checks.BACKENDS)
+    check_settings.check_choice("backend", backend, check_settings.BACKENDS)
     request = (max_norm, norm_type, skip_nonfinite, total_norm)
     if backend != "reference" and backends._C is not None:
         done = backends._C.clip_grads(tensors, of_params, False, backend or "", *request)

@@ -11,7 +11,7 @@ import torch
 from cases import CLASSES, assert_same_bits, make_params, set_grads, snapshot, tensors_of
 
 import fusedopt
-from fusedopt.core import checks
+from fusedopt.core import check_settings
 from fusedopt.core.state import is_new
 
 OURS = {
@@ -369,4 +369,4 @@ def test_a_new_rules_states_are_not_a_users():
 
 
 def test_the_names_of_our_settings():
-    assert set(checks.OURS) == set(OURS)
+    assert set(check_settings.OURS) == set(OURS)

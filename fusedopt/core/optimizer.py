@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch._compile import _disable_dynamo
 
-from fusedopt.core import backends, checks, sharding
+from fusedopt.core import backends, check_settings, checks, sharding
 from fusedopt.core.names import ParamNames
 from fusedopt.core.persistence import Persistence
 from fusedopt.core.provisional_state import ProvisionalState
@@ -93,7 +93,7 @@ class FusedOptimizer(Persistence, Stepper):
             "group_sizes": [],
             "sharded": None,
             "process_group": process_group,
-            "plain": checks.check_plain(plain),
+            "plain": check_settings.check_plain(plain),
             "ranks": None,
             "view": LocalView(),
         }
@@ -104,9 +104,9 @@ class FusedOptimizer(Persistence, Stepper):
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
         self.max_consecutive_skips = max_consecutive_skips
-        kept_steps = checks.check_telemetry(telemetry)
+        kept_steps = check_settings.check_telemetry(telemetry)
         self._rings = None if kept_steps is None else Rings(kept_steps)
-        self._backend = checks.check_choice("backend", backend, checks.BACKENDS)
+        self._backend = check_settings.check_choice("backend", backend, check_settings.BACKENDS)
         backends.choose(self._backend, [])
 
     def __repr__(self) -> str:

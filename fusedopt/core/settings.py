@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fusedopt.core import checks, sharding
+from fusedopt.core import check_settings, checks, sharding
 from fusedopt.core.names import ParamNames
 from fusedopt.core.shared import Shared
 from fusedopt.core.skip_limit import SkipLimit
@@ -50,7 +50,7 @@ class Settings(Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | AdaptiveClip | None) -> None:
-        value = checks.check_max_grad_norm(value)
+        value = check_settings.check_max_grad_norm(value)
         if isinstance(value, Unit) and hasattr(self, "param_groups"):
             self._follow_names()
             for index, group in enumerate(self.param_groups):
@@ -70,7 +70,7 @@ class Settings(Optimizer):
 
     @nonfinite.setter
     def nonfinite(self, value: NonFinite | None) -> None:
-        value = checks.check_choice("nonfinite", value, checks.NONFINITE_MODES)
+        value = check_settings.check_choice("nonfinite", value, check_settings.NONFINITE_MODES)
         sharding.refuse(self._own["sharded"], *asks_for_norm(None, value))
         self._own["nonfinite"] = value
 
@@ -82,12 +82,12 @@ class Settings(Optimizer):
 
     @max_consecutive_skips.setter
     def max_consecutive_skips(self, value: int | None) -> None:
-        limit = checks.check_count("max_consecutive_skips", value)
+        limit = check_settings.check_count("max_consecutive_skips", value)
         self._own["skip_limit"] = None if limit is None else SkipLimit(limit)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("_"):
-            checks.check_attribute(type(self), name, value)
+            check_settings.check_attribute(type(self), name, value)
         super().__setattr__(name, value)
 
 

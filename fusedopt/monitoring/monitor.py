@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch._compile import _disable_dynamo
 
-from fusedopt.core import checks
+from fusedopt.core import check_settings
 from fusedopt.core.optimizer import FusedOptimizer
 from fusedopt.monitoring.log_format import Header
 from fusedopt.monitoring.log_writer import LogWriteError
@@ -98,13 +98,13 @@ class Monitor:
         now = optimizer.telemetry()
         assert optimizer._rings is not None
         kept = optimizer._rings.size
-        every = checks.check_count("every", every) or max(1, kept // 2)
+        every = check_settings.check_count("every", every) or max(1, kept // 2)
         if every > kept:
             raise ValueError(
                 f"every is {every}, but the optimizer keeps {kept} steps (telemetry={kept}): the "
                 f"others would be lost; expected at most {kept}"
             )
-        params_every = checks.check_count("params_every", params_every)
+        params_every = check_settings.check_count("params_every", params_every)
         _check_first_step(first_step)
         counted = optimizer._steps_taken()
         offset, numbers_given = 0, first_step is not None
