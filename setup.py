@@ -53,6 +53,7 @@ CSRC = Path("csrc")
 # -g0: Python asks for debug information, most of which is that of torch's headers.
 CXX_FLAGS = (
     "-O3 -g0 -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden"
+    " -Werror=switch"
 ).split()
 INCLUDES = ["-Icsrc"]  # the kernels' own headers; they include nothing of torch
 # Quoted includes alone: csrc/torch is not to stand in for <torch/...>.

@@ -70,6 +70,23 @@ RuleInfo describe() {
   return info;
 }
 
+// Refuses a step whose tables or memory this rule, device or limit would read wrongly.
+void check(const RuleInfo& rule, const StepParams& step, const Device& device) {
+  const auto expect = [&](bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(rule.name + ": the step was laid out for " + what);
+  };
+  const size_t pointers = 1 + rule.states.size() + rule.scalars.size();
+  expect(step.num_pointers == static_cast<int64_t>(pointers) &&
+             step.num_hyperparameters == rule.num_hyperparameters,
+         "another rule");
+  // Only the CPU takes chunks by spans.
+  expect(step.num_chunks == 0 || (step.num_spans == 0) == device.is_cuda,
+         "the other kind of device");
+  const SegmentKind segments = segment_kind(step.options.limit.kind);
+  expect(segments == SegmentKind::kNone || step.chunk_coefs != nullptr, "another limit");
+  expect(segments != SegmentKind::kRows || step.part_sums != nullptr, "another limit");
+}
+
 }  // namespace
 
 const std::vector<RuleInfo>& all_rules() {
@@ -103,10 +120,12 @@ int reduce(const StepParams& step, [[maybe_unused]] const Device& device) {
 }
 
 int update(const RuleInfo& rule, const StepParams& step, const Device& device) {
+  check(rule, step, device);
   return rule.update(step, device);
 }
 
 int run_step(const RuleInfo& rule, const StepParams& step, const Device& device) {
+  check(rule, step, device);
   return rule.run_step(step, device);
 }
 

@@ -48,6 +48,9 @@ FUSEDOPT_API const std::vector<RuleInfo>& all_rules();
 // Throws std::invalid_argument if no rule has this name.
 FUSEDOPT_API const RuleInfo& find_rule(const std::string& name);
 
+// update() and run_step() throw std::invalid_argument if the step was laid out for another rule,
+// another kind of device, or a limit that needs less memory.
+//
 // On CUDA these calls enqueue kernels on the stream and return at once. They return 0, or the
 // cudaError_t of the launch.
 FUSEDOPT_API int measure(const StepParams& step,

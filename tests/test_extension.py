@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -9,10 +10,13 @@ import sys
 import types
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from cases import CLASSES
 
+import fusedopt
 from fusedopt.core import agreement, backends, extension
 
 RUNNING = torch.__version__
@@ -164,3 +168,34 @@ def test_kernels_that_disagree_with_python_are_refused():
     refused = agreement.checked(found._replace(module=other))
     assert refused.module is None and refused.broken
     assert "chunk_size is 4096" in refused.reason and "16384" in refused.reason
+
+
+def test_a_rule_with_other_states_than_its_kernels_is_refused():
+    if backends._C is None:
+        pytest.skip("the extension is not built")
+    for rule in {case.cls.rule.name: case.cls.rule for case in CLASSES}.values():
+        agreement.check_rule(rule, backends._C.constants)
+        other = dataclasses.replace(rule, tensors=("momentum_buffer", "exp_avg"))
+        with pytest.raises(ImportError, match=f"the kernels of {rule.name} keep"):
+            agreement.check_rule(other, backends._C.constants)
+
+
+def test_a_limit_that_the_kernels_do_not_know_is_refused():
+    if backends._C is None:
+        pytest.skip("the extension is not built")
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = fusedopt.FusedSGD([param], lr=0.5, max_grad_norm=fusedopt.clip.ZScore())
+    optimizer.step()
+    before = param.detach().clone()
+    plan: Any = optimizer._plan
+    for kind, arguments in ((7, []), (-1, []), (2, [0.5] * 5), (2, [0.5] * 3)):
+        with pytest.raises(TypeError, match=f"no limit of kind {kind} with {len(arguments)}"):
+            plan.step(
+                optimizer.param_groups,
+                optimizer.state,
+                *(1.0, True, True, None, None),
+                (kind, arguments, torch.zeros(3, dtype=torch.float64)),
+                torch.zeros(7, dtype=torch.float64),
+            )
+    assert torch.equal(param.detach(), before)

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 #include <iterator>
+#include <stdexcept>
+#include <string>
 
 namespace fusedopt {
 
@@ -30,9 +32,47 @@ void copy_table(const std::vector<T>& table, char* to) {
   if (!table.empty()) memcpy(to, table.data(), bytes_of(table));
 }
 
+void refuse(size_t tensor, const std::string& why) {
+  throw std::invalid_argument("tensor " + std::to_string(tensor) + " " + why);
+}
+
+void check_sizes(size_t index, const TensorInfo& tensor, const Needs& needs) {
+  if (tensor.numel < 0) refuse(index, "has a negative number of elements");
+  if (tensor.row_size < 1 || tensor.numel % tensor.row_size != 0) {
+    refuse(index, "has elements that are no whole number of rows");
+  }
+  if (tensor.group >= needs.num_groups) refuse(index, "has a group that doesn't exist");
+}
+
+void check_storages(size_t index, const TensorInfo& tensor, const Needs& needs) {
+  if (bytes_of(tensor.param) == 0) refuse(index, "has a storage that no kernel knows");
+  if (!can_stand_beside(tensor.param, tensor.grad)) {
+    refuse(index, "has a gradient of a storage that its kernels don't take");
+  }
+  for (int k = 0; k < needs.num_states; ++k) {
+    if (!can_stand_beside(tensor.param, tensor.states[k])) {
+      refuse(index, "has a state of a storage that its kernels don't take");
+    }
+    if (needs.on_cuda && tensor.states[k] != tensor.states[0]) {
+      refuse(index, "has states of several storages, and the CUDA kernels take one for all");
+    }
+  }
+}
+
+void check(const std::vector<TensorInfo>& tensors, const Needs& needs) {
+  if (needs.num_states > kMaxStates || needs.num_scalars > kMaxScalars) {
+    throw std::invalid_argument("a rule has more states or scalars than the tables have room for");
+  }
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    check_sizes(i, tensors[i], needs);
+    check_storages(i, tensors[i], needs);
+  }
+}
+
 }  // namespace
 
 Layout::Layout(const std::vector<TensorInfo>& tensors, const Needs& needs) : needs_(needs) {
+  check(tensors, needs);
   make_chunks(tensors);
   if (!needs.on_cuda) make_spans();
   const int64_t num_tensors = static_cast<int64_t>(shapes_.size());
@@ -98,6 +138,11 @@ void Layout::make_spans() {
 }
 
 std::vector<char> Layout::tables(const std::vector<TensorPointers>& pointers) const {
+  if (pointers.size() != shapes_.size()) {
+    throw std::invalid_argument(std::to_string(pointers.size()) +
+                                " tensors have pointers; expected " +
+                                std::to_string(shapes_.size()));
+  }
   std::vector<char> bytes(table_bytes_);
   copy_table(shapes_, bytes.data() + shape_table_.at);
   void** next = at<void*>(bytes.data(), pointer_table_.at);

@@ -64,6 +64,7 @@ inline constexpr int64_t kInlinedArgs = 3776;
 
 class FUSEDOPT_API Layout {
  public:
+  // Throws std::invalid_argument if the kernels can't take one of the tensors.
   Layout(const std::vector<TensorInfo>& tensors, const Needs& needs);
 
   int64_t bytes() const { return bytes_; }
@@ -71,7 +72,7 @@ class FUSEDOPT_API Layout {
   int64_t chunk_sums_at() const { return chunk_sums_.at; }
   int64_t num_chunks() const { return static_cast<int64_t>(chunks_.size()); }
 
-  // The tables in the form that the workspace begins with.
+  // The tables in the form that the workspace begins with. Expects one entry per tensor.
   std::vector<char> tables(const std::vector<TensorPointers>& pointers) const;
 
   // Points a step to its tables and to its memory.

@@ -11,13 +11,26 @@
 
 namespace fusedopt {
 
-// A limit's arguments have the order of the fields of its Python class.
 enum class LimitKind : int { kFixed, kPercentile, kZScore, kPerTensor, kUnit };
 
-// The names of the kinds, in order, for front ends.
-inline constexpr const char* kLimitNames[] = {"Fixed", "Percentile", "ZScore", "PerTensor", "Unit"};
+// A kind of limit as a front end sees it.
+struct LimitInfo {
+  const char* name;
+  int num_arguments;  // in the order of the fields of its Python class
+};
 
-inline constexpr int kMaxLimitArguments = 4;
+// The kinds, in the order of LimitKind.
+inline constexpr LimitInfo kLimits[] = {
+    {"Fixed", 0}, {"Percentile", 3}, {"ZScore", 4}, {"PerTensor", 4}, {"Unit", 2}};
+
+constexpr int most_limit_arguments() {
+  int most = 0;
+  for (const LimitInfo& limit : kLimits) {
+    if (limit.num_arguments > most) most = limit.num_arguments;
+  }
+  return most;
+}
+inline constexpr int kMaxLimitArguments = most_limit_arguments();
 
 // The state lies on the first device; every other device gets a copy of it for a step.
 struct Limit {
@@ -160,8 +173,17 @@ struct Unit {
 
 // The adaptive limit of the global norm. Infinity means no limit.
 FUSEDOPT_INLINE double adaptive_limit(const Limit& limit, double norm) {
-  if (limit.kind == LimitKind::kPercentile) return Percentile(limit).limit();
-  return limit.kind == LimitKind::kZScore ? ZScore(limit).limit(norm) : HUGE_VAL;
+  switch (limit.kind) {
+    case LimitKind::kPercentile:
+      return Percentile(limit).limit();
+    case LimitKind::kZScore:
+      return ZScore(limit).limit(norm);
+    case LimitKind::kFixed:
+    case LimitKind::kPerTensor:
+    case LimitKind::kUnit:
+      break;
+  }
+  return HUGE_VAL;
 }
 
 }  // namespace fusedopt

@@ -17,8 +17,17 @@ namespace fusedopt {
 enum class SegmentKind { kNone, kTensors, kRows };
 
 FUSEDOPT_INLINE SegmentKind segment_kind(LimitKind limit) {
-  if (limit == LimitKind::kPerTensor) return SegmentKind::kTensors;
-  return limit == LimitKind::kUnit ? SegmentKind::kRows : SegmentKind::kNone;
+  switch (limit) {
+    case LimitKind::kPerTensor:
+      return SegmentKind::kTensors;
+    case LimitKind::kUnit:
+      return SegmentKind::kRows;
+    case LimitKind::kFixed:
+    case LimitKind::kPercentile:
+    case LimitKind::kZScore:
+      break;
+  }
+  return SegmentKind::kNone;
 }
 
 // The segments of one tensor.

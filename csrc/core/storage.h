@@ -11,9 +11,17 @@ namespace fusedopt {
 
 enum class Storage : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-FUSEDOPT_INLINE int64_t bytes_of(Storage storage) {
-  if (storage == Storage::kFloat64) return 8;
-  return storage == Storage::kFloat32 ? 4 : 2;
+FUSEDOPT_INLINE constexpr int64_t bytes_of(Storage storage) {
+  switch (storage) {
+    case Storage::kFloat32:
+      return 4;
+    case Storage::kFloat64:
+      return 8;
+    case Storage::kBFloat16:
+    case Storage::kFloat16:
+      return 2;
+  }
+  return 0;  // no storage
 }
 
 // Arrays of 16 bits are computed in float32, float64 in float64.
@@ -33,12 +41,18 @@ using type_of = typename tag::type;
 // format at run time passes one type for both formats.
 template <class bfloat16_t = bfloat16, class float16_t = float16, class Body>
 FUSEDOPT_INLINE auto visit_storage(Storage storage, Body&& body) {
-  if (storage == Storage::kFloat32) return body(Tag<float>{});
-  if (storage == Storage::kFloat64) return body(Tag<double>{});
-  if constexpr (!std::is_same_v<bfloat16_t, float16_t>) {
-    if (storage == Storage::kFloat16) return body(Tag<float16_t>{});
+  switch (storage) {
+    case Storage::kFloat32:
+      return body(Tag<float>{});
+    case Storage::kFloat64:
+      return body(Tag<double>{});
+    case Storage::kFloat16:
+      if constexpr (!std::is_same_v<bfloat16_t, float16_t>) return body(Tag<float16_t>{});
+      [[fallthrough]];
+    case Storage::kBFloat16:
+      return body(Tag<bfloat16_t>{});
   }
-  return body(Tag<bfloat16_t>{});
+  __builtin_unreachable();  // Layout refuses other values
 }
 
 // The same for a gradient or a state of a parameter of type param_t. Such an array is stored as
@@ -49,6 +63,11 @@ FUSEDOPT_INLINE auto visit_storage_beside(Storage storage, Body&& body) {
     if (storage == Storage::kFloat32) return body(Tag<opmath_t<param_t>>{});
   }
   return body(Tag<param_t>{});
+}
+
+// Whether visit_storage_beside() has a type for it.
+FUSEDOPT_INLINE bool can_stand_beside(Storage param, Storage storage) {
+  return storage == param || storage == computed_in(param);
 }
 
 }  // namespace fusedopt

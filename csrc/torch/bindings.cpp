@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <iterator>
+
 #include "kernels.h"
 #include "torch/clip_grads.h"
 #include "torch/cuda_stream.h"
@@ -23,6 +25,15 @@ py::tuple names_of(const char* const (&names)[kCount]) {
   return result;
 }
 
+template <size_t kCount>
+py::tuple describe(const LimitInfo (&limits)[kCount]) {
+  py::tuple result(kCount);
+  for (size_t i = 0; i < kCount; ++i) {
+    result[i] = py::make_tuple(limits[i].name, limits[i].num_arguments);
+  }
+  return result;
+}
+
 py::dict names_of(const std::vector<StateName>& states) {
   py::dict result;
   for (const StateName& state : states) result[state.name] = state.first_value;
@@ -39,7 +50,7 @@ py::dict constants() {
   result["control"] = names_of(kControlFields);
   result["step_columns"] = names_of(kStepColumnNames);
   result["param_columns"] = names_of(kParamColumns);
-  result["limits"] = names_of(kLimitNames);
+  result["limits"] = describe(kLimits);
   py::dict rules;
   for (const RuleInfo& rule : all_rules()) {
     rules[rule.name.c_str()] = py::make_tuple(names_of(rule.scalars), names_of(rule.states));
@@ -55,6 +66,16 @@ void check(const char* name, const at::Tensor& tensor, bool fits) {
   throw py::type_error(std::string(name) + " is not a plain tensor of the expected form");
 }
 
+void check_limit(const LimitTensors& limit) {
+  const bool is_known = limit.kind >= 0 && limit.kind < static_cast<int>(std::size(kLimits));
+  if (!is_known || static_cast<int>(limit.arguments.size()) != kLimits[limit.kind].num_arguments) {
+    throw py::type_error("the kernels know no limit of kind " + std::to_string(limit.kind) +
+                         " with " + std::to_string(limit.arguments.size()) + " arguments");
+  }
+  const at::Tensor& state = limit.state;
+  check("a limit's state", state, state.scalar_type() == at::kDouble && state.is_contiguous());
+}
+
 void check_call(const StepCall& call, const std::vector<DeviceTensors>& devices) {
   constexpr int64_t kReadings = sizeof(StepControl) / sizeof(double);
   const at::Tensor& control = call.control;
@@ -66,9 +87,7 @@ void check_call(const StepCall& call, const std::vector<DeviceTensors>& devices)
        {std::pair("grad_scale", &call.grad_scale), std::pair("found_inf", &call.found_inf)}) {
     if (scalar->has_value()) check(name, **scalar, (*scalar)->numel() == 1);
   }
-  if (!call.limit.has_value()) return;
-  const at::Tensor& state = call.limit->state;
-  check("a limit's state", state, state.scalar_type() == at::kDouble && state.is_contiguous());
+  if (call.limit.has_value()) check_limit(*call.limit);
 }
 
 // Returns false, and has changed nothing, where something is not as the plan can take it.

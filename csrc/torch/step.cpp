@@ -36,8 +36,7 @@ StepParams make_params(DeviceTensors& tensors, bool is_first, const StepCall& ca
   options.limit.kind = kind;
   if (kind == LimitKind::kFixed) return step;
   const std::vector<double>& arguments = call.limit->arguments;
-  std::copy_n(arguments.begin(), std::min<size_t>(arguments.size(), kMaxLimitArguments),
-              options.limit.arguments);
+  std::copy(arguments.begin(), arguments.end(), options.limit.arguments);
   tensors.limit_state =
       call.limit->state.to(tensors.device, at::kDouble, false, /*copy=*/!is_first);
   options.limit.state = tensors.limit_state.data_ptr<double>();

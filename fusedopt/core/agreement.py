@@ -14,7 +14,7 @@ from fusedopt.telemetry.rings import PARAM_COLUMNS, STEP_COLUMNS
 
 def known_here() -> dict[str, Any]:
     """Python's side of `_C.constants`, but for the rules."""
-    limits = {limit.kind: limit.__name__ for limit in LIMITS}
+    limits = sorted(LIMITS, key=lambda limit: limit.kind)
     return {
         "chunk_size": norms.CHUNK_SIZE,
         "row_bytes": norms.ROW_BYTES,
@@ -23,7 +23,7 @@ def known_here() -> dict[str, Any]:
         "control": Control.FIELDS,
         "step_columns": STEP_COLUMNS,
         "param_columns": PARAM_COLUMNS,
-        "limits": ("Fixed", *(limits[kind] for kind in sorted(limits))),
+        "limits": (("Fixed", 0), *((it.__name__, len(it.argument_names())) for it in limits)),
     }
 
 
@@ -44,15 +44,16 @@ def checked(found: Found) -> Found:
 
 
 def check_rule(rule: Rule, constants: dict[str, Any]) -> None:
-    """Refuses a rule whose scalars are not those of the kernels.
+    """Refuses a rule that keeps other states, or other scalars, than its kernels do.
 
     Raises:
         ImportError: it disagrees.
     """
-    scalars, _ = constants["rules"][rule.name]
-    expected = rule.scalars or {rule.counter: 0}
-    if list(scalars.items()) != list(expected.items()):
+    scalars, states = constants["rules"][rule.name]
+    kept = [*scalars.items()], (*states,)
+    expected = [*(rule.scalars or {rule.counter: 0}).items()], rule.tensors
+    if kept != expected:
         raise ImportError(
-            f"the kernels of {rule.name} keep {scalars!r} for a parameter, but this fusedopt "
+            f"the kernels of {rule.name} keep {kept!r} for a parameter, but this fusedopt "
             f"expects {expected!r}: build the extension again"
         )

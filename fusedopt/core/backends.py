@@ -103,6 +103,7 @@ def new_plan(
         return fallback.TorchPlan(rule, param_groups, state, counters)
     if backend == REFERENCE or _C is None:
         return None
+    agreement.check_rule(rule, _C.constants)
     return _C.Plan(rule.name, backend or "", param_groups, state, counters, rings)
 
 

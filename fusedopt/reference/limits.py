@@ -35,11 +35,14 @@ class AdaptiveClip:
         if self.max_norm != math.inf:
             _check_range(self, "max_norm", 0, math.inf)
 
+    @classmethod
+    def argument_names(cls) -> list[str]:
+        """The fields that the kernels get, in order. `max_norm` is a fixed limit of its own."""
+        return [it.name for it in fields(cast(Any, cls)) if it.name != "max_norm"]
+
     def arguments(self) -> list[float]:
-        """The arguments for the kernels. `max_norm` is none of them: it is a fixed limit."""
-        return [
-            float(getattr(self, it.name)) for it in fields(cast(Any, self)) if it.name != "max_norm"
-        ]
+        """The values of `argument_names()`."""
+        return [float(getattr(self, name)) for name in self.argument_names()]
 
     def label(self) -> str:
         """A text that is the same for equal limits. `repr` isn't: it tells 1 from 1.0."""

@@ -26,6 +26,7 @@ FLAGS = [
     "-fopenmp",
     "-ffp-contract=off",
     "-fvisibility=hidden",
+    "-Werror=switch",
     "-Wno-unknown-pragmas",
     "-DFUSEDOPT_ONE_ISA",
     "-DFUSEDOPT_WITH_CUDA=1",
