@@ -74,3 +74,21 @@ def two_threads() -> Iterator[None]:
 def pytest_report_header() -> str:
     built = {name: backends.why_missing(name) or "yes" for name in ("cpu", "cuda")}
     return f"fusedopt {fusedopt.__version__}: {built}"
+
+
+@pytest.fixture
+def one_thread():
+    """Threads on a busy machine wait for each other longer than they compute here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def same_environment():
+    """Trainers pass settings on in variables: the bf16 of one would be the default of the next."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
