@@ -262,3 +262,21 @@ def test_what_was_set_by_hand_is_there_after_the_scalers_step(backend):
     run.backward(0)
     run.scaler.step(run.optimizer)
     assert run.optimizer.found_inf is found and run.optimizer.grad_scale is scale
+
+
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (1024.0, "is a float; expected a tensor of one real number"),
+        (torch.ones(2), r"has the shape \(2,\)"),
+        (torch.tensor(1j), "is torch.complex64"),
+        (torch.ones((), device="meta"), "is on the meta device"),
+    ],
+    ids=["float", "two", "complex", "meta"],
+)
+def test_what_is_no_tensor_of_one_number_is_refused_by_name(name, value, told):
+    optimizer = fusedopt.FusedAdam(make_params([(3,)]), max_grad_norm=1.0)
+    with pytest.raises((TypeError, ValueError), match=f"^{name} {told}"):
+        setattr(optimizer, name, value)
+    assert getattr(optimizer, name) is None

@@ -7,6 +7,8 @@ import math
 import numbers
 from typing import Any
 
+from torch import Tensor
+
 from fusedopt.distributed.ranks import PLAIN
 from fusedopt.reference.limits import LIMITS, AdaptiveClip
 
@@ -30,6 +32,22 @@ def check_max_grad_norm(value: Any) -> float | AdaptiveClip | None:
     if math.isnan(value) or value <= 0:
         raise ValueError(f"Invalid max_grad_norm value: {value}; {expected}")
     return float(value)
+
+
+def check_scaler_value(name: str, value: Any) -> Tensor | None:
+    """Refuses what a step can't read as one number: `grad_scale` and `found_inf` are tensors."""
+    if value is None:
+        return value
+    expected = "expected a tensor of one real number, as torch.amp.GradScaler sets it, or None"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; {expected}")
+    if value.numel() != 1:
+        raise ValueError(f"{name} has the shape {tuple(value.shape)}; {expected}")
+    if value.is_complex():
+        raise TypeError(f"{name} is {value.dtype}; {expected}")
+    if value.is_meta:
+        raise ValueError(f"{name} is on the meta device and has no value; {expected}")
+    return value
 
 
 def check_count(name: str, value: Any) -> int | None:

@@ -20,6 +20,13 @@ NonFinite = Literal["skip", "raise", "propagate"]
 Plain = Literal["replicated", "own"]
 
 
+class ScalerValue(Shared[Tensor | None]):
+    """A shared attribute that only takes a tensor of one number, or None."""
+
+    def __set__(self, owner: Any, value: Tensor | None) -> None:
+        super().__set__(owner, check_settings.check_scaler_value(self._name, value))
+
+
 class Settings(Optimizer):
     """Attributes that are checked when they are set."""
 
@@ -36,10 +43,10 @@ class Settings(Optimizer):
         param_groups = Shared()
         defaults = Shared()
 
-    # Set by a scaler while it steps: the gradients are to be divided by the one, and the step is
-    # skipped if the other is not zero. Both are one float32.
-    grad_scale = Shared[Tensor | None](None)
-    found_inf = Shared[Tensor | None](None)
+    # A scaler sets them while it steps. The gradients are divided by grad_scale. If found_inf is
+    # not zero, the step is skipped. Each is a tensor of one number.
+    grad_scale = ScalerValue(None)
+    found_inf = ScalerValue(None)
     # An overflow is a scaler's daily business: it skips, whatever `nonfinite` says.
     skips_for_scaler = Shared[bool](False)
 
