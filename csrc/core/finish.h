@@ -74,30 +74,45 @@ FUSEDOPT_INLINE void record_params(const StepParams& step, const Decision& decis
   });
 }
 
+// Adds each tensor's norm, as it is after clipping, to the tensor's average.
+template <class Workers>
+FUSEDOPT_INLINE void update_per_tensor(const StepParams& step, const Decision& decision,
+                                       const Workers& workers) {
+  const PerTensor per_tensor(step.options.limit);
+  workers.each_tensor(step, [&](int64_t t, const auto& sum) {
+    if (step.grads[t] == nullptr) return;
+    const TensorShape& shape = step.shapes[t];
+    const double squares = sum.template of<SumOfSquares>(
+        [&](int64_t chunk) { return Workers::load(step.chunk_sums + chunk); });
+    if (!sum.leads()) return;  // no other worker reads the average that changes here
+    const double coef = segment_coef(step, decision, shape, {squares, 0});
+    per_tensor.observe(shape.number, std::sqrt(squares) * decision.inv_scale * coef);
+  });
+}
+
 // Adds the norms of this step to the statistics of an adaptive limit.
 template <class Workers>
 FUSEDOPT_INLINE void update_limit(const StepParams& step, const Decision& decision,
                                   const Workers& workers) {
   const Limit& limit = step.options.limit;
-  if (limit.kind == LimitKind::kZScore) {
-    workers.once([&] { ZScore(limit).observe(decision.grad_norm); });
-  } else if (limit.kind == LimitKind::kPercentile) {
-    const Percentile percentile(limit);
-    workers.once([&] { percentile.observe(decision.grad_norm); });
-    const auto [lower, upper] =
-        workers.ranked(percentile.norms(), percentile.size(), percentile.rank());
-    workers.once([&, lower = lower, upper = upper] { percentile.set_limit(lower, upper); });
-  } else if (limit.kind == LimitKind::kPerTensor) {
-    const PerTensor per_tensor(limit);
-    workers.each_tensor(step, [&](int64_t t, const auto& sum) {
-      if (step.grads[t] == nullptr) return;
-      const TensorShape& shape = step.shapes[t];
-      const double squares = sum.template of<SumOfSquares>(
-          [&](int64_t chunk) { return Workers::load(step.chunk_sums + chunk); });
-      if (!sum.leads()) return;  // no other worker reads the average that changes here
-      const double coef = segment_coef(step, decision, shape, {squares, 0});
-      per_tensor.observe(shape.number, std::sqrt(squares) * decision.inv_scale * coef);
-    });
+  switch (limit.kind) {
+    case LimitKind::kZScore:
+      workers.once([&] { ZScore(limit).observe(decision.grad_norm); });
+      break;
+    case LimitKind::kPercentile: {
+      const Percentile percentile(limit);
+      workers.once([&] { percentile.observe(decision.grad_norm); });
+      const auto [lower, upper] =
+          workers.ranked(percentile.norms(), percentile.size(), percentile.rank());
+      workers.once([&, lower = lower, upper = upper] { percentile.set_limit(lower, upper); });
+      break;
+    }
+    case LimitKind::kPerTensor:
+      update_per_tensor(step, decision, workers);
+      break;
+    case LimitKind::kFixed:
+    case LimitKind::kUnit:
+      break;  // they learn nothing
   }
 }
 

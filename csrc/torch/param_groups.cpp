@@ -12,7 +12,7 @@ double to_double(PyObject* value) {
   if (PyFloat_Check(value)) return PyFloat_AS_DOUBLE(value);
   if (THPVariable_Check(value)) {
     const at::Tensor& tensor = THPVariable_Unpack(value);
-    // torch reads a number from memory that was freed, too.
+    // torch would read a number from freed memory.
     if (is_plain(tensor.unsafeGetTensorImpl()) && !fits_its_storage(tensor.unsafeGetTensorImpl())) {
       throw py::value_error("a tensor's storage was freed or cut");
     }
@@ -31,8 +31,8 @@ py::object item_of(PyObject* dict, PyObject* key) {
   return py::reinterpret_borrow<py::object>(value);
 }
 
-// A list or tuple itself, or the items of another iterable. Not of an iterator, which would be used
-// up, nor of a tensor, whose rows are other ones each time.
+// Returns a list or tuple as it is, and the items of any other iterable as a list. Refuses
+// iterators, as reading uses them up, and tensors, as every reading makes new rows.
 py::object as_list(py::handle iterable) {
   PyObject* const value = iterable.ptr();
   if (is_list_or_tuple(value)) return py::reinterpret_borrow<py::object>(value);
@@ -81,11 +81,7 @@ bool stays_on_device(PyObject* value, c10::Device device) {
 
 }  // namespace
 
-bool has_kernels(at::ScalarType type) {
-  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
-}
-
-Storage to_storage(at::ScalarType type) {
+std::optional<Storage> storage_of(at::ScalarType type) {
   switch (type) {
     case at::kFloat:
       return Storage::kFloat32;
@@ -96,8 +92,16 @@ Storage to_storage(at::ScalarType type) {
     case at::kHalf:
       return Storage::kFloat16;
     default:
-      throw py::type_error(std::string("no kernel takes ") + c10::toString(type));
+      return std::nullopt;
   }
+}
+
+bool has_kernels(at::ScalarType type) { return storage_of(type).has_value(); }
+
+Storage to_storage(at::ScalarType type) {
+  const std::optional<Storage> storage = storage_of(type);
+  if (!storage) throw py::type_error(std::string("no kernel takes ") + c10::toString(type));
+  return *storage;
 }
 
 py::object as_dict(py::handle mapping) {
@@ -136,7 +140,7 @@ Group read_group(const RuleInfo& rule, const std::vector<PyObject*>& names, PyOb
       const at::Tensor& lr = THPVariable_Unpack(value.ptr());
       result.lr = lr.const_data_ptr();
       result.lr_storage = to_storage(lr.scalar_type());
-      numbers[0] = 0;  // which states there are doesn't depend on it
+      numbers[0] = 0;  // states_used() does not depend on it
     } else {
       const double number = to_double(value.ptr());
       numbers[0] = option.on_host != nullptr ? option.on_host(number) : number;

@@ -1,27 +1,30 @@
-// Param groups, from Python's dicts to plain numbers.
+// Reads Python's param groups into plain numbers.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
 #include <vector>
 
 #include "kernels.h"
 
 namespace fusedopt {
 
+// The storage in which kernels read tensors of this dtype. Nothing if no kernel takes them.
+std::optional<Storage> storage_of(at::ScalarType type);
 bool has_kernels(at::ScalarType type);
-Storage to_storage(at::ScalarType type);  // one that has kernels
+Storage to_storage(at::ScalarType type);  // throws TypeError where there is none
 
-// A mapping of any type as a dict: itself, where it is one.
+// Returns a dict as it is, and any other mapping as a dict.
 py::object as_dict(py::handle mapping);
 
-// An optimizer's param groups as they are at this moment. Whatever Python code does with the lists
-// and dicts meanwhile, these stay.
+// A snapshot of an optimizer's param groups. It stays the same even if Python code changes the
+// lists and dicts.
 class CurrentGroups {
  public:
-  // Takes any iterable of mappings, whose "params" are any iterable that can be walked again. May
-  // run any Python code.
+  // `param_groups` is an iterable of mappings. Each mapping's "params" is an iterable that can be
+  // read more than once. Reading them may run Python code.
   void read(py::handle param_groups);
   void clear() { groups_.clear(); }
 
@@ -33,9 +36,9 @@ class CurrentGroups {
   std::vector<std::pair<py::object, py::object>> groups_;
 };
 
-// Reads the options that the rule names, into `hyperparameters`. A tensor lr on `device` is left
-// there: only its address is taken, so that reading it waits for nothing. Any other tensor is read
-// here and now. May run any Python code.
+// Reads the options that the rule names into `hyperparameters`. If lr is a tensor on `device`, only
+// its address is read: nothing waits for the device. All other tensors are read at once. May run
+// Python code.
 Group read_group(const RuleInfo& rule, const std::vector<PyObject*>& names, PyObject* group,
                  c10::Device device, double* hyperparameters);
 

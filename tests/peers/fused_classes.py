@@ -6,18 +6,9 @@ import sys
 
 import torch
 
-import fusedopt
+from fusedopt.__main__ import CLASSES
 
-SUBSTITUTES = {
-    "Adadelta": fusedopt.FusedAdadelta,
-    "Adam": fusedopt.FusedAdam,
-    "AdamW": fusedopt.FusedAdamW,
-    "Adamax": fusedopt.FusedAdamax,
-    "NAdam": fusedopt.FusedNAdam,
-    "RAdam": fusedopt.FusedRAdam,
-    "RMSprop": fusedopt.FusedRMSprop,
-    "SGD": fusedopt.FusedSGD,
-}
+SUBSTITUTES = {cls.__name__.removeprefix("Fused"): cls for cls in CLASSES}
 
 for name, cls in SUBSTITUTES.items():
     module = sys.modules[f"torch.optim.{name.lower()}"]
