@@ -59,7 +59,7 @@ py::dict constants() {
   return result;
 }
 
-// A tensor that the kernels read beside the plan's: what Python hands over may be anything.
+// Checks a tensor that Python passes to a step. Python code may pass anything.
 void check(const char* name, const at::Tensor& tensor, bool fits) {
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   if (tensor.defined() && is_plain(impl) && fits && fits_its_storage(impl)) return;
@@ -90,7 +90,7 @@ void check_call(const StepCall& call, const std::vector<DeviceTensors>& devices)
   if (call.limit.has_value()) check_limit(*call.limit);
 }
 
-// Returns false, and has changed nothing, where something is not as the plan can take it.
+// Returns false, and has changed nothing, if the plan can't take a tensor or an option.
 bool step_of(Plan& plan, const py::object& param_groups, const py::object& state,
              const StepCall& call) {
   const Plan::Use use(plan);

@@ -26,7 +26,7 @@ bool runs_on(c10::Device device, const std::string& backend) {
   return device.is_cpu() || (backend.empty() && built_with_cuda() && device.is_cuda());
 }
 
-// Anything else is for Python to refuse by name.
+// Whether the kernels can read the gradient. Python refuses all others by name.
 bool is_ordinary(const at::Tensor& grad) {
   const c10::TensorImpl* impl = grad.unsafeGetTensorImpl();
   return is_plain(impl) && has_kernels(grad.scalar_type()) && fits_its_storage(impl);
@@ -47,8 +47,8 @@ std::optional<std::vector<at::Tensor>> gather(const py::list& tensors, bool of_p
   return grads;
 }
 
-// Of every gradient, whether an earlier one has just its elements; nothing where some share other
-// memory.
+// For every gradient, whether an earlier one consists of the same elements. Returns nothing if two
+// gradients share only a part of their elements.
 std::optional<std::vector<bool>> find_repeated(const std::vector<at::Tensor>& grads) {
   std::vector<MemoryRegion> regions;
   for (size_t i = 0; i < grads.size(); ++i) {
@@ -68,17 +68,17 @@ bool is_dense(const at::Tensor& grad) {
   return grad.is_non_overlapping_and_dense() && !grad.is_neg();
 }
 
-// A gradient that the kernels can't write to where it lies, and the copy that they see.
+// A gradient that the kernels can't write to in place, and the dense copy that they write to.
 struct DenseGrad {
   at::Tensor grad, dense;
 };
 
-// Sorts gradients into one partition per device.
+// Sorts gradients by device.
 class Collector {
  public:
   explicit Collector(bool writes) : writes_(writes) {}
 
-  // `repeated`: it is scaled already, and only measured.
+  // `repeated`: the same elements were added before. They are measured again, but not scaled again.
   void add(const at::Tensor& grad, bool repeated) {
     DeviceTensors& device_tensors = devices_[device_tensors_for(grad, devices_)];
     const bool writes = writes_ && !repeated;
@@ -113,7 +113,8 @@ class Collector {
     return devices_;
   }
 
-  // Once the gradients are scaled: autograd learns of it.
+  // Call it after the gradients are scaled. It copies the dense copies back, and tells autograd of
+  // the change.
   void finish() const {
     if (is_known_skip(devices_)) return;
     for (const DenseGrad& it : dense_grads_) it.grad.detach().copy_(it.dense);
@@ -131,8 +132,8 @@ class Collector {
 
 using TotalNorm = std::optional<std::variant<at::Tensor, double>>;
 
-// A number, where it can be had without waiting for a device. May run any Python code, as the
-// tensor may be of any kind.
+// Reads the norm into a number, unless that would wait for a device. May run Python code, as the
+// tensor may be a subclass.
 TotalNorm read_norm(const TotalNorm& total_norm) {
   if (!total_norm.has_value() || !std::holds_alternative<at::Tensor>(*total_norm)) {
     return total_norm;

@@ -1,4 +1,4 @@
-// Clipping by itself, for any optimizer: the norm of a list of gradients, and their scaling.
+// Clips a list of gradients, for any optimizer: measures their norm, then scales them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,25 +14,26 @@ namespace fusedopt {
 struct ClipCall {
   double max_norm;      // infinity: only measure
   double norm_type;     // 2 or infinity
-  bool skip_nonfinite;  // leave the gradients as they are where the norm is inf or nan
-  // The norm where it is known already: one element of any dtype, on any device.
+  bool skip_nonfinite;  // leave the gradients as they are if the norm is inf or nan
+  // The norm, if it is already known: a number, or one element of any dtype on any device.
   std::optional<std::variant<at::Tensor, double>> total_norm;
 };
 
-// The norm (0-d float64 on the first gradient's device, or nothing where there is no gradient), and
-// whether a gradient is float64.
+// The norm, 0-d float64 on the first gradient's device (nothing if there is no gradient), and
+// whether any gradient is float64.
 using ClipResult = std::pair<std::optional<at::Tensor>, bool>;
 
-// Of the tensors' gradients or, unless `of_params`, of the tensors themselves. Each is scaled once,
-// however often it is listed, and counts in the norm as often as it is listed.
+// Clips the gradients of the tensors, or the tensors themselves unless `of_params` is set. A
+// gradient that is listed several times is scaled once, and counts in the norm each time.
 //
-// Nothing: one of them is not for these kernels, or lies in memory in a way that Python is to look
-// at before it is written to (`checked`: it did), or two of them share memory, and nothing was
-// done.
+// Returns nothing, and has changed nothing, if these kernels don't take one of the gradients, if
+// two gradients share memory, or if a gradient is not dense and Python has not checked it yet.
+// `checked` says that Python has.
 std::optional<ClipResult> clip_grads(const py::list& tensors, bool of_params, bool checked,
                                      const std::string& backend, const ClipCall& call);
 
-// Two of these tensors that have some element in common, and not just the same elements.
+// The indices of two tensors that share some of their elements, but not all. Nothing if there are
+// none.
 std::optional<std::pair<int, int>> first_overlap(const std::vector<at::Tensor>& grads);
 
 }  // namespace fusedopt

@@ -1,4 +1,4 @@
-// Lets other Python threads run meanwhile, also while the interpreter ends.
+// Releases the GIL, also while the interpreter shuts down.
 #pragma once
 
 #include <Python.h>
@@ -7,9 +7,9 @@
 
 namespace fusedopt {
 
-// As pybind11's gil_scoped_release. But a daemon thread that wants the GIL back from an interpreter
-// that is ending is ended by Python, by unwinding its stack, and C++ calls terminate() for that. It
-// waits here for the process's end instead, as in Python 3.14.
+// The same as pybind11's gil_scoped_release, except while the interpreter shuts down. If a daemon
+// thread then asks for the GIL, Python unwinds the thread's stack, and C++ would call terminate().
+// Here the thread waits for the end of the process instead, as in Python 3.14.
 class GilRelease {
  public:
   GilRelease() : state_(PyEval_SaveThread()) {}

@@ -18,7 +18,7 @@ namespace {
 // anyway.
 constexpr int64_t kElementsPerThread = kChunkSize;
 
-// A step of so many elements takes long enough to let other Python threads run meanwhile.
+// A step over at least so many elements lets other Python threads run: it takes long enough.
 constexpr int64_t kElementsToReleaseGil = 1 << 20;
 
 // A forked child has none of its parent's threads, but GNU's OpenMP would wait for them forever.

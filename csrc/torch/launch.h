@@ -18,7 +18,8 @@ void launch_step(const RuleInfo& rule, std::vector<DeviceTensors>& devices,
 void launch_update(const RuleInfo& rule, std::vector<DeviceTensors>& devices,
                    const std::vector<StepParams>& steps, KeepAlive keep_alive);
 
-// Whether a step is known to have changed nothing: not on a GPU, whose decision nobody waits for.
+// Whether the host knows that the step has changed nothing. It never knows this of a GPU, as it
+// doesn't wait for the GPU's decision.
 bool is_known_skip(const std::vector<DeviceTensors>& devices);
 
 }  // namespace fusedopt

@@ -11,7 +11,7 @@ bool intersect(const MemoryRegion& a, const MemoryRegion& b) {
   return a.begin < b.end && b.begin < a.end;
 }
 
-// Every element's first byte is a multiple of this many bytes away from the tensor's.
+// The distance in bytes between any two elements is a multiple of the result.
 int64_t gcd_of_strides(const MemoryRegion& region) {
   int64_t result = 0;
   for (size_t i = 0; i < region.sizes.size(); ++i) {
@@ -20,8 +20,8 @@ int64_t gcd_of_strides(const MemoryRegion& region) {
   return result * region.itemsize;
 }
 
-// For columns of one matrix, real and imaginary parts and the like: each fills its own bytes of a
-// period that both have.
+// Whether both regions repeat with a common period, and each fills its own bytes of the period.
+// That is so for two columns of one matrix, or for real and imaginary parts.
 bool are_apart_in_every_period(const MemoryRegion& a, const MemoryRegion& b) {
   const int64_t period = std::gcd(gcd_of_strides(a), gcd_of_strides(b));
   if (period == 0) return false;
@@ -29,7 +29,7 @@ bool are_apart_in_every_period(const MemoryRegion& a, const MemoryRegion& b) {
   return distance >= a.itemsize && distance + b.itemsize <= period;
 }
 
-// Calls visit(first byte of an element) until one returns true.
+// Calls visit() with the first byte of each element, until a call returns true.
 template <class Visit>
 bool any_element(const MemoryRegion& region, const char* at, size_t dim, const Visit& visit) {
   if (dim == region.sizes.size()) return visit(at);
@@ -40,7 +40,7 @@ bool any_element(const MemoryRegion& region, const char* at, size_t dim, const V
   return false;
 }
 
-// Marks the bytes of one, and looks for them in the other.
+// Marks the bytes of `a`, and looks for marked bytes among those of `b`.
 bool have_an_element_in_common(const MemoryRegion& a, const MemoryRegion& b) {
   const char* const begin = std::max(a.begin, b.begin);
   const int64_t bytes = std::min(a.end, b.end) - begin;
@@ -94,7 +94,7 @@ std::vector<std::pair<int, int>> overlapping_pairs(std::vector<MemoryRegion>& re
     return a.begin != b.begin ? a.begin < b.begin : a.owner < b.owner;
   });
   std::vector<std::pair<int, int>> result;
-  std::vector<const MemoryRegion*> open;  // those that reach beyond the present one's begin
+  std::vector<const MemoryRegion*> open;  // earlier ones that end after this one begins
   for (const MemoryRegion& region : regions) {
     if (region.begin == region.end) continue;
     const auto ended = [&](const MemoryRegion* it) { return it->end <= region.begin; };

@@ -1,4 +1,4 @@
-// Which tensors share memory, by their addresses.
+// Finds tensors that share memory, by their addresses.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,24 +12,25 @@ namespace fusedopt {
 struct MemoryRegion {
   const char* begin = nullptr;
   const char* end = nullptr;
-  int owner = 0;          // whatever the caller numbers
-  bool has_gaps = false;  // else every byte belongs to an element
+  int owner = 0;          // a number that the caller chooses
+  bool has_gaps = false;  // whether some bytes belong to no element
   int64_t itemsize = 1;
-  c10::IntArrayRef sizes, strides;  // the caller's
+  c10::IntArrayRef sizes, strides;  // views: the caller keeps their memory
 
-  // Of a plain tensor of these sizes and strides whose elements lie in its storage.
+  // The region of a plain tensor with these sizes and strides. All elements must lie in its
+  // storage.
   static MemoryRegion of(const c10::TensorImpl* impl, c10::IntArrayRef sizes,
                          c10::IntArrayRef strides, int owner);
 };
 
-// The owners of every two regions of which some element is the same, in no particular order. Sorts
-// the regions by their begin.
+// Returns the owners of every pair of regions that have an element in common, in no particular
+// order. Sorts `regions` by `begin`.
 std::vector<std::pair<int, int>> overlapping_pairs(std::vector<MemoryRegion>& regions);
 
-// Whether of two regions that overlap each has all elements of the other.
+// Whether two regions that overlap consist of the same elements.
 bool have_the_same_elements(const MemoryRegion& a, const MemoryRegion& b);
 
-// The bytes that any of these regions covers, to look up others in.
+// All bytes that a list of regions covers.
 class CoveredMemory {
  public:
   CoveredMemory() = default;
@@ -37,7 +38,7 @@ class CoveredMemory {
   bool touches(const void* begin, size_t bytes) const;
 
  private:
-  std::vector<std::pair<const char*, const char*>> ranges_;  // sorted, apart from each other
+  std::vector<std::pair<const char*, const char*>> ranges_;  // sorted; no two of them touch
 };
 
 }  // namespace fusedopt

@@ -5,8 +5,9 @@
 
 namespace fusedopt {
 
-// While one lives, torch operations on plain tensors run no Python code, which could change the
-// tensors that a step has just looked at. A tensor subclass must not come near them.
+// While such an object lives, torch operations on plain tensors run no Python code. Python code
+// could change the tensors that a step has just compared. Call no operation on a tensor subclass
+// meanwhile.
 class NoPythonDispatch {
   c10::impl::ExcludeDispatchKeyGuard guard_{c10::DispatchKeySet(
       {c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot,

@@ -1,4 +1,4 @@
-// How a plan is made. plan_refresh.cpp is what it does at every step.
+// Makes a plan. plan_refresh.cpp compares it with the tensors at every step.
 #include "torch/plan.h"
 
 #include <ATen/ExpandUtils.h>
@@ -29,7 +29,7 @@ bool kernels_take(const at::Tensor& param, const std::string& backend) {
          (runs_on_cuda(param.device(), backend) || (param.is_cpu() && backend != "cuda"));
 }
 
-// Where a group's lr may lie for the kernels to read it.
+// The device on which the kernels can read a group's lr from a tensor.
 c10::Device device_of_group(PyObject* params) {
   if (PySequence_Fast_GET_SIZE(params) == 0) return at::kCPU;
   PyObject* const first = PySequence_Fast_GET_ITEM(params, 0);
@@ -54,7 +54,8 @@ Plan::Plan(const std::string& rule, const std::string& backend, const py::object
     names_.push_back(PyUnicode_InternFromString(it.name.c_str()));
   }
   std::vector<double> values(rule_.num_hyperparameters);
-  // All that may run Python code comes first; tuples, as it may change the lists.
+  // Everything that may run Python code comes first. The lists are copied to tuples, as Python code
+  // may change them.
   groups_.read(param_groups);
   std::vector<py::tuple> lists;
   for (size_t g = 0; g < groups_.size(); ++g) {
@@ -74,7 +75,7 @@ Plan::Plan(const std::string& rule, const std::string& backend, const py::object
       if (!is_tensor(param.ptr())) throw py::type_error("fusedopt: a parameter is not a tensor");
       const auto [found, is_new] = known.try_emplace(param.ptr(), params_.size());
       listed_.back().push_back(found->second);
-      // One that is listed again is updated once.
+      // A parameter that is listed several times is updated once.
       if (is_new) add_param(param.ptr(), static_cast<uint32_t>(g), backend);
     }
   }
@@ -95,7 +96,8 @@ Plan::Plan(const std::string& rule, const std::string& backend, const py::object
     const int states = __builtin_popcount(states_used_[plan_param.group]);
     plan_param.complete = plan_param.has_kernels &&
                           plan_param.items == static_cast<int>(rule_.scalars.size()) + states;
-    // Where it doesn't fit there: its first gradient finds out.
+    // If its memory is too small, the guard fits no storage, and the first gradient needs a new
+    // plan.
     if (plan_param.complete && !take_param(plan_param)) plan_param.guard.storage = nullptr;
   }
   set_rings(rings);
@@ -133,7 +135,7 @@ void Plan::add_param(PyObject* object, uint32_t group, const std::string& backen
   plan_param.guard.object = object;
   plan_param.group = group;
   plan_param.has_kernels = kernels_take(param, backend);
-  // What has no kernels is left alone, but is counted, and has its column in telemetry.
+  // A parameter without kernels is not updated, but it has a number and a column in telemetry.
   const c10::Device device = param.device();
   if (device.is_cpu() || device.is_cuda()) add_entry(plan_param, param);
   params_.push_back(std::move(plan_param));
@@ -188,7 +190,7 @@ void Plan::add_state(PlanParam& plan_param, PyObject* state) {
     StateItem& item = items_.back();
     const char* name = PyUnicode_Check(key) ? PyUnicode_AsUTF8(key) : nullptr;
     if (name == nullptr) {
-      PyErr_Clear();  // no name of ours
+      PyErr_Clear();  // not a name of the rule's
       continue;
     }
     for (size_t k = 0; k < rule_.scalars.size(); ++k) {
@@ -205,7 +207,7 @@ void Plan::add_state(PlanParam& plan_param, PyObject* state) {
   }
 }
 
-// One that no step can use is not there, for a plan.
+// Ignores an item that no step can use, as if it did not exist.
 void Plan::add_item(PlanParam& plan_param, StateItem& item, PyObject* value) {
   if (!item.takes(value, plan_param)) return;
   if (item.is_tensor) {
@@ -222,14 +224,15 @@ void Plan::add_item(PlanParam& plan_param, StateItem& item, PyObject* value) {
   ++plan_param.items;
 }
 
-// It is the first of the rule's scalars. Nobody else has it, so that it stays where it is.
+// The counter is the rule's first scalar. Only the optimizer has it, so that its address never
+// changes.
 void Plan::add_counter(PlanParam& plan_param, PyObject* counter) {
   if (!plan_param.has_kernels || !StateItem{nullptr}.takes(counter, plan_param)) return;
   pointers_of(plan_param).scalars[0] = static_cast<float*>(unpack(counter).mutable_data_ptr());
   ++plan_param.items;
 }
 
-// Everything that a step writes where there are gradients.
+// Lists all tensors that a step writes if every parameter has a gradient.
 void Plan::find_written() {
   for (size_t i = 0; i < params_.size(); ++i) {
     if (!params_[i].complete) continue;
@@ -247,7 +250,7 @@ void Plan::find_written() {
   }
 }
 
-// Empty, where it lies nowhere.
+// The region is empty if the parameter has no memory.
 MemoryRegion Plan::region_of(const PlanParam& plan_param) const {
   if (plan_param.guard.storage == nullptr) return {};
   return MemoryRegion::of(plan_param.guard.impl, plan_param.sizes, plan_param.strides,

@@ -1,8 +1,8 @@
-// What step() would otherwise look up for every tensor, every time: pointers, sizes, chunks.
+// A plan remembers pointers, sizes and chunks, so that step() need not look them up every time.
 //
-// A plan owns no tensor of the caller's. It remembers where it saw each one and looks again at
-// every step. Pointers that have changed it takes over. Where anything else has changed it says so;
-// then Python checks all anew and makes a new plan.
+// A plan does not own the caller's tensors. It compares them with what it remembers at every step,
+// and takes over pointers that have changed. If anything else has changed, it returns false: Python
+// then checks everything and makes a new plan.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,28 +25,31 @@ namespace fusedopt {
 // One parameter.
 struct PlanParam {
   TensorGuard guard;
-  // Where the gradient was at the last step, to prefetch what is likely to be there again.
+  // Where the gradient was at the last step. It is probably there again, and is prefetched.
   const void* autograd_meta = nullptr;
   const c10::TensorImpl* grad_impl = nullptr;
   const c10::StorageImpl* grad_storage = nullptr;
-  const void* known_grad = nullptr;  // shares no memory with what a step writes
-  const void** grad = nullptr;       // what the kernels see of it; null there: it has none
-  size_t grad_bytes = 0;             // as the kernels read it
+  const void* known_grad =
+      nullptr;  // a gradient's address that is known not to overlap written tensors
+  const void** grad =
+      nullptr;            // the pointer that the kernels get; *grad is null without a gradient
+  size_t grad_bytes = 0;  // the gradient's size in grad_dtype
   uint32_t group = 0;
-  int device_tensors = -1;   // which of the devices; none: no memory there
-  int index = 0;             // in the DeviceTensors
-  int written = -1;          // its place in Plan::written_
-  int items = 0;             // of its state that were found
-  bool has_kernels = false;  // else it is left alone, as long as it has no gradient
-  bool complete = false;  // all of its state is there: else its first gradient asks for a new plan
+  int device_tensors = -1;   // index in Plan::devices_; -1: on none of them
+  int index = 0;             // index in the DeviceTensors
+  int written = -1;          // index in Plan::written_; -1: not there
+  int items = 0;             // how many items of its state were found
+  bool has_kernels = false;  // false: it is left alone as long as it has no gradient
+  bool complete = false;     // all of its state exists; false: its first gradient needs a new plan
   c10::Device device = at::kCPU;
   at::ScalarType dtype = at::kFloat;
-  at::ScalarType grad_dtype = at::kFloat;  // as the kernels read it
+  at::ScalarType grad_dtype = at::kFloat;  // in which kernels read the gradient
   c10::DimVector sizes, strides;
-  c10::DimVector dense_strides;  // the layout of the states, and of what the kernels see
+  c10::DimVector dense_strides;  // the strides of its states and of the arrays that kernels see
 };
 
-// The dtype in which kernels read a gradient: the parameter's own, or the one it is computed in.
+// The dtype in which kernels read a gradient: the parameter's own, or the dtype that the parameter
+// is computed in.
 inline at::ScalarType grad_dtype_for(at::ScalarType param, at::ScalarType grad) {
   if (grad == param) return param;
   return param == at::kDouble ? at::kDouble : at::kFloat;
@@ -55,10 +58,10 @@ inline at::ScalarType grad_dtype_for(at::ScalarType param, at::ScalarType grad) 
 // One item of a parameter's state: a scalar such as `step`, or a tensor shaped as the parameter.
 struct StateItem {
   PyObject* key;
-  TensorGuard guard;       // of nothing, where it is somebody else's and may change as it likes
+  TensorGuard guard;       // empty: the item is a user's, and may change freely
   bool is_tensor = false;  // else a scalar
-  int index = 0;           // among the rule's states, or its scalars
-  int written = -1;        // its place in Plan::written_
+  int index = 0;           // index among the rule's states, or its scalars
+  int written = -1;        // index in Plan::written_; -1: not there
 
   // Whether a step can use an object as this item.
   bool takes(PyObject* object, const PlanParam& plan_param) const;
@@ -70,41 +73,41 @@ struct StateItem {
 
 class Plan {
  public:
-  // `counters`: by parameter, the scalar that the rule keeps apart from the state, if it has one.
-  // `rings`: for telemetry, that of the steps and one per device, as Python's Rings has them; or
-  // empty.
+  // `counters` maps a parameter to the scalar that its rule keeps outside of the state, if there is
+  // one. `rings` are telemetry's: the ring of the steps, then one per device. It is empty without
+  // telemetry.
   Plan(const std::string& rule, const std::string& backend, const py::object& param_groups,
        const py::object& state, const py::dict& counters, const std::vector<at::Tensor>& rings);
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
-  // Reads the groups and their hyperparameters, which may run any Python code. False: they are not
-  // this plan's, or not as the rule expects.
+  // Reads the groups and their hyperparameters, which may run Python code. Returns false if they
+  // are not this plan's groups, or if the rule can't use them.
   bool read_groups(const py::object& param_groups);
 
-  // Looks at all parameters, states and gradients again, and runs no Python code. False: one of
-  // them is not as this plan can take it.
+  // Compares all parameters, states and gradients with the plan, and runs no Python code. Returns
+  // false if the plan can't take one of them.
   bool refresh(const py::dict& state);
 
   const RuleInfo& rule() const { return rule_; }
   std::vector<DeviceTensors>& devices() { return devices_; }
-  // What a step reads and writes, for as long as Python may run beside it. Not the tensors: another
-  // thread may give one of them other memory.
+  // The storages that a step reads and writes. The caller holds them while other Python threads may
+  // run. Holding the tensors is not enough: another thread may give a tensor other memory.
   std::vector<c10::Storage> keep_alive() const;
 
-  // Autograd learns of the update as of any other in-place operation.
+  // Tells autograd of the update, as any other in-place operation does.
   void bump_versions() const;
 
-  // Two tensors that share memory, both of which a step would have written when the plan was made:
-  // each as (group, index in the group, state or "").
+  // Two tensors that share memory and that a step would both write, as seen when the plan was made.
+  // Each is (group, index in the group, name of the state or "").
   using Place = std::tuple<int, int, std::string>;
   const std::optional<std::pair<Place, Place>>& shared_memory() const { return shared_; }
 
-  // (group, index in the group) of the parameters whose gradients' squares don't sum up to a finite
-  // number. Waits for the device.
+  // The parameters whose gradients have a sum of squares that is not finite, as (group, index in
+  // the group). Waits for the device.
   std::vector<std::pair<int, int>> nonfinite() const;
 
-  // While one lives, no other step of the plan begins.
+  // While such an object lives, no other step of the plan can begin.
   class Use {
    public:
     explicit Use(Plan& plan);
@@ -117,18 +120,18 @@ class Plan {
   };
 
  private:
-  // One entry of optimizer.state, in its order.
+  // One entry of optimizer.state. Entries are kept in the order of the dict.
   struct StateEntry {
     PyObject* key;
     PyObject* value;
-    uint64_t version;           // of the dict, when its items were looked at
+    uint64_t version;           // the dict's version when its items were read
     int param;                  // -1: the key is not one of the parameters
-    int first_item, last_item;  // of items_
+    int first_item, last_item;  // the range in items_
   };
   // A tensor that a step writes.
   struct Written {
     int param;
-    std::string state;    // its name; empty: the parameter itself
+    std::string state;    // the state's name; empty: the parameter itself
     MemoryRegion region;  // where it was when its parameter last had a gradient
   };
 
@@ -171,23 +174,24 @@ class Plan {
   }
 
   const RuleInfo& rule_;
-  std::vector<PyObject*> names_;          // of the hyperparameters
-  std::vector<std::vector<int>> listed_;  // by group: the parameters, in the order of its list
-  std::vector<uint32_t> states_used_;     // by group
-  std::vector<PlanParam> params_;         // each parameter once
+  std::vector<PyObject*> names_;  // of the rule's options
+  std::vector<std::vector<int>>
+      listed_;                         // per group: indices into params_, in the order of its list
+  std::vector<uint32_t> states_used_;  // per group
+  std::vector<PlanParam> params_;      // each parameter once
   std::vector<StateEntry> state_entries_;
-  uint64_t state_version_ = 0;    // of optimizer.state, when its entries were looked at
-  std::vector<StateItem> items_;  // of all entries, in the order of their dicts
+  uint64_t state_version_ = 0;    // of optimizer.state, when its entries were read
+  std::vector<StateItem> items_;  // the items of all entries, in the order of the dicts
   std::vector<DeviceTensors> devices_;
-  std::vector<Written> written_;                // of the parameters whose state is complete
-  std::vector<std::pair<int, int>> conflicts_;  // of written_: two that share memory
-  CoveredMemory covered_;                       // by all of written_
+  std::vector<Written> written_;                // of parameters whose state is complete
+  std::vector<std::pair<int, int>> conflicts_;  // indices into written_: two that share memory
+  CoveredMemory covered_;                       // the memory of all of written_
   std::optional<std::pair<Place, Place>> shared_;
-  CurrentGroups groups_;                   // during a step
-  const void* no_grad_ = nullptr;          // of parameters that are on no device
+  CurrentGroups groups_;                   // filled during a step
+  const void* no_grad_ = nullptr;          // PlanParam::grad of parameters on no device
   std::vector<c10::TensorImpl*> stepped_;  // the parameters with a gradient, at this step
   bool in_use_ = false;
-  bool moved_ = false;  // a pointer, at this step
+  bool moved_ = false;  // whether a pointer has changed at this step
 };
 
 }  // namespace fusedopt

@@ -1,4 +1,4 @@
-// What a plan does at every step: it looks at everything again.
+// Compares a plan with its tensors, at every step.
 #include <ATen/ops/empty_strided.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -12,12 +12,13 @@ namespace fusedopt {
 
 namespace {
 
-// How many tensors ahead to prefetch: as many as are looked at while one comes from memory.
+// How many tensors ahead to prefetch. That many are compared while one comes from memory.
 constexpr size_t kAhead = 6;
 
 const at::Tensor& unpack(PyObject* object) { return THPVariable_Unpack(object); }
 
-// Another number whenever a dict's contents change, unlike any other dict's. 0: Python keeps none.
+// A number that changes whenever the dict changes, and that no other dict has. 0: this Python keeps
+// no such number.
 uint64_t version_of(PyObject* dict) {
 #if PY_VERSION_HEX < 0x030E0000
 #pragma GCC diagnostic push
@@ -29,7 +30,7 @@ uint64_t version_of(PyObject* dict) {
 #endif
 }
 
-// Whether a dict's contents are those of that version, for certain.
+// Whether the dict is certain to be unchanged since it had this version.
 bool is_of_version(PyObject* dict, uint64_t version) {
   return version != 0 && version_of(dict) == version;
 }
@@ -37,7 +38,8 @@ bool is_of_version(PyObject* dict, uint64_t version) {
 constexpr c10::DispatchKeySet kSpecialViews({c10::DispatchKey::Negative,
                                              c10::DispatchKey::ZeroTensor});
 
-// What Python's own checks refuse by name. Anything else, such as an interrupt, is not for us.
+// Whether the error comes from a bad value. Python's checks refuse such a value by name. Other
+// errors, such as an interrupt, are passed on.
 bool is_of_a_bad_value(const py::error_already_set& error) {
   if (error.matches(PyExc_RecursionError)) return false;
   for (PyObject* type : {PyExc_TypeError, PyExc_ValueError, PyExc_RuntimeError, PyExc_LookupError,
@@ -47,12 +49,13 @@ bool is_of_a_bad_value(const py::error_already_set& error) {
   return false;
 }
 
-// A gradient of zeros that has no memory, as forward-mode autograd makes them.
+// Whether the gradient is all zeros and has no memory. Forward-mode autograd makes such gradients.
 bool is_zero(const c10::TensorImpl* grad) {
   return grad->key_set().has(c10::DispatchKey::ZeroTensor);
 }
 
-// Anything else is for Python to refuse by name, or for a plan that knows it.
+// Whether this plan can take the gradient. If not, Python refuses the gradient by name, or makes a
+// plan that can take it.
 bool is_ordinary(const at::Tensor& grad, const PlanParam& plan_param) {
   const c10::TensorImpl* impl = grad.unsafeGetTensorImpl();
   const at::ScalarType dtype = grad.scalar_type();
@@ -63,7 +66,7 @@ bool is_ordinary(const at::Tensor& grad, const PlanParam& plan_param) {
          impl->device() == plan_param.device && equal(impl->sizes(), plan_param.sizes);
 }
 
-// Whether the kernels can read a gradient where it lies.
+// Whether the kernels can read the gradient in place.
 bool is_direct(const PlanParam& plan_param, const c10::TensorImpl* grad) {
   return grad->dtype() == c10::scalarTypeToTypeMeta(plan_param.grad_dtype) &&
          !grad->key_set().has_any(kSpecialViews) &&
@@ -102,7 +105,7 @@ bool Plan::read_groups(const py::object& param_groups) {
     throw py::error_already_set();
   } catch (py::error_already_set& error) {
     if (!is_of_a_bad_value(error)) throw;
-    return false;  // Python says what is wrong with it, and where
+    return false;  // Python's checks say what is wrong
   } catch (const std::exception&) {
     return false;
   }
@@ -129,7 +132,7 @@ bool Plan::same_lists() const {
   return true;
 }
 
-// What has no gradient is left alone, and not looked at.
+// Parameters without a gradient are not compared.
 bool Plan::find_grads() {
   stepped_.clear();
   for (size_t i = 0; i < params_.size(); ++i) {
@@ -158,7 +161,7 @@ bool Plan::same_param(const PlanParam& plan_param) const {
   return guard.is_unchanged() && has_layout(guard.impl, plan_param.sizes, plan_param.strides);
 }
 
-// A parameter that lies elsewhere, and is otherwise as it was.
+// Takes over a parameter that has moved. Returns false if anything else about it has changed.
 bool Plan::move_param(PlanParam& plan_param) {
   const at::Tensor& param = unpack(plan_param.guard.object);
   const c10::TensorImpl* impl = param.unsafeGetTensorImpl();
@@ -171,7 +174,7 @@ bool Plan::move_param(PlanParam& plan_param) {
   return true;
 }
 
-// A copy-on-write parameter gets memory of its own.
+// Takes over the parameter's address. A copy-on-write parameter gets memory of its own first.
 bool Plan::take_param(PlanParam& plan_param) {
   const at::Tensor& param = unpack(plan_param.guard.object);
   if (!fits_its_storage(param.unsafeGetTensorImpl())) return false;
@@ -189,14 +192,14 @@ bool Plan::take_param(PlanParam& plan_param) {
   return true;
 }
 
-// Finds a parameter's gradient as the kernels are to see it.
+// Points the kernels to a parameter's gradient, or to a dense copy of it.
 bool Plan::gather_grad(PlanParam& plan_param, const at::Tensor& grad) {
   const c10::TensorImpl* const impl = grad.unsafeGetTensorImpl();
   const c10::StorageImpl* const storage = impl->unsafe_storage().unsafeGetStorageImpl();
   plan_param.grad_impl = impl;
   plan_param.grad_storage = storage;
   if (!is_ordinary(grad, plan_param)) return false;
-  static const char kEmpty = 0;  // an empty gradient is one all the same
+  static const char kEmpty = 0;  // any address but null: there is a gradient
   if (plan_param.grad_bytes == 0) {
     *plan_param.grad = &kEmpty;
     return true;
@@ -214,13 +217,14 @@ bool Plan::gather_grad(PlanParam& plan_param, const at::Tensor& grad) {
   }
   at::Tensor dense = at::empty_strided(plan_param.sizes, plan_param.dense_strides,
                                        grad.options().dtype(plan_param.grad_dtype));
-  dense.copy_(grad.detach().resolve_neg());  // copy_ takes it wrong between some dtypes
+  dense.copy_(grad.detach().resolve_neg());  // copy_ gets lazy negation wrong between some dtypes
   *plan_param.grad = dense.const_data_ptr();
   devices_[plan_param.device_tensors].dense_grads.push_back(std::move(dense));
   return true;
 }
 
-// Whether a gradient shares no memory with what a step writes: else the step reads a copy of it.
+// Whether the gradient shares no memory with tensors that a step writes. If it does, the step reads
+// a copy.
 bool Plan::is_apart(PlanParam& plan_param, const void* grad) const {
   if (covered_.touches(grad, plan_param.grad_bytes)) return false;
   plan_param.known_grad = grad;
@@ -256,7 +260,7 @@ bool Plan::same_state(const py::dict& state) {
   return true;
 }
 
-// Walking the dicts in their order spares hashing: Tensor.__hash__ is a call into Python.
+// It walks the dicts in order and hashes nothing: Tensor.__hash__ would call Python.
 bool Plan::same_entries(const py::dict& state) const {
   if (PyDict_Size(state.ptr()) != static_cast<Py_ssize_t>(state_entries_.size())) return false;
   PyObject *key, *value;
@@ -269,7 +273,7 @@ bool Plan::same_entries(const py::dict& state) const {
   return true;
 }
 
-// Takes over tensors that have been put in the place of others.
+// Takes over tensors that have replaced others.
 bool Plan::same_items(const StateEntry& entry) {
   if (!PyDict_Check(entry.value)) return false;
   if (PyDict_Size(entry.value) != entry.last_item - entry.first_item) return false;
@@ -285,7 +289,8 @@ bool Plan::same_items(const StateEntry& entry) {
   return true;
 }
 
-// An item of a state that is another tensor now, or lies elsewhere, and is otherwise as it was.
+// Takes over an item of a state that is another tensor now, or has moved. Returns false if anything
+// else about it has changed.
 bool Plan::move_item(StateItem& item, PyObject* value, const PlanParam& plan_param) {
   if (!item.takes(value, plan_param)) return false;
   if (unpack(value).dtype() != item.guard.dtype) return false;
@@ -306,7 +311,8 @@ void Plan::use_item(const PlanParam& plan_param, StateItem& item, PyObject* valu
   if (item.written >= 0) written_[item.written].region = region_of(item, plan_param);
 }
 
-// Some pointers are others now: they may share memory, also with gradients that are known not to.
+// Call it after pointers have changed. The tensors may now share memory with each other, or with
+// gradients that shared none before.
 bool Plan::after_moves() {
   find_shared_memory();
   for (DeviceTensors& device_tensors : devices_) {
@@ -319,7 +325,7 @@ bool Plan::after_moves() {
   return true;
 }
 
-// Two tensors that share memory and that this step would write both.
+// Two tensors that share memory and that this step would both write.
 const std::pair<int, int>* Plan::conflict() const {
   const auto has_grad = [](const PlanParam& it) { return grad_of(it).defined(); };
   for (const std::pair<int, int>& pair : conflicts_) {
@@ -333,7 +339,8 @@ const std::pair<int, int>* Plan::conflict() const {
 
 void Plan::bump_versions() const {
   for (c10::TensorImpl* param : stepped_) {
-    if (param->version_counter().enabled()) param->bump_version();  // else of inference mode
+    if (param->version_counter().enabled())
+      param->bump_version();  // tensors of inference mode have no version
   }
 }
 

@@ -1,4 +1,4 @@
-// Storages that no other thread can resize for a while.
+// Keeps other threads from resizing storages.
 #pragma once
 
 #include <c10/core/Storage.h>
@@ -7,8 +7,9 @@
 
 namespace fusedopt {
 
-// To resize a storage is to free its memory, also of tensors that are kept alive. While one of
-// these lives, torch refuses to. Take and end it with the GIL.
+// Resizing a storage frees its memory, even if the storage is kept alive. torch refuses to resize
+// storages that a SizeLock has taken, until the lock is destroyed. Hold the GIL to take storages
+// and to destroy the lock.
 class SizeLock {
  public:
   SizeLock() = default;
@@ -22,7 +23,7 @@ class SizeLock {
     locked_.reserve(storages.size());
     for (const c10::Storage& storage : storages) {
       c10::StorageImpl* const impl = storage.unsafeGetStorageImpl();
-      if (!impl->resizable()) continue;  // never, or not while another step locks it
+      if (!impl->resizable()) continue;  // it never is, or another step has locked it
       impl->set_resizable(false);
       locked_.push_back(storage);
     }

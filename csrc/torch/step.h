@@ -31,7 +31,7 @@ struct StepCall {
 };
 
 // Runs one step. Call it after the plan has looked up its tensors and gradients. Returns whether
-// these may have changed: false where the step is known to have been skipped.
+// these may have changed: false if the step is known to have been skipped.
 bool step(const RuleInfo& rule, std::vector<DeviceTensors>& devices, const StepCall& call,
           KeepAlive keep_alive);
 

@@ -1,19 +1,20 @@
-// Where a Python object's tensor was seen, to tell at the next step whether it is still there.
+// Remembers where a Python object's tensor was, so that the next step sees whether it has moved.
 #pragma once
 
 #include <torch/csrc/autograd/python_variable.h>
 
 namespace fusedopt {
 
-// As THPVariable_Check, but runs no Python code, whatever the object is.
+// The same as THPVariable_Check, but it never runs Python code.
 inline bool is_tensor(PyObject* object) {
   PyTypeObject* const type = Py_TYPE(object);
   return THPVariable_CheckTypeExact(type) ||
          PyType_IsSubtype(type, reinterpret_cast<PyTypeObject*>(THPVariableClass));
 }
 
-// The dispatch keys of tensors whose elements lie in memory as sizes, strides and storage say. All
-// others mark something else: a subclass with operations of its own, a sparse layout, a transform.
+// The elements of a tensor with only these dispatch keys lie in memory as its sizes, strides and
+// storage say. Any other key marks a subclass with operations of its own, a sparse layout, or a
+// transform.
 inline const uint64_t kPlainKeys =
     c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::CUDA,
                          c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutogradCUDA,
@@ -25,7 +26,8 @@ inline bool is_plain(const c10::TensorImpl* impl) {
   return (impl->key_set().raw_repr() & ~kPlainKeys) == 0 && impl->has_storage();
 }
 
-// Whether all elements of a plain tensor lie in its storage: any code may free or cut that.
+// Whether all elements of a plain tensor lie inside its storage. Other code may have freed or cut
+// the storage.
 inline bool fits_its_storage(const c10::TensorImpl* impl) {
   if (impl->numel() == 0) return true;
   int64_t last = impl->storage_offset();
@@ -40,19 +42,19 @@ inline void prefetch(const c10::TensorImpl* impl) {
   __builtin_prefetch(reinterpret_cast<const char*>(impl) + 128);
 }
 
-// Nothing is owned: the addresses are compared with what is there now, and serve to prefetch it.
+// It owns nothing. The addresses are compared with the current ones, and are prefetched.
 struct TensorGuard {
   PyObject* object = nullptr;
   c10::TensorImpl* impl = nullptr;
   const c10::StorageImpl* storage = nullptr;
-  const void* base = nullptr;     // of the storage
-  const void* context = nullptr;  // of the storage's pointer: another one after a lazy clone
-  size_t nbytes = 0;              // of the storage
-  uint64_t keys = 0;              // the dispatch keys: what kind of tensor it is
+  const void* base = nullptr;     // the address of the storage's memory
+  const void* context = nullptr;  // the context of that address; a lazy clone changes it
+  size_t nbytes = 0;              // the size of the storage
+  uint64_t keys = 0;              // the dispatch keys, which say what kind of tensor it is
   int64_t storage_offset = 0;
   caffe2::TypeMeta dtype;
 
-  // Of a plain tensor.
+  // `tensor` must be a plain tensor.
   static TensorGuard of(PyObject* tensor) {
     TensorGuard guard;
     guard.object = tensor;
@@ -73,12 +75,12 @@ struct TensorGuard {
     __builtin_prefetch(storage);
   }
 
-  // Whether an object that is a tensor is the one that was seen, in the same memory, of the same
-  // kind. Sizes and strides are for the caller to compare.
+  // Whether `object`, which must be a tensor, is still the same tensor in the same memory and of
+  // the same kind. The caller compares sizes and strides.
   bool is_unchanged() const {
     const c10::TensorImpl* now = THPVariable_Unpack(object).unsafeGetTensorImpl();
     if (now != impl || now->unsafe_storage().unsafeGetStorageImpl() != storage) return false;
-    // Not data_ptr(): that would first ask whether a pointer may be had at all.
+    // data_ptr() would first check whether this storage may give out a pointer.
     const c10::DataPtr& data =
         const_cast<c10::StorageImpl*>(storage)->_mutable_data_ptr_no_checks();
     return data.get() == base && data.get_context() == context && storage->nbytes() == nbytes &&
@@ -87,8 +89,8 @@ struct TensorGuard {
   }
 };
 
-// As c10's operator==, in place: for a handful of numbers a call of memcmp costs more than the
-// loop.
+// The same as c10's operator==, but inlined: for a few numbers, a call of memcmp takes longer than
+// the loop.
 inline bool equal(c10::IntArrayRef a, c10::IntArrayRef b) {
   if (a.size() != b.size()) return false;
   for (size_t i = 0; i < a.size(); ++i) {
@@ -97,7 +99,7 @@ inline bool equal(c10::IntArrayRef a, c10::IntArrayRef b) {
   return true;
 }
 
-// Both in one loop.
+// Whether the tensor has these sizes and strides. One loop compares both.
 inline bool has_layout(const c10::TensorImpl* impl, c10::IntArrayRef sizes,
                        c10::IntArrayRef strides) {
   if (static_cast<size_t>(impl->dim()) != sizes.size()) return false;
@@ -109,7 +111,8 @@ inline bool has_layout(const c10::TensorImpl* impl, c10::IntArrayRef sizes,
   return true;
 }
 
-// Strides of dimensions of size 1 say nothing about the layout.
+// Whether the strides a and b place the elements alike. The stride of a dimension of size 1 doesn't
+// matter.
 inline bool same_layout(c10::IntArrayRef sizes, c10::IntArrayRef a, c10::IntArrayRef b) {
   for (size_t i = 0; i < sizes.size(); ++i) {
     if (sizes[i] != 1 && a[i] != b[i]) return false;
