@@ -1,4 +1,4 @@
-"""What Python and the compiled kernels both know, compared when the extension is imported."""
+"""Compares the constants of Python and of the compiled kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusedopt.telemetry.rings import PARAM_COLUMNS, STEP_COLUMNS
 
 
 def known_here() -> dict[str, Any]:
-    """Python's side of `_C.constants`, but for the rules."""
+    """Python's values of `_C.constants`, except for the rules."""
     limits = sorted(LIMITS, key=lambda limit: limit.kind)
     return {
         "chunk_size": norms.CHUNK_SIZE,
@@ -28,7 +28,7 @@ def known_here() -> dict[str, Any]:
 
 
 def checked(found: Found) -> Found:
-    """The extension, if its kernels agree with Python; else why it can't be used."""
+    """The extension if its constants agree with Python's; else the reason why it can't be used."""
     if found.module is None:
         return found
     constants = getattr(found.module, "constants", {})
@@ -44,10 +44,10 @@ def checked(found: Found) -> Found:
 
 
 def check_rule(rule: Rule, constants: dict[str, Any]) -> None:
-    """Refuses a rule that keeps other states, or other scalars, than its kernels do.
+    """Refuses a rule if its kernels keep other states or scalars.
 
     Raises:
-        ImportError: it disagrees.
+        ImportError: they differ.
     """
     scalars, states = constants["rules"][rule.name]
     kept = [*scalars.items()], (*states,)

@@ -1,4 +1,4 @@
-"""Which parameter a checkpoint means: by name where it has names, else by place as torch does."""
+"""Finds the parameters of a checkpoint: by name if it has names, else by place as torch does."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from fusedopt.core.names import Names, filled
 from fusedopt.reference import Group
 from fusedopt.reference.groups import own_name, place_of
 
-# What wrappers put into the names of a model's parameters.
+# Prefixes that wrappers put into the names of a model's parameters.
 _WRAPPERS = re.compile(
     r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(module\.)+"
 )
-_SHOWN = 3  # so many names are told in an error
+_SHOWN = 3  # the number of names in an error
 _BY_PLACE = "To load by place, as torch does, delete 'param_names' from its param groups"
 
 
 def arranged(own: Names, groups: list[Group]) -> list[Group]:
-    """A checkpoint's param groups with all that they list, in an optimizer's order.
+    """A checkpoint's param groups, with their lists in the order of an optimizer.
 
     Args:
         own: the names of the optimizer's parameters.
-        groups: of the checkpoint, as many. Ids that are strings are names, as those that
-            `torch.distributed.checkpoint` writes; it has put them in order already.
+        groups: the checkpoint's groups, as many as the optimizer's. If ids are strings, they are
+            names that `torch.distributed.checkpoint` has written, and are in order already.
 
     Raises:
-        ValueError: the names are those of other parameters, or the groups are other ones.
+        ValueError: the names or the groups belong to other parameters.
     """
     here = [[_bare(name) for name in group] for group in own]
     there = [[_bare(name) for name in _saved_names(group)] for group in groups]
@@ -54,11 +54,11 @@ def _check_sizes(own: Names, groups: list[Group]) -> None:
 
 
 def loaded_names(own: Names, groups: list[Group]) -> list[list[Any]] | None:
-    """`group["param_names"]` after loading: the optimizer's, or else those of the checkpoint.
+    """`group["param_names"]` after loading: the optimizer's names, else the checkpoint's.
 
     Args:
         own: the names of the optimizer's parameters.
-        groups: what `arranged` has made of the checkpoint's.
+        groups: the result of `arranged`.
     """
     saved = [
         _saved_names(group) if "param_names" in group else [None] * len(group["params"])
@@ -78,14 +78,14 @@ def _has_string_ids(group: Group) -> bool:
 
 
 def _bare(name: Any) -> Any:
-    """A name without what DistributedDataParallel, torch.compile and the like put into it."""
+    """A name without the prefixes of DistributedDataParallel, torch.compile and other wrappers."""
     if isinstance(name, str):
         return _WRAPPERS.sub("", name)
-    return None if name is None else repr(name)  # torch takes any name; some have no hash
+    return None if name is None else repr(name)  # torch takes any object; some have no hash
 
 
 def _agree(here: Names, there: Names) -> bool:
-    """Whether no place has two names. A place with one or none contradicts nothing."""
+    """Whether no place has two different names."""
     if not any(n is not None for g in here for n in g) or not any(
         n is not None for g in there for n in g
     ):
@@ -98,7 +98,7 @@ def _agree(here: Names, there: Names) -> bool:
 
 
 def _places(names: Names) -> dict[Any, tuple[int, int]] | None:
-    """Where each name is; None if one is missing, or stands for two parameters."""
+    """The place of each name. None if a name is missing, or stands for two parameters."""
     found = {name: (g, i) for g, group in enumerate(names) for i, name in enumerate(group)}
     count = sum(map(len, names))
     return found if len(found) == count and None not in found else None
@@ -107,7 +107,7 @@ def _places(names: Names) -> dict[Any, tuple[int, int]] | None:
 def _gathered(
     index: int, names: Sequence[Any], groups: list[Group], where: dict[Any, tuple[int, int]]
 ) -> Group:
-    """The saved group that has these names, with what it lists in their order."""
+    """The saved group that has these names, with its lists in their order."""
     sources = sorted({where[name][0] for name in names}) or _empty(groups, index)
     group = groups[sources[0]]
     if len(sources) > 1 or len(group["params"]) != len(names):
@@ -122,7 +122,7 @@ def _gathered(
 
 
 def _empty(groups: list[Group], index: int) -> list[int]:
-    """The saved group for an empty one: that at its own place, if it can be."""
+    """The saved group for an empty group: the one at the same place, if possible."""
     found = [g for g, group in enumerate(groups) if len(group["params"]) == 0]
     return [index] if index in found or not found else found[:1]
 

@@ -1,4 +1,4 @@
-"""Which backends this build has, and which one a parameter's device asks for."""
+"""The backends of this build, and the choice between them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fusedopt.reference.arithmetic import is_subclass
 
 _warned: set[str] = set()
 
-REFERENCE, TORCH = "reference", "torch"  # "torch": its own functions, see `fallback`
+REFERENCE, TORCH = "reference", "torch"  # "torch": torch's own functions, see `fallback`
 
 
 def warn_once(message: str) -> None:
@@ -55,11 +55,11 @@ def choose(
     """The backend to use for parameters on these devices.
 
     Args:
-        exact_for: what is asked for that torch's own functions can't do, in words.
+        exact_for: a setting, in words, that torch's own functions can't serve, or None.
 
     Returns:
-        "reference", or what was asked for. None stands for the compiled kernels of each parameter's
-        own device, "torch" for torch's own functions where there are none.
+        `backend` if it was given. Else None for the compiled kernels of each parameter's device; if
+        there are none, "torch" for torch's own functions, or "reference".
 
     Raises:
         RuntimeError: the backend that was asked for can't be used here.
@@ -98,7 +98,7 @@ def new_plan(
     counters: dict[Tensor, Tensor],
     rings: list[Tensor],
 ) -> Plan | None:
-    """What a step looks up once and keeps; None for the reference."""
+    """A plan for steps; None for the reference."""
     if backend == TORCH:
         return fallback.TorchPlan(rule, param_groups, state, counters)
     if backend == REFERENCE or _C is None:
@@ -120,7 +120,7 @@ def clip_grads(
 
 
 def zeros_like(param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """As torch's, in memory that a step walks fast: a large state lies in huge pages."""
+    """The same as torch's, but a large tensor gets huge pages, which a step reads faster."""
     if is_subclass(param):  # a DTensor
         return torch.zeros_like(param, dtype=dtype, requires_grad=False)
     value = torch.empty_like(param, dtype=dtype, requires_grad=False)

@@ -51,7 +51,7 @@ def check_scaler_value(name: str, value: Any) -> Tensor | None:
 
 
 def check_count(name: str, value: Any) -> int | None:
-    """Refuses what is neither a whole number above 0 nor None."""
+    """Refuses a value that is neither a whole number above 0 nor None."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -72,7 +72,7 @@ def check_telemetry(value: Any) -> int | None:
 
 
 def check_attribute(owner: type, name: str, value: Any) -> None:
-    """Refuses to set what would have no effect: a setting's name with a typo in it, say."""
+    """Refuses to set an attribute without effect, such as a misspelled setting."""
     if name in ("backend", "process_group", "plain") or (
         name == "telemetry" and not callable(value)
     ):

@@ -1,9 +1,9 @@
-"""Saving and loading a state_dict, torch's or ours: all is checked before anything changes.
+"""Saves and loads a state_dict, torch's or ours. Everything is checked before anything changes.
 
-Loading differs from torch's own in four ways. State keeps its dtype where a step can use it,
-instead of being rounded to its parameter's 16 bits. Where writing to a tensor of the checkpoint
-would be wrong, it is copied (see `takeover`). Names count before places (see `arrange`). And how a
-step is implemented (`IMPLEMENTATION`) is not for a checkpoint to say.
+Loading differs from torch's in four ways. A state keeps its dtype if a step can use it; torch
+rounds it to its parameter's dtype. A tensor of the checkpoint is copied if writing to it would be
+wrong (see `takeover`). Names count before places (see `arrange`). The flags of `IMPLEMENTATION` are
+not loaded.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fusedopt.reference import Group, Rule
 from fusedopt.reference.arithmetic import compute_dtype
 from fusedopt.reference.groups import name_of
 
-MAX_COUNT = 2**24  # from there on a float32 counts no further
+MAX_COUNT = 2**24  # a float32 can't count further
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Checkpoint:
     """A state_dict of the right form.
 
     Attributes:
-        state: by id.
-        groups: with the ids and names that they list, in the order of the optimizer's.
+        state: the states by id.
+        groups: the groups with their ids and names, in the order of the optimizer.
         listed: all ids in the order of the checkpoint.
-        limit: what an adaptive limit has learned, or None.
+        limit: the saved state of an adaptive limit, or None.
     """
 
     state: dict[Any, Any]
@@ -55,7 +55,7 @@ class Checkpoint:
 
 
 def save(param_groups: list[Group], state: dict[Any, Any]) -> dict:
-    """As torch's `state_dict`; without the states of tensors that are in no group."""
+    """The same as torch's `state_dict`, but without states of tensors that are in no group."""
     ids: dict[int, int] = {}
     groups, count = [], 0
     for group in param_groups:
@@ -74,7 +74,7 @@ def save(param_groups: list[Group], state: dict[Any, Any]) -> dict:
 
 
 def read(state_dict: Any, names: Names) -> Checkpoint:
-    """A state_dict that fits parameters with these names, in their order; refuses any other."""
+    """Reads a state_dict for parameters with these names. Refuses one that does not fit."""
     if not isinstance(state_dict, Mapping) or not state_dict.keys() >= {"state", "param_groups"}:
         found = list(state_dict) if isinstance(state_dict, Mapping) else _type_of(state_dict)
         raise ValueError(f"loaded state dict is {found}; expected 'state' and 'param_groups'")
@@ -102,7 +102,7 @@ def read(state_dict: Any, names: Names) -> Checkpoint:
             )
     groups = [dict(saved) for saved in saved_groups]
     limits = [group.pop(limit_state.KEY, None) for group in groups]
-    limits.append(state_dict.get("clip"))  # where version 0.1 has it
+    limits.append(state_dict.get("clip"))  # version 0.1 has it there
     return Checkpoint(
         dict(state.items()),
         arranged(names, groups),
@@ -112,7 +112,7 @@ def read(state_dict: Any, names: Names) -> Checkpoint:
 
 
 def load_groups(groups: list[Group], names: Names, checkpoint: Checkpoint) -> list[Group]:
-    """The options of a checkpoint, with the parameters of `groups` and their names."""
+    """The param groups after loading: the saved options, with `groups`' parameters and names."""
     loaded = [_load_group(*pair) for pair in zip(groups, checkpoint.groups, strict=True)]
     for group, param_names in zip(loaded, loaded_names(names, checkpoint.groups) or ()):
         group["param_names"] = param_names
@@ -135,13 +135,13 @@ class _Entry:
     group: Group
     param: Tensor
     saved: dict[Any, Any]
-    own: tuple[str, ...]  # what the rule keeps; the rest is a user's
+    own: tuple[str, ...]  # the rule's items; all others are a user's
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def load_state(rule: Rule, groups: list[Group], checkpoint: Checkpoint) -> dict[Any, Any]:
-    """A checkpoint's state by parameter. `groups` are what `load_groups` has made of its groups."""
+    """The states of a checkpoint by parameter. `groups` is the result of `load_groups`."""
     entries, users = _entries(rule, groups, checkpoint)
     shared = takeover.to_take_over(
         [value for it in entries for value in _own_tensors(it)], _params_and_grads(groups)
@@ -153,7 +153,7 @@ def load_state(rule: Rule, groups: list[Group], checkpoint: Checkpoint) -> dict[
 
 
 def params_by_id(groups: list[Group], checkpoint: Checkpoint) -> dict[Any, tuple[int, int]]:
-    """Where the parameter of each id is listed: its group, and the index in that."""
+    """For each id, the group that lists its parameter, and the index in the group."""
     found: dict[Any, tuple[int, int]] = {}
     params = [list(group["params"]) for group in groups]
     for g, saved in enumerate(checkpoint.groups):
@@ -168,7 +168,7 @@ def params_by_id(groups: list[Group], checkpoint: Checkpoint) -> dict[Any, tuple
 
 
 def largest_step(rule: Rule, states: dict[Any, Any]) -> int | None:
-    """How many steps the parameters have seen at most; None: this rule's state doesn't tell."""
+    """The largest number of steps of a parameter. None if this rule's state has no such number."""
     if rule.hidden_step:
         return None
     counts = [state.get(rule.counter) for p, state in states.items() if isinstance(p, Tensor)]
@@ -176,7 +176,7 @@ def largest_step(rule: Rule, states: dict[Any, Any]) -> int | None:
 
 
 def _whole(count: Any) -> int:
-    """A number of steps; 0 for what is none."""
+    """The value as a number of steps; 0 if it is no such number."""
     if not isinstance(count, int | float | Tensor) or (
         isinstance(count, Tensor) and (count.numel() != 1 or count.device.type == "meta")
     ):
@@ -188,7 +188,7 @@ def _whole(count: Any) -> int:
 def _entries(
     rule: Rule, groups: list[Group], checkpoint: Checkpoint
 ) -> tuple[list[_Entry], dict[Any, Any]]:
-    """The states of the parameters, checked, and what else a user keeps in the state."""
+    """The checked states of the parameters, and all other items, which are a user's."""
     places = params_by_id(groups, checkpoint)
     entries, users = [], {}
     for key, saved in checkpoint.state.items():
@@ -206,12 +206,12 @@ def _entries(
                 f"loaded state dict has a state for id {key}, which is in none of its param groups"
             )
         else:
-            users[key] = saved  # as it is, as torch does
+            users[key] = saved  # unchanged, as torch does
     return entries, users
 
 
 def _checked(rule: Rule, group: Group, param: Tensor, saved: dict[Any, Any], name: str) -> _Entry:
-    # Without a shape or data yet: the first step looks at its state.
+    # It has no shape or no data yet: the first step checks its state.
     waits = torch.nn.parameter.is_lazy(param) or checks.is_left_alone(param)
     own = () if waits or is_new(saved) else (*rule.scalars, *rule.states(group))
     if own:
@@ -221,7 +221,7 @@ def _checked(rule: Rule, group: Group, param: Tensor, saved: dict[Any, Any], nam
 
 
 def _check_values(rule: Rule, group: Group, state: dict[str, Any], name: str) -> None:
-    """Refuses values that no step has left."""
+    """Refuses values that no step leaves behind."""
     for key in rule.scalars:
         value = float(state[key])
         whole = key != "step" or (math.isfinite(value) and value == int(value))
@@ -255,7 +255,7 @@ def _load_param_state(rule: Rule, entry: _Entry, shared: Container[int]) -> dict
     computed = compute_dtype(param.dtype)
     usable = len(dtypes) == 1 and dtypes <= {param.dtype, computed}
     loaded = {}
-    for key, value in entry.saved.items():  # in its order
+    for key, value in entry.saved.items():  # in the saved order
         if key not in entry.own:
             nowhere = torch.nn.parameter.is_lazy(param) or param.is_meta
             loaded[key] = deepcopy(value) if nowhere else _moved(value, param.device)
@@ -270,7 +270,7 @@ def _load_param_state(rule: Rule, entry: _Entry, shared: Container[int]) -> dict
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """What a user keeps beside a parameter's state: its tensors go to the parameter's device."""
+    """A user's item in a parameter's state, with its tensors on the parameter's device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Refuses tensors, options and states that no step can use: the name, what came, what to give."""
+"""Refuses tensors, options and states that no step can use. The error names them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from fusedopt.reference.limits import Unit
 DTYPE_NAMES = "float32, float64, bfloat16 or float16"
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")  # flags; ignored here
 
-_COUNTS = {"betas": 2}  # how many numbers an option takes; every other takes one
+_COUNTS = {"betas": 2}  # the number of numbers in an option; all others take one
 _UNRESTRICTED = ("dampening",)
 _TORCHS_WORDS = {"lr": "learning rate", "eps": "epsilon value", "betas": "beta parameter"}
 
 
 class NonFiniteGradientError(RuntimeError):
-    """Gradients held inf or nan, and `nonfinite="raise"` was asked for; nothing was changed.
+    """Gradients held inf or nan, and `nonfinite` is "raise". Nothing was changed.
 
     Attributes:
-        names: the parameters whose gradients did.
-        description: which and how many, in words.
+        names: the parameters of these gradients.
+        description: the parameters and the numbers of inf and nan, in words.
     """
 
     def __init__(self, names: list[str], description: str) -> None:
@@ -46,7 +46,7 @@ class NonFiniteGradientError(RuntimeError):
 
 
 def check_rows(limit: object, param: Tensor, name: str) -> None:
-    """Refuses a parameter whose units a `Unit` limit would have to gather from all over it."""
+    """Refuses a parameter whose rows are not contiguous, if the limit is a `Unit`."""
     if not isinstance(limit, Unit) or torch.nn.parameter.is_lazy(param):
         return
     if is_left_alone(param) or param.dim() < 2:
@@ -60,19 +60,19 @@ def check_rows(limit: object, param: Tensor, name: str) -> None:
 
 
 def is_left_alone(param: Tensor) -> bool:
-    """Whether no step touches it: it has no gradient, and none could be applied to it."""
+    """Whether no step touches the parameter: it has no gradient, and no step could apply one."""
     return param.grad is None and not can_be_updated(param)
 
 
 def check_param(param: Tensor, name: str, backend: str | None) -> None:
-    """Refuses a parameter that no step can update, as far as that shows without a gradient.
+    """Refuses a parameter that no step can update. Gradients are checked later.
 
-    A frozen parameter may be of any kind, as may be one on the meta device until it has a gradient.
+    A frozen parameter may be of any kind. So may a parameter on the meta device without a gradient.
     """
     if not isinstance(param, Tensor):
         raise TypeError(f"{name} is a {type(param).__name__}; expected a tensor")
     if torch.nn.parameter.is_lazy(param):
-        return  # no shape, no memory yet: the first step looks again
+        return  # no shape, no memory yet: the first step checks it
     if is_left_alone(param) and (not param.requires_grad or param.device.type == "meta"):
         return
     if is_subclass(param):
@@ -90,7 +90,7 @@ def check_param(param: Tensor, name: str, backend: str | None) -> None:
 
 
 def check_writable(tensor: Tensor, name: str) -> None:
-    """Refuses a tensor of which two elements are one."""
+    """Refuses a tensor in which two elements share a place in memory."""
     if _overlaps_itself(tensor):
         raise RuntimeError(
             f"{name} has several elements in one memory location (shape {tuple(tensor.shape)}, "
@@ -99,7 +99,7 @@ def check_writable(tensor: Tensor, name: str) -> None:
 
 
 def check_device(tensor: Tensor, name: str, backend: str | None) -> None:
-    """Refuses a tensor without data, or not where the backend that was asked for runs."""
+    """Refuses a tensor without data, or on a device that the given backend doesn't run on."""
     if tensor.device.type == "meta":
         raise RuntimeError(f"{name} is on the meta device, without data; expected cpu or cuda")
     if backend in ("cpu", "cuda") and tensor.device.type != device_type_of(backend):
@@ -110,7 +110,7 @@ def check_device(tensor: Tensor, name: str, backend: str | None) -> None:
 
 
 def check_readable(grad: Any, name: str) -> None:
-    """Refuses what is no gradient that a kernel can read. `name`: "the gradient of ..."."""
+    """Refuses a gradient that no kernel can read. `name` is "the gradient of ..."."""
     if not isinstance(grad, Tensor):
         raise TypeError(f"{name} is a {type(grad).__name__}; expected a tensor")
     if grad.layout != torch.strided:
@@ -139,7 +139,7 @@ def check_grad(param: Tensor, grad: Tensor, name: str) -> None:
 
 
 def check_shared_memory(plan: Plan | None, param_groups: list[Group]) -> None:
-    """Refuses two tensors that share memory, where a step would write both at once."""
+    """Refuses two tensors that share memory and that a step would both write."""
     found = None if plan is None else plan.shared_memory()
     if found is None:
         return
@@ -154,7 +154,7 @@ def check_shared_memory(plan: Plan | None, param_groups: list[Group]) -> None:
 
 
 def check_new_state(name: str, expected: str) -> None:
-    """Refuses to make state in a CUDA graph: every replay would make it again."""
+    """Refuses to make state while a CUDA graph is captured: every replay would make it again."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{name} has no state yet, and this step is captured in a CUDA graph: every replay "
@@ -165,9 +165,9 @@ def check_new_state(name: str, expected: str) -> None:
 def check_options(
     index: int, group: Group, defaults: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    """Refuses a param group that lacks an option, has what can't be one, or has one of ours.
+    """Refuses a param group that lacks an option, has a wrong one, or has one of our settings.
 
-    `settings`: ours, of the whole optimizer. ZeroRedundancyOptimizer repeats them in every group.
+    `settings` are the optimizer's. A group may repeat them: ZeroRedundancyOptimizer does.
     """
     if ours := [key for key in OURS if key in group and group[key] != settings[key]]:
         raise ValueError(
@@ -193,7 +193,7 @@ def _check_numbers(index: int, key: str, value: Any) -> None:
     count = _COUNTS.get(key, 1)
     is_list = not (count == 1 and isinstance(value, Tensor)) and as_tuple(value) is not None
     numbers = (as_tuple(value) or ()) if is_list else (value,)
-    for number in numbers:  # before torch reads it, or prints it
+    for number in numbers:  # before torch reads or prints the number
         if type(number) is Tensor and number.layout == torch.strided:
             check_memory(number, f"param group {index}'s {key}")
     if is_list != (count > 1) or len(numbers) != count or not all(map(_is_number, numbers)):
@@ -204,7 +204,7 @@ def _check_numbers(index: int, key: str, value: Any) -> None:
 
 
 def as_tuple(value: Any) -> tuple[Any, ...] | None:
-    """The items of a sequence of any type; None if it is none."""
+    """The items of a sequence of any type. None if the value is no sequence."""
     if isinstance(value, str | bytes | Mapping):
         return None
     try:
@@ -214,7 +214,7 @@ def as_tuple(value: Any) -> tuple[Any, ...] | None:
 
 
 def normalize_options(group: Group) -> None:
-    """Makes tuples of what is another sequence: a checkpoint keeps it, and the kernels read it."""
+    """Turns other sequences into tuples, which checkpoints can keep and kernels can read."""
     for key in _COUNTS.keys() & group.keys():
         numbers = as_tuple(group[key])
         if numbers is not None and not isinstance(group[key], tuple | list):
@@ -222,7 +222,7 @@ def normalize_options(group: Group) -> None:
 
 
 def check_ranges(index: int, group: Group, defaults: dict[str, Any]) -> None:
-    """Refuses what torch's constructors refuse, in their words. Waits for no device."""
+    """Refuses the values that torch's constructors refuse, in their words. Waits for no device."""
     for key, default in defaults.items():
         if key in (*IMPLEMENTATION, *_UNRESTRICTED) or not (key in _COUNTS or _is_number(default)):
             continue
@@ -237,7 +237,7 @@ def check_ranges(index: int, group: Group, defaults: dict[str, Any]) -> None:
 
 
 def check_state(rule: Rule, group: Group, param: Tensor, state: dict[str, Any], name: str) -> None:
-    """Refuses a parameter's state that belongs to another optimizer, or to another parameter."""
+    """Refuses a state that belongs to another optimizer, or to another parameter."""
     if not isinstance(state, dict):
         raise TypeError(f"the state of {name} is a {type(state).__name__}; expected a dict")
     missing = [key for key in (*rule.scalars, *rule.states(group)) if key not in state]
@@ -266,7 +266,7 @@ def check_state(rule: Rule, group: Group, param: Tensor, state: dict[str, Any], 
 
 
 def check_scalar(value: Any, name: str, counts: bool) -> None:
-    """Refuses a value that no step has left, where it can be read without waiting for a device."""
+    """Refuses a value that no step leaves behind. A value on a device is not read."""
     if isinstance(value, Tensor):
         if is_subclass(value) or value.layout != torch.strided:
             raise TypeError(f"{name} is a {type(value).__name__}; expected a plain tensor")
@@ -284,7 +284,7 @@ def check_scalar(value: Any, name: str, counts: bool) -> None:
 def check_state_dtypes(
     rule: Rule, group: Group, param: Tensor, state: dict[str, Any], name: str
 ) -> None:
-    """Refuses a state that no kernel takes. One that is being loaded is converted instead."""
+    """Refuses a state of a dtype that no kernel takes. (Loading converts such a state.)"""
     dtypes = {param.dtype, compute_dtype(param.dtype)}
     for key in rule.states(group):
         if state[key].dtype not in dtypes:
@@ -296,7 +296,7 @@ def check_state_dtypes(
 
 
 def check_memory(tensor: Tensor, name: str) -> None:
-    """Refuses a tensor whose storage was freed or cut, as libraries that shard or offload do."""
+    """Refuses a tensor whose storage was freed or cut. Libraries that shard or offload do so."""
     if tensor.numel() == 0:
         return
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
@@ -308,7 +308,7 @@ def check_memory(tensor: Tensor, name: str) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is one real number, or a tensor of one."""
+    """Whether the value is one real number, or a tensor of one."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex() and value.device.type != "meta"
     try:
@@ -319,7 +319,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two indices may name one location: a stride is shorter than what lies inside it."""
+    """Whether two indices may name one location: a stride is not above the inner extent."""
     if tensor.numel() <= 1:
         return False
     dims = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1)

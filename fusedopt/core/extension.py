@@ -1,7 +1,7 @@
-"""Finds the compiled extension, and says in words where it is or why there is none.
+"""Finds the compiled extension. If there is none, it says why in words.
 
-Imports nothing but the standard library: setup.py, which writes the record of a build, reads this
-file before anything is installed.
+It imports only the standard library: setup.py, which writes the record of a build, reads this file
+before anything is installed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 class Found(NamedTuple):
-    """The extension, or why there is none.
+    """The extension, or the reason why there is none.
 
     Attributes:
-        module: None where it can't be used.
-        reason: in words, where it can't.
-        broken: whether a file of it is here that can't be imported.
-        record: of its build: see `read_record`.
+        module: the extension; None if it can't be used.
+        reason: why it can't be used, in words; None if it can.
+        broken: whether the extension's file exists but can't be imported.
+        record: the record of its build: see `read_record`.
     """
 
     module: ModuleType | None
@@ -38,10 +38,10 @@ class Found(NamedTuple):
 
 
 def find(torch_version: str, package: Path = PACKAGE, path: list[str] | None = None) -> Found:
-    """Imports `fusedopt._C` from `package`; in a source folder, else from where it is installed.
+    """Imports `fusedopt._C` from `package`, or in a source folder from the installed package.
 
-    Python prefers the folder that it is started in: in a clone, the sources hide the installed
-    package. Its extension is taken where it was compiled from the very sources of the clone.
+    Python prefers the folder that it is started in, so that in a clone the sources hide the
+    installed package. The installed extension is used if it was compiled from the same sources.
     """
     record = read_record(package)
     if extension := extension_in(package):
@@ -83,7 +83,7 @@ def packages_on(path: list[str] | None = None) -> list[Path]:
 
 
 def extension_in(package: Path) -> Path | None:
-    """The file of the extension that this Python would import; else any other Python's."""
+    """The extension's file for this Python; if there is none, a file for another Python."""
     files = [package / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES]
     files += [*sorted(package.glob("_C.*.so")), *sorted(package.glob("_C.*.pyd"))]
     return next((file for file in files if file.is_file()), None)
@@ -95,11 +95,11 @@ def is_source(package: Path) -> bool:
 
 
 def read_record(package: Path) -> dict[str, Any]:
-    """What the build of a package left beside it; empty if there is nothing.
+    """The record that the build left in the package; empty if there is none.
 
-    Its keys: "torch", the version that the extension was compiled for, or None; "missing", why
-    nothing was compiled, or None; "no_cuda", why there are no CUDA kernels, or None; "sources", the
-    `fingerprint` of what was compiled.
+    Its keys are "torch": the version that the extension was compiled for, or None; "missing": why
+    nothing was compiled, or None; "no_cuda": why there are no CUDA kernels, or None; "sources": the
+    `fingerprint` of the compiled sources.
     """
     try:
         record = json.loads((package / RECORD).read_text())
@@ -109,7 +109,7 @@ def read_record(package: Path) -> dict[str, Any]:
 
 
 def fingerprint(root: Path) -> str:
-    """Of all that the extension is compiled from."""
+    """A hash of all sources that the extension is compiled from."""
     digest = hashlib.sha256()
     files = [path for path in (root / "csrc").rglob("*.*") if path.parent.name != "__pycache__"]
     for path in [*sorted(files), root / "setup.py"]:
@@ -142,10 +142,10 @@ def _load(name: str, extension: Path) -> ModuleType:
 
 
 def why_unfit(extension: Path, record: dict[str, Any], torch_version: str) -> str | None:
-    """Why an extension is not to be loaded here: it was compiled for something else.
+    """Why an extension must not be loaded here; None if it may be.
 
-    torch's C++ classes change between minor versions. An extension of another one may load, and
-    then read memory wrongly.
+    torch's C++ classes change between minor versions. An extension for another version may load,
+    but would read memory wrongly.
     """
     if extension.name.removeprefix("_C") not in EXTENSION_SUFFIXES:
         here = f"{sys.implementation.name} {sys.version_info.major}.{sys.version_info.minor}"

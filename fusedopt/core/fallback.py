@@ -1,9 +1,9 @@
 """Steps without compiled kernels: torch's own fused and foreach functions, and our decisions.
 
 A step skips, unscales and clips as the kernels do, and sums the norm in float64. It rounds as torch
-does, and it waits for the device. It serves neither telemetry nor adaptive limits; the reference
-does. The reference's formula also updates those parameters for which torch has no function that
-keeps our promises: see `_method`.
+does, and it waits for the device. Telemetry and adaptive limits need the reference instead. If no
+function of torch's keeps our promises for a parameter, the reference's formula updates it: see
+`_method`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from fusedopt import reference
 from fusedopt.reference import Group, Rule, StepOptions
 
-# How many elements are copied at once: of gradients that are scaled, or read in float64. Memory is
-# used again then, and stays in cache.
+# The number of elements that are copied at once, of gradients to scale or to read in float64. The
+# copies use the same memory again, which stays in cache.
 BLOCK = 1 << 18
 FUSED, FOREACH, REFERENCE = "fused", "foreach", "reference"
 
@@ -29,7 +29,7 @@ States = dict[Tensor, dict[str, Tensor]]
 
 @dataclass
 class Piece:
-    """A parameter, or so many elements of a large one, with its state."""
+    """A parameter with its state, or a part of a large one."""
 
     owner: Tensor
     begin: int | None  # None: all of it
@@ -45,12 +45,12 @@ class Piece:
 
 @dataclass
 class Batch:
-    """Pieces of one group that one call of a function updates."""
+    """Pieces of one group that one call of a torch function updates."""
 
     group: int
     method: str
     pieces: list[Piece]
-    scalars: list[tuple[Tensor, Tensor]]  # (copy, original): pieces but the last advance copies
+    scalars: list[tuple[Tensor, Tensor]]  # (copy, original): all pieces but the last advance copies
 
     def numel(self) -> int:
         return sum(piece.param.numel() for piece in self.pieces)
@@ -59,8 +59,8 @@ class Batch:
 class TorchPlan:
     """A `Plan` without kernels. Its tensors have been checked and have their states.
 
-    `step` compares how all tensors look with how they looked then: where they have changed, the
-    optimizer checks them and makes a new plan.
+    `step` compares all tensors with the ones that were checked. If they have changed, the optimizer
+    checks them and makes a new plan.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class TorchPlan:
         control: Tensor,
         exchange: object | None = None,
     ) -> bool:
-        """One whole step, or False: then this plan doesn't fit, and nothing has been changed."""
+        """Takes one whole step. Returns False, and changes nothing, if this plan no longer fits."""
         if clip is not None or exchange is not None or not self._fits(param_groups, state):
             return False
         options = StepOptions(max_grad_norm, measure, skip_nonfinite, grad_scale, found_inf)
@@ -150,7 +150,7 @@ class TorchPlan:
         for copy, scalar in batch.scalars:
             copy.copy_(scalar)
         grads = [piece.grad() for piece in batch.pieces]
-        if factor != 1.0:  # in copies: a step doesn't write gradients
+        if factor != 1.0:  # into copies, as a step doesn't write gradients
             grads = list(torch._foreach_mul(grads, factor))  # pyright: ignore[reportPrivateImportUsage]
         params = [piece.param for piece in batch.pieces]
         states = [piece.state for piece in batch.pieces]
@@ -158,7 +158,7 @@ class TorchPlan:
         self._rule.twin.step(group, params, grads, states, batch.method == FUSED)
 
     def shared_memory(self) -> None:
-        """Two tensors that share memory: nobody minds here, as torch steps them one by one."""
+        """None: shared memory does no harm here, as torch updates one parameter after the other."""
 
     def nonfinite(self) -> list[tuple[int, int]]:
         """(group, index in the group) of the parameters whose gradients hold inf or nan."""
@@ -176,9 +176,9 @@ def total_norm(grads: list[Tensor], norm_type: float, dtype: torch.dtype = torch
 
 
 def _norm_to_read(grads: list[Tensor]) -> float:
-    """The norm of order 2, for a reading alone: float32 where that holds the squares.
+    """The norm of order 2 for a step that doesn't depend on it: in float32 if the squares fit.
 
-    Several times as fast as in float64, which converts every element.
+    That is several times as fast as float64, which converts every element.
     """
     if all(grad.dtype == torch.float32 for grad in grads):
         norm = total_norm(grads, 2.0, torch.float32)
@@ -198,7 +198,7 @@ def _norm_on_device(grads: list[Tensor], norm_type: float, dtype: torch.dtype) -
 
 
 def _blocks(grads: list[Tensor]) -> Iterator[Tensor]:
-    """All elements, in tensors of shape (up to `BLOCK`,): small gradients are joined."""
+    """All elements, in tensors of at most `BLOCK` elements. Small gradients are joined."""
     joined: list[Tensor] = []
     size = 0
     for grad in grads:
@@ -229,10 +229,10 @@ def clip_grads(
 
 
 def _method(rule: Rule, group: Group, param: Tensor, tensors: list[Tensor]) -> str:
-    """What updates a parameter with this gradient and these states.
+    """Chooses the function that updates a parameter with this gradient and these states.
 
-    torch's functions take one dtype. Its fused ones on the CPU take the same strides for granted.
-    Its foreach ones round 16-bit numbers after every operation.
+    torch's functions take tensors of one dtype. Its fused ones on the CPU assume equal strides. Its
+    foreach functions round 16-bit numbers after every operation.
     """
     twin = rule.twin
     if twin is None or not twin.suits(group) or any(it.dtype != param.dtype for it in tensors):
@@ -244,13 +244,13 @@ def _method(rule: Rule, group: Group, param: Tensor, tensors: list[Tensor]) -> s
 
 
 def _aligned(param: Tensor, tensors: list[Tensor]) -> bool:
-    """Whether all lie in memory alike, without gaps."""
+    """Whether all tensors have the same strides, without gaps."""
     dense = torch.empty_like(param, device="meta").stride()
     return all(type(it) is Tensor and it.stride() == dense for it in (param.detach(), *tensors))
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """The elements of a tensor without gaps, as they lie in memory."""
+    """The elements of a tensor without gaps, in memory order."""
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
@@ -270,7 +270,7 @@ def _grad(param: Tensor) -> Tensor:
 
 
 def _looks(rule: Rule, param_groups: list[Group], state: States) -> Iterator[Any]:
-    """All that a plan depends on, in values that can be compared."""
+    """Everything that a plan depends on, as values that can be compared."""
     for group in param_groups:
         yield rule.states(group)
         for param in group["params"]:
@@ -284,7 +284,7 @@ def _looks(rule: Rule, param_groups: list[Group], state: States) -> Iterator[Any
 
 
 def _look(value: Any) -> Any:
-    """How a tensor lies in memory. Of a subclass or another object: which one it is."""
+    """The layout and memory of a tensor. For a subclass or another object, its identity."""
     if type(value) is not Tensor and type(value) is not torch.nn.Parameter:
         return id(value)
     if value.layout != torch.strided:

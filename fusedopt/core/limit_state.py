@@ -1,7 +1,7 @@
-"""What a limit that adapts itself has learned, in a checkpoint.
+"""The state of an adaptive limit in a checkpoint.
 
-It lies in the first param group, as torch's distributed checkpoints drop what lies beside the
-groups. torch's classes keep a key of a group that they don't know, and look past it.
+It is in the first param group, as torch's distributed checkpoints drop everything outside of the
+groups. torch's classes keep and ignore unknown keys of a group.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ KEY = "max_grad_norm_state"
 def save(
     limit: AdaptiveClip, state: Tensor | None, before: list[Tensor] | None, groups: list[Group]
 ) -> dict[str, Any] | None:
-    """For the first param group of a checkpoint; None: this limit learns nothing.
+    """The limit's entry in the first param group. None if this limit learns nothing.
 
     Args:
-        state: what it has learned, if there has been a step.
-        before: the parameters as they were listed then.
+        state: the limit's state, or None before the first step.
+        before: the parameters in the order of that state.
     """
     params = [param for _, param in distinct_params(groups)]
     count = sum(len(group["params"]) for group in groups)
@@ -45,14 +45,14 @@ def save(
 
 @torch.inference_mode(False)
 def load(limit: object, saved: Any, groups: list[Group], listed: list[Tensor]) -> Tensor | None:
-    """What this very limit has learned; None where the checkpoint doesn't know it.
+    """The state of this limit from a checkpoint. None if the checkpoint has none.
 
-    What another limit has learned is dropped, with a warning.
+    The state of another limit is dropped, with a warning.
 
     Args:
-        saved: what `save` has returned, or nothing.
-        groups: the param groups that it is loaded into.
-        listed: the same parameters in the order of the checkpoint.
+        saved: the result of `save`, or None.
+        groups: the param groups that the checkpoint is loaded into.
+        listed: their parameters in the order of the checkpoint.
     """
     if saved is None:
         return None
@@ -75,7 +75,7 @@ def load(limit: object, saved: Any, groups: list[Group], listed: list[Tensor]) -
 
 
 def _names(groups: list[Group]) -> list[Any]:
-    """Of every parameter once, in their order."""
+    """The name of every parameter, once each and in order."""
     names: dict[int, Any] = {}
     for group in groups:
         for i, param in enumerate(group["params"]):
@@ -94,7 +94,7 @@ def _check(limit: AdaptiveClip, state: Any, count: int) -> None:
             f"loaded state dict has {state!r} as the state of {limit}; expected a float64 tensor "
             f"of shape {tuple(expected.shape)}"
         )
-    counts = state[..., :1]  # by which kernels find the place of a norm in a window
+    counts = state[..., :1]  # kernels use it to find a norm's place in the window
     if state.isnan().any() or not ((counts >= 0) & (counts <= 2**53) & (counts % 1 == 0)).all():
         raise ValueError(
             f"loaded state dict has {state!r} as the state of {limit}; expected whole numbers of "
@@ -105,7 +105,7 @@ def _check(limit: AdaptiveClip, state: Any, count: int) -> None:
 def _warn_of_loss(limit: object, saved: Mapping[str, Any]) -> None:
     state = saved["state"]
     if isinstance(state, Tensor) and not state.any():
-        return  # it has seen no step
+        return  # no step has used it
     warnings.warn(
         f"the checkpoint has what {saved['limit']} has learned, and max_grad_norm is {limit} here: "
         "it is dropped, as only exactly the same limit goes on with it. Set max_grad_norm to that "

@@ -1,4 +1,4 @@
-"""The names of parameters: they belong to the parameters, wherever a group lists these."""
+"""The names of parameters. A name stays with its parameter when lists change."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch import Tensor
 from fusedopt.reference import Group
 from fusedopt.reference.groups import is_place, place_of
 
-Names = list[list[Any]]  # of each group; None for a parameter without a name
+Names = list[list[Any]]  # a list per group; None for a parameter without a name
 
 
 class ParamNames:
-    """A name for each parameter that has one; `group["param_names"]` is brought in line with it.
+    """The names of parameters, and the lists `group["param_names"]` that follow from them.
 
-    torch keeps the names in a list beside that of the parameters. Whoever filters, reorders or
-    appends to the one list leaves the other as it was, and then the names are those of other
-    parameters. So what counts is the name that a parameter had when the two lists last agreed,
-    unless the list of names was edited too: then it counts, by place, if it is as long.
+    torch keeps a list of names next to the list of parameters. If code filters, reorders or extends
+    the list of parameters only, the names no longer fit. So this class remembers each parameter's
+    name from when the two lists last agreed. If the list of names was edited as well, the edited
+    list counts, by place, if it has the right length.
     """
 
     def __init__(self, named: Iterable[tuple[Tensor, Any]] = ()) -> None:
-        # By id, as not everything that is listed can be hashed. The parameter keeps its id from
-        # being given to another object.
+        # The keys are ids, as not every listed object can be hashed. The value holds the parameter,
+        # so that no other object gets its id.
         self._named: dict[int, tuple[Any, Any]] = {id(param): (param, it) for param, it in named}
-        # The lists of names as `follow` has left them, by id: each with a copy of what is in it.
+        # The lists of names as `follow` has left them, by id, each with a copy of its contents.
         self._left: dict[int, tuple[Any, list[Any]]] = {}
 
     def of(self, param_groups: list[Group]) -> Names:
-        """The names of the listed parameters; changes nothing."""
+        """The names of the listed parameters. Changes nothing."""
         named = self._known(param_groups)
         unnamed = (None, None)
         return [[named.get(id(p), unnamed)[1] for p in g["params"]] for g in param_groups]
@@ -39,8 +39,9 @@ class ParamNames:
     def follow(self, param_groups: list[Group], state: dict[Any, Any]) -> None:
         """Brings `group["param_names"]` in line with the lists of parameters.
 
-        A parameter without a name is called by its place, as torch wants names for all or none. The
-        name of one that is no longer listed is kept as long as it has a state: it may come back.
+        torch wants names for all parameters or for none, so a parameter without a name is named by
+        its place. The name of a parameter that is no longer listed is kept as long as the parameter
+        has a state, as it may come back.
         """
         named = self._known(param_groups)
         there = {id(param) for group in param_groups for param in group["params"]}
@@ -55,11 +56,11 @@ class ParamNames:
         self._left = left
 
     def add(self, named: Iterable[tuple[Tensor, str]]) -> None:
-        """Gives names to parameters, whether they had one or not."""
+        """Gives names to parameters, and replaces the names that they had."""
         self._named = self._named | {id(param): (param, name) for param, name in named}
 
     def _known(self, param_groups: list[Group]) -> dict[int, tuple[Any, Any]]:
-        """What is known, with what somebody has written into the lists of names since."""
+        """The known names, with all later edits of the lists of names."""
         named = dict(self._named)
         for group in param_groups:
             names, params = group.get("param_names"), group["params"]
@@ -91,7 +92,7 @@ def filled(names: Names) -> list[list[Any]] | None:
 
 
 def check_named(named: Any) -> list[tuple[Tensor, str]]:
-    """The parameters and names of a module, or of an iterable of (name, parameter).
+    """Checks the pairs of (name, parameter) of a module or an iterable, and returns them.
 
     Raises:
         TypeError: it is something else.
@@ -115,5 +116,5 @@ def check_named(named: Any) -> list[tuple[Tensor, str]]:
                 f"name_params was given two parameters with the name {name!r}; expected each name "
                 "once: put a prefix before those of several models"
             )
-    # A parameter that is listed under several names is called by the first.
+    # A parameter that is listed under several names gets the first one.
     return [(param, name) for name, param in reversed(by_name.items())]

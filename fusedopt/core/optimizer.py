@@ -23,50 +23,53 @@ Backend = Literal["cuda", "cpu", "reference"]
 
 
 class FusedOptimizer(Persistence, Stepper):
-    """What all fused optimizers share, beside their torch twin's arguments and state.
+    """The base of all fused optimizers: what they have in addition to their torch twins.
 
-    Keyword-only arguments, of every class:
+    Every class has these keyword-only arguments:
 
     * `max_grad_norm` (float > 0, or None): clip the global L2 norm of all gradients of all groups:
       `coef = min(1, max_grad_norm / (norm + 1e-6))`, as `torch.nn.utils.clip_grad_norm_` does.
-      inf measures and checks, but never clips. Or a limit of `fusedopt.clip`: `Percentile()` and
-      `ZScore()` follow the norms of earlier steps, `PerTensor()` those of each parameter, and
-      `Unit()` compares rows of gradients with rows of weights.
-    * `nonfinite`: what a gradient with inf or nan does. "skip" leaves every parameter and state as
-      it was; "raise" does too, and raises `NonFiniteGradientError` naming the parameters (it waits
-      for the device); "propagate" updates regardless, as torch does. None: "skip" where
-      `max_grad_norm` is set, else "propagate".
-    * `backend`: "cuda", "cpu", "reference" (plain torch), or None: by the parameters' device.
-    * `telemetry` (int > 0, or None): how many steps to keep measurements of, for `telemetry()` and
-      `explain()`, on the parameters' devices: 48 bytes per step and parameter.
+      inf measures and checks, but never clips. It may also be a limit of `fusedopt.clip`:
+      `Percentile()` and `ZScore()` follow the norms of earlier steps, `PerTensor()` follows each
+      parameter's norms, and `Unit()` compares rows of gradients with rows of weights.
+    * `nonfinite`: the reaction to a gradient with inf or nan. "skip" leaves every parameter and
+      state as it was. "raise" does so too, and raises `NonFiniteGradientError`, which names the
+      parameters (it waits for the device). "propagate" updates regardless, as torch does. None
+      means "skip" if `max_grad_norm` is set, else "propagate".
+    * `backend`: "cuda", "cpu", "reference" (plain torch), or None, which goes by the parameters'
+      device.
+    * `telemetry` (int > 0, or None): the number of steps whose measurements are kept, for
+      `telemetry()` and `explain()`. They take 48 bytes per step and parameter on the parameters'
+      devices.
     * `max_consecutive_skips` (int > 0, or None): after so many skipped steps in a row, `step()`
       raises `TooManySkipsError`. It doesn't wait for a GPU, and may notice some steps later.
-
-    * `process_group` (ProcessGroup, DeviceMesh, or None): the ranks that step together: they have
-      the same norm to the bit, and skip together. None: those of the mesh of the parameters that
-      are DTensors (FSDP2, tensor parallelism); of several meshes, those of their common root.
-    * `plain`: what parameters that are no DTensors are over these ranks: "replicated", the same on
-      all, or "own", each rank's own. A param group with `"counted": False` is clipped and updated,
-      but its gradients are counted on another rank (tied embeddings of pipeline stages).
+    * `process_group` (ProcessGroup, DeviceMesh, or None): the ranks that step together. They have
+      the same norm to the bit, and skip together. With None, the parameters that are DTensors
+      (FSDP2, tensor parallelism) tell the ranks: their mesh, or the common root of their meshes.
+    * `plain`: the meaning of parameters that are no DTensors: "replicated" if all ranks hold the
+      same ones, "own" if each rank has its own. A param group with `"counted": False` is clipped
+      and updated, but its gradients are counted on another rank (tied embeddings of pipeline
+      stages).
 
     All but `backend`, `telemetry`, `process_group` and `plain` are attributes and may be changed
     between steps. `foreach`, `fused` and `capturable` are accepted where the twin has them, and
     change nothing: the step is always fused and capturable.
 
-    These settings hold for all param groups. In a group they are refused.
+    These settings hold for all param groups. A param group that has one of them is refused.
 
     Parameters are float32, float64, bfloat16 or float16, of any shape and strides, on CPU and CUDA,
-    in any mix. 16-bit ones are computed in float32 and rounded once. Frozen ones may be of any
-    kind: what has no gradient is left alone. A parameter that is listed twice is updated once,
-    where torch's for-loops update it twice. `step` and `mu_product` are float32 even where torch's
-    default dtype is float64: the kernels and every checkpoint have one type for them.
+    in any mix. 16-bit parameters are computed in float32 and rounded once. Frozen parameters may be
+    of any kind: a parameter without a gradient is left alone. A parameter that is listed twice is
+    updated once; torch's for-loops update it twice. `step` and `mu_product` are float32 even if
+    torch's default dtype is float64: the kernels and every checkpoint have one type for them.
 
-    Where a rank holds only a part of the model (FSDP's flat parameters, `ZeroRedundancyOptimizer`),
-    `max_grad_norm`, `nonfinite` and `fusedopt.GradScaler` are refused; the update alone is right.
+    If each rank's optimizer sees only a part of the model (FSDP's flat parameters,
+    `ZeroRedundancyOptimizer`), `max_grad_norm`, `nonfinite` and `fusedopt.GradScaler` are refused,
+    as the norm would be that of the part. Updates alone are right.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument, a parameter, a gradient or a state is
-            refused; the message names it. Nothing has been changed then.
+            refused; the message names it. Nothing has been changed.
     """
 
     def _configure(
@@ -79,7 +82,7 @@ class FusedOptimizer(Persistence, Stepper):
         process_group: Any,
         plain: Any,
     ) -> None:
-        """Takes our own arguments. Comes before torch's __init__, which adds the param groups."""
+        """Sets our own arguments. Call it before torch's __init__, which adds the param groups."""
         self._own = {
             "plan": None,
             "provisional_state": ProvisionalState(),
@@ -123,12 +126,12 @@ class FusedOptimizer(Persistence, Stepper):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """False: stock scalers unscale before the step, and no trainer refuses to clip."""
+        """False, so that torch's scalers unscale before the step, and trainers agree to clip."""
         return False
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
-        """torch's __init__ sets it for `fused=True`, which changes nothing here."""
+        """Ignored: torch's __init__ sets it for `fused=True`."""
 
     def add_param_group(self, param_group: Group) -> None:
         sharded = self._own["sharded"]
@@ -157,8 +160,8 @@ class FusedOptimizer(Persistence, Stepper):
     def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Checks, unscales, measures, clips and updates all parameters, or skips the step.
 
-        Waits for no device, except with `nonfinite="raise"`, for a norm over parameters on CPU and
-        CUDA, and for tensors on CUDA among the hyperparameters, other than `lr`.
+        It waits for no device, with three exceptions: `nonfinite="raise"`, a norm over parameters
+        on both CPU and CUDA, and hyperparameters other than `lr` that are tensors on CUDA.
 
         Args:
             closure: reevaluates the model and returns the loss, a number or a tensor.
@@ -171,7 +174,7 @@ class FusedOptimizer(Persistence, Stepper):
             TooManySkipsError: `max_consecutive_skips` steps in a row were skipped.
             TypeError, ValueError, RuntimeError: a parameter, a gradient, a state or an option is
                 refused, or a step that is captured in a CUDA graph would have to make state; the
-                message names it. Nothing has been changed then.
+                message names it. Nothing has been changed.
         """
         loss = None
         if closure is not None:
@@ -184,10 +187,10 @@ class FusedOptimizer(Persistence, Stepper):
         return loss
 
     def _locked_step(self) -> None:
-        """While a large step lets other threads run, none of them enters this optimizer."""
+        """A large step lets other threads run. The lock keeps them out of this optimizer."""
         with self._lock:
             self._fused_step()
 
 
-# Where torch.compile meets a step, it breaks the graph instead of looking for one inside.
+# torch.compile breaks its graph at a step. It doesn't compile the code inside.
 _untraced_step = _disable_dynamo(FusedOptimizer._locked_step)

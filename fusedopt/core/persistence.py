@@ -1,4 +1,4 @@
-"""What outlives a run: checkpoints, copies, and the names of the parameters in them."""
+"""Checkpoints and copies of an optimizer, and the names of parameters in them."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from fusedopt.reference.limits import AdaptiveClip
 
 
 class Persistence(Readings):
-    """torch's protocol of checkpoints and copies."""
+    """torch's protocol for checkpoints and copies."""
 
     def name_params(self, named: torch.nn.Module | Iterable[tuple[str, Tensor]]) -> None:
-        """Names the parameters, as if the optimizer had been made of `model.named_parameters()`.
+        """Names the parameters, as if the optimizer was made with `model.named_parameters()`.
 
-        For whoever doesn't make the optimizer: trainers often make its param groups without names.
-        The names are those of `explain()`, telemetry, logs, errors and checkpoints. A parameter
-        that isn't among `named` keeps its name, or else is called by its place.
+        Trainers often make the param groups without names. The names appear in `explain()`,
+        telemetry, logs, errors and checkpoints. A parameter that isn't in `named` keeps its name;
+        if it has none, it is named by its place.
 
         Args:
-            named: a module, or pairs of a name and a parameter. Parameters of which this optimizer
-                has none are passed over.
+            named: a module, or pairs of a name and a parameter. Parameters that this optimizer
+                doesn't have are ignored.
 
         Raises:
             TypeError: `named` is something else.
@@ -54,10 +54,10 @@ class Persistence(Readings):
 
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """As torch's. Waits for the device where that has not yet said whether it used a state.
+        """The same as torch's. It may wait for the device to learn which new states were used.
 
-        What an adaptive limit has learned lies in the first param group, under
-        "max_grad_norm_state". The state of a tensor that is in no param group any more is left out.
+        The state of an adaptive limit is in the first param group, under "max_grad_norm_state". The
+        state of a tensor that is no longer in a param group is left out.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -82,24 +82,24 @@ class Persistence(Readings):
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads what `state_dict()` of this class, or of its torch twin, has returned.
+        """Loads the `state_dict()` of an optimizer of this class or of its torch twin.
 
-        As torch's, it takes over the tensors of `state_dict` and later writes to them: load a
-        `copy.deepcopy` of what is to stay as it is. Copied are tensors of another device, dtype or
-        layout, and those that can't be written to alone: of a memory-mapped file, of inference
-        mode, of autograd, and ones that share memory. Unlike torch's,
+        Like torch's, it takes over the tensors of `state_dict`, and steps write to them. Load a
+        `copy.deepcopy` to keep the original. A tensor is copied if its device, dtype or layout is
+        another one, or if writing to it would be wrong: a tensor of a memory-mapped file, of
+        inference mode, of autograd, or one that shares memory. Unlike torch's,
 
-        * the state keeps its dtype; one that doesn't suit the parameter becomes float32, or float64
-          for float64 parameters;
-        * where both have names of parameters, these count and not their order;
-        * `foreach`, `fused`, `capturable` and `differentiable` stay as they were constructed;
-        * a checkpoint that doesn't fit changes nothing, nor does a load that is interrupted.
+        * a state keeps its dtype; if the dtype doesn't suit the parameter, it becomes float32, or
+          float64 for float64 parameters;
+        * if both sides have names of parameters, the names count and not the order;
+        * `foreach`, `fused`, `capturable` and `differentiable` are not loaded;
+        * a checkpoint that doesn't fit, or a load that is interrupted, changes nothing.
 
-        Steps count on from the largest "step" in the state, which has no skipped steps. FusedSGD
-        keeps none, and goes on counting its own.
+        The number of steps goes on from the largest "step" in the state, which doesn't count
+        skipped steps. FusedSGD's state has no "step"; its own count goes on.
 
         Raises:
-            TypeError, ValueError, RuntimeError: it doesn't fit; the message says where.
+            TypeError, ValueError, RuntimeError: the checkpoint doesn't fit; the message says where.
         """
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -107,8 +107,8 @@ class Persistence(Readings):
             state_dict = state_dict if changed is None else changed
         with self._lock:
             own, attributes = self._loaded(state_dict)
-            before = self._own.copy()  # what is replaced goes when all is done
-            # One call that no signal interrupts: the optimizer is the old one, or the new one.
+            before = self._own.copy()  # replaced tensors are freed at the end
+            # No signal interrupts this one call: all of the optimizer changes, or nothing.
             self._own.update(own)
             self.__dict__.update(attributes)
         del before
@@ -116,11 +116,11 @@ class Persistence(Readings):
             post_hook(self)
 
     def _loaded(self, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What a checkpoint changes; nothing has changed yet.
+        """Computes the changes of a checkpoint, and changes nothing yet.
 
         Returns:
-            Items of `_own`, and attributes, which only a derived class has. A wrapper's are none of
-            the optimizer's.
+            New items of `_own`, and new attributes. Only derived classes have such attributes; a
+            wrapper's are left out.
         """
         names = self._names.of(self.param_groups)
         read = checkpoint.read(state_dict, names)
@@ -131,7 +131,7 @@ class Persistence(Readings):
             checks.check_options(index, group, self.defaults, self._settings())
         states = checkpoint.load_state(self.rule, groups, read)
         loaded = self._twin()
-        # torch's classes expect a `step` in every state, so they see none of a user's items alone.
+        # torch's classes expect a `step` in every state: hide states with only a user's items.
         begun = {k: it for k, it in states.items() if isinstance(k, Tensor) and not is_new(it)}
         loaded.__setstate__({"state": begun, "param_groups": groups})
         loaded._own["state"] = states
@@ -142,14 +142,14 @@ class Persistence(Readings):
         return own, {} if is_wrapper else _changed(self.__dict__, attributes)
 
     def _twin(self) -> Persistence:
-        """An optimizer that has all of this one's attributes, to change them without harm."""
+        """A copy of this optimizer, whose attributes may be changed."""
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__, _own=self._own.copy())
         return twin
 
     @torch.inference_mode(False)
     def _loaded_count(self, states: dict[Any, Any]) -> dict[str, Any]:
-        """Steps count on from the checkpoint's; what was measured before them is another run's."""
+        """Sets the number of steps to the checkpoint's. Earlier telemetry is another run's."""
         steps = checkpoint.largest_step(self.rule, states)
         if steps is None or steps == checkpoint.largest_step(self.rule, self.state):
             return {}
@@ -177,7 +177,7 @@ class Persistence(Readings):
         if "_own" in state:  # a copy, or from a pickle
             self._lock = threading.RLock()
             self._own = state["_own"]
-        else:  # load_state_dict: everything has moved, and no loaded state is a new one
+        else:  # load_state_dict: everything has moved, and no loaded state is provisional
             self._own |= {key: state[key] for key in TORCHS if key in state}
             self._own |= {"plan": None, "provisional_state": ProvisionalState()}
             state = {key: value for key, value in state.items() if key not in TORCHS}

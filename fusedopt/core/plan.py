@@ -1,4 +1,4 @@
-"""What a step needs of a plan. The compiled kernels have one, and so has `fallback`."""
+"""The interface of a plan. The compiled kernels have one, and so does `fallback`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TensorPlace = tuple[int, int, str]
 
 
 class Plan(Protocol):
-    """What was looked up once, and is compared at every step: parameters, states and options."""
+    """Parameters, states and options that are looked up once, and compared at every step."""
 
     def step(
         self,
@@ -29,14 +29,14 @@ class Plan(Protocol):
         control: Tensor,
         exchange: Callable[[list[Tensor]], float] = ...,
     ) -> bool:
-        """One whole step, or False: then this plan doesn't fit, and nothing has been changed.
+        """Takes one whole step. Returns False, and changes nothing, if this plan no longer fits.
 
-        `exchange` adds up over ranks: from the sums of chunks, by device, to the sum of squares.
+        `exchange` takes the sums of chunks by device, and returns the sum of squares over ranks.
         """
         ...
 
     def shared_memory(self) -> tuple[TensorPlace, TensorPlace] | None:
-        """Two tensors that share memory, where a step would write both at once; None: no two do."""
+        """Two tensors that share memory and that a step would both write, or None."""
         ...
 
     def nonfinite(self) -> list[tuple[int, int]]:

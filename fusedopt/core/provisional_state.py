@@ -1,4 +1,4 @@
-"""State that may not have been used yet, and counters that torch's state has no place for."""
+"""State that no step may have used yet, and counters that torch's state does not have."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fusedopt.reference import Rule, all_state_names
 
 
 class ProvisionalState:
-    """What an optimizer knows of its state beside `optimizer.state`.
+    """Facts about an optimizer's state that `optimizer.state` does not hold.
 
-    A GPU skips a step without telling the host. So the host makes the state of a parameter's first
-    step before it knows whether that step will be skipped: such a state is provisional, and enters
-    no checkpoint, until its counter says that a step has used it.
+    A GPU skips a step without telling the host. So the host makes the state for a parameter's first
+    step before it knows whether the step will be skipped. Such a state is provisional: it enters no
+    checkpoint until its counter shows that a step has used it.
 
     Attributes:
-        counters: by parameter, the number of its state's steps, where torch's state has none: see
-            `Rule.hidden_step`.
+        counters: for each parameter, the number of steps that have used its state, if torch's class
+            keeps no such number: see `Rule.hidden_step`.
     """
 
     def __init__(self) -> None:
@@ -27,15 +27,15 @@ class ProvisionalState:
         self._params: list[Tensor] = []
 
     def add(self, params: list[Tensor]) -> None:
-        """Takes note of parameters whose state is new."""
+        """Remembers parameters whose state is new."""
         self._params += params
 
     def drop(self, params: list[Tensor], states: States) -> None:
-        """Takes back a state that no step has used."""
+        """Removes state that no step has used."""
         for param in params:
             self.counters.pop(param, None)
             state = states.get(param)
-            if not isinstance(state, dict):  # a rule without state left it as it was
+            if not isinstance(state, dict):  # the rule has no state
                 continue
             for name in all_state_names():
                 state.pop(name, None)
@@ -43,7 +43,7 @@ class ProvisionalState:
                 states.pop(param, None)
 
     def used(self, rule: Rule, states: States) -> States:
-        """`states` without what no step has used. Waits for the device to learn of it."""
+        """`states` without those that no step has used. Waits for the device."""
         self._params = [
             param
             for param in dict.fromkeys(self._params)
@@ -63,5 +63,5 @@ class ProvisionalState:
 
 
 def _users(state: dict[str, Any]) -> dict[str, Any]:
-    """What a user keeps in a parameter's state."""
+    """The items that a user keeps in a parameter's state."""
     return {key: value for key, value in state.items() if key not in all_state_names()}

@@ -1,4 +1,4 @@
-"""What the last steps were like."""
+"""Results of the last steps: the norm, skips, telemetry."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fusedopt.telemetry import PendingTelemetry, Rings, Telemetry, explain
 
 
 class Readings(Settings):
-    """Copies of what a step has left on the device; using one's value waits for it."""
+    """Copies of a step's results on the device. Using the value of one waits for the device."""
 
     rule: ClassVar[Rule]
     _rings: Rings | None
@@ -25,7 +25,7 @@ class Readings(Settings):
 
     @property
     def _plan(self) -> Plan | None:
-        """What the compiled backends know of the parameters; None: the next step looks anew."""
+        """The plan of the next step. None: the next step checks everything and makes a plan."""
         return self._own["plan"]
 
     @_plan.setter
@@ -68,25 +68,25 @@ class Readings(Settings):
         return self._readings()[index].to(dtype, copy=True)
 
     def _readings(self) -> Tensor:
-        """What the last step left (see `Control`), on the first parameter's device."""
+        """The results of the last step on the first parameter's device; see `Control`."""
         own = self._own
         params = (p for group in own["param_groups"] for p in group["params"])
         devices = (p.device for p in params if not p.is_meta)
         device = next(devices, torch.device("cpu"))
         control = own["control"]
         if control is None or control.device != device:
-            with torch.inference_mode(False):  # a step in that mode is not to be the last
+            with torch.inference_mode(False):  # a tensor of inference mode could take no later step
                 if control is None:
                     control = torch.zeros(Control.SIZE, dtype=torch.float64, device=device)
                 own["control"] = control = control.to(device)
         return control
 
     def _steps_taken(self) -> int:
-        """How many steps have been taken, those of the checkpoint that was loaded included."""
+        """How many steps were taken, including those before a loaded checkpoint."""
         return int(self._readings()[Control.STEPS])
 
     def _loaded_steps(self) -> int:
-        """After how many steps the checkpoint was made that was loaded last: 0 if none was."""
+        """The number of steps before the last loaded checkpoint; 0 if none was loaded."""
         return self._own.get("loaded_steps", 0)
 
     @overload
@@ -98,10 +98,10 @@ class Readings(Settings):
     @_disable_dynamo
     @torch.inference_mode(False)
     def telemetry(self, non_blocking: bool = False) -> Telemetry | PendingTelemetry:
-        """A copy of what the last steps measured, for optimizers made with `telemetry=N`.
+        """A copy of the measurements of the last steps, for optimizers made with `telemetry=N`.
 
         Args:
-            non_blocking: only start the copy; `result()` of what is returned waits for it.
+            non_blocking: only start the copy. `result()` of the returned object waits for it.
 
         Raises:
             RuntimeError: the optimizer was made without `telemetry`.
@@ -121,7 +121,7 @@ class Readings(Settings):
         return pending if non_blocking else pending.result()
 
     def explain(self) -> str:
-        """What the last step did and why, in words; waits for the device.
+        """What the last step did and why, in words. Waits for the device.
 
         With `telemetry=N` it names the parameters: "step 1042 skipped: layers.7.wq.weight, 3 inf of
         4.2M; its norm had grown 40-fold over the last 20 steps".

@@ -1,4 +1,4 @@
-"""What can be set between steps."""
+"""The settings of an optimizer that may change between steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fusedopt.core.skip_limit import SkipLimit
 from fusedopt.reference.groups import name_of
 from fusedopt.reference.limits import AdaptiveClip, Unit
 
-TORCHS = ("state", "param_groups", "defaults")  # attributes that a checkpoint or a user replaces
+TORCHS = ("state", "param_groups", "defaults")  # checkpoints and users replace these
 NonFinite = Literal["skip", "raise", "propagate"]
 Plain = Literal["replicated", "own"]
 
@@ -30,24 +30,24 @@ class ScalerValue(Shared[Tensor | None]):
 class Settings(Optimizer):
     """Attributes that are checked when they are set."""
 
-    _own: dict[str, Any]  # all that may be set after construction: see `Shared`
+    _own: dict[str, Any]  # everything that may be set after construction: see `Shared`
     _lock: threading.RLock
     _names: ParamNames
 
     def _follow_names(self) -> None:
-        """Brings the lists of names in line with those of the parameters, however these changed."""
+        """Makes the lists of names fit the lists of parameters."""
         self._names.follow(self.param_groups, self.state)
 
-    if not TYPE_CHECKING:  # torch's, as which a type checker knows them; loading replaces them
+    if not TYPE_CHECKING:  # type checkers take them from torch's class
         state = Shared()
         param_groups = Shared()
         defaults = Shared()
 
-    # A scaler sets them while it steps. The gradients are divided by grad_scale. If found_inf is
-    # not zero, the step is skipped. Each is a tensor of one number.
+    # A scaler sets these two during a step, each a tensor of one float32. The step divides the
+    # gradients by grad_scale, and skips if found_inf is not zero.
     grad_scale = ScalerValue(None)
     found_inf = ScalerValue(None)
-    # An overflow is a scaler's daily business: it skips, whatever `nonfinite` says.
+    # Whether a scaler steps. Then an overflow skips, whatever `nonfinite` says: it is expected.
     skips_for_scaler = Shared[bool](False)
 
     @property
@@ -65,14 +65,14 @@ class Settings(Optimizer):
                     name = name_of(self.param_groups, index, position)
                     checks.check_rows(value, param, name)
         sharding.refuse(self._own["sharded"], *asks_for_norm(value, None))
-        with self._lock:  # a step of another thread has the one or the other
+        with self._lock:  # a step of another thread sees both changes or none
             if value != self._own.get("max_grad_norm"):
-                self._own["clip_state"] = None  # another limit starts empty
+                self._own["clip_state"] = None  # a new limit starts empty
             self._own["max_grad_norm"] = value
 
     @property
     def nonfinite(self) -> NonFinite | None:
-        """What a gradient with inf or nan does: "skip", "raise", "propagate", or None."""
+        """The reaction to inf or nan in a gradient: "skip", "raise", "propagate", or None."""
         return self._own["nonfinite"]
 
     @nonfinite.setter

@@ -1,8 +1,9 @@
-"""Attributes that an optimizer has in common with whatever a trainer wraps around it.
+"""Attributes that an optimizer shares with the wrappers that trainers put around it.
 
-Lightning and Fabric hand out a wrapper whose class derives from the optimizer's, and which looks up
-in the optimizer what it lacks. What is set on it would stay in it: a scaler's `found_inf`, say. So
-all that may be set lies in one dict, `_own`, which the wrapper finds in the optimizer.
+The wrapper of Lightning and Fabric has a class derived from the optimizer's. It looks up missing
+attributes in the optimizer, but an attribute that is set on the wrapper, such as a scaler's
+`found_inf`, would stay in the wrapper. So all attributes that may be set are in one dict, `_own`,
+which the wrapper finds in the optimizer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _REQUIRED: Any = object()
 
 
 class Shared(Generic[Value]):
-    """An attribute that is kept in its owner's `_own`, by its name."""
+    """An attribute whose value is in its owner's dict `_own`, under the attribute's name."""
 
     def __init__(self, default: Value = _REQUIRED) -> None:
         self._default = default

@@ -1,4 +1,4 @@
-"""The end of a run that only skips."""
+"""Ends a run in which too many steps in a row are skipped."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from fusedopt.reference import Control
 
 
 class TooManySkipsError(RuntimeError):
-    """`max_consecutive_skips` steps in a row were skipped; nothing was changed by any of them."""
+    """`max_consecutive_skips` steps in a row were skipped. None of them changed anything."""
 
 
 class SkipLimit:
     """Looks at the number of steps skipped in a row, without waiting for a device.
 
-    On CUDA a step's number is copied to the host behind the step, and looked at by the first later
-    step that finds it there: the limit is noticed a little late.
+    On CUDA each step starts a copy of the number to the host. The first later step that finds the
+    copy finished reads it, so that the limit is noticed a few steps late.
     """
 
     def __init__(self, limit: int) -> None:
@@ -25,7 +25,7 @@ class SkipLimit:
         self._event: torch.Event | None = None
 
     def exceeded(self, control: Tensor) -> bool:
-        """Whether as many steps in a row were skipped, as far as is known. Comes after a step."""
+        """Whether the limit is known to be reached. Call it after each step."""
         skips = control[Control.CONSECUTIVE_SKIPS]
         if not control.is_cuda:
             return skips.item() >= self.limit

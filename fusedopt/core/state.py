@@ -1,4 +1,4 @@
-"""A parameter's state: made at its first gradient, brought into place when it was loaded."""
+"""A parameter's state: made at its first gradient, or moved into place after loading."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ States = dict[Tensor, dict[str, Any]]
 
 
 def is_empty(state: dict[str, Any] | None) -> bool:
-    """Whether there is nothing in it yet; torch's SGD also writes None for a missing buffer."""
+    """Whether a state is empty. torch's SGD writes None for a missing buffer."""
     if not isinstance(state, dict):
         return not state
     return all(value is None for value in state.values())
 
 
 def is_new(state: object) -> bool:
-    """Whether there is nothing of an optimizer's in it: a user may keep things there, too.
+    """Whether a state holds no state of a rule. It may hold a user's items.
 
-    What is neither None nor a mapping is no state that has yet to begin: `check_state` refuses it.
+    An object that is neither None nor a mapping is not new: `check_state` refuses it.
     """
     if state is None:
         return True
@@ -51,7 +51,7 @@ def complete(
             **{name: _scalar_in_place(value, param) for name, value in rule.scalars.items()},
             **{name: zeros_like(param) for name in rule.states(group)},
         }
-        if new_state:  # in a dict, which alone the kernels read; with what a user keeps there
+        if new_state:  # in a dict, as the kernels read only dicts; users' items stay
             if not isinstance(state, dict):
                 states[param] = dict(state or {})
             states[param].update(new_state)
@@ -65,7 +65,7 @@ def complete(
 
 
 def _scalar_in_place(value: Any, param: Tensor) -> Tensor:
-    """0-d float32 on the parameter's device: torch also keeps it on the CPU, or as a number."""
+    """The value as 0-d float32 on the parameter's device. torch also keeps it elsewhere."""
     if is_scalar_in_place(value, param):
         return value
     return scalar_like(param, value)
@@ -82,7 +82,7 @@ def is_scalar_in_place(value: Any, param: Tensor) -> bool:
 
 
 def _tensor_in_place(value: Tensor, param: Tensor) -> Tensor:
-    """On the parameter's device and laid out like it; the dtype stays what it is."""
+    """The value on the parameter's device and with its layout. The dtype stays."""
     return value if is_in_place(value, param) else tensor_like(param, value, value.dtype)
 
 
@@ -93,13 +93,13 @@ def is_in_place(value: Tensor, param: Tensor) -> bool:
 
 
 def scalar_like(param: Tensor, value: Any) -> Tensor:
-    """A copy of one number, as a rule keeps it for a parameter."""
+    """A copy of one number as a rule's scalar: 0-d float32 on the parameter's device."""
     if isinstance(value, Tensor):
         return value.to(param.device, torch.float32).reshape(()).clone()
-    # Filled on the device: a copy of a number would be waited for.
+    # It is filled on the device: copying a number there would wait.
     return torch.full((), float(value), dtype=torch.float32, device=param.device)
 
 
 def tensor_like(param: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of a tensor, on a parameter's device and laid out like it."""
+    """A copy of a tensor on a parameter's device and with its layout."""
     return zeros_like(param, dtype).copy_(value.resolve_neg())

@@ -1,4 +1,4 @@
-"""One step: by the plan where nothing has moved, else after all has been checked and made anew."""
+"""One step: by the plan if nothing has moved, else everything is checked and planned anew."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Stepper(RankStepper):
         control = self._readings()
         plan = own["plan"]
         if [*map(len, own["param_groups"])] != own["group_sizes"]:
-            plan = None  # a key that was set since the last step may be one of ours
+            plan = None  # a group has a new key, which may be one of ours
         if plan is None:
             self._find_ranks()
         if own["ranks"] is not None:
@@ -59,7 +59,7 @@ class Stepper(RankStepper):
         return own["nonfinite"] or ("propagate" if own["max_grad_norm"] is None else "skip")
 
     def _step_options(self, mode: NonFinite) -> StepOptions:
-        """What this step is to do. A scaler sets `grad_scale` and `found_inf`, as torch's do."""
+        """The options of this step. A scaler sets `grad_scale` and `found_inf`, as torch's does."""
         own = self._own
         grad_scale, found_inf, limit = own["grad_scale"], own["found_inf"], own["max_grad_norm"]
         scaled = grad_scale is not None or found_inf is not None
@@ -79,7 +79,7 @@ class Stepper(RankStepper):
     def _step_anew(
         self, mode: NonFinite, control: Tensor, exchange: Exchange | None = None
     ) -> StepOptions:
-        """A step after a change: by a new plan, or by the reference. Returns what it did."""
+        """A step by a new plan, or by the reference. Returns the options that it took."""
         plan, new_states = self._prepare()
         self._plan = plan
         options = self._step_options(mode)  # a limit's state may have moved
@@ -107,7 +107,7 @@ class Stepper(RankStepper):
         return options
 
     def _settle(self, new_states: list[Tensor], mode: NonFinite, control: Tensor) -> None:
-        """State comes with a parameter's first step that was not skipped, if the host knows."""
+        """Drops state that was made for a skipped step, now or as soon as the host knows."""
         host_knows = mode == "raise" or control.device.type == "cpu"
         if not host_knows:
             self._provisional_state.add(new_states)
@@ -120,7 +120,7 @@ class Stepper(RankStepper):
         """Checks everything, then makes what is missing.
 
         Returns:
-            A plan (None: the reference is to run), and the parameters whose state is new.
+            A plan (None: the reference runs), and the parameters whose state is new.
         """
         self._check_all()
         counters = self._provisional_state.counters
@@ -149,7 +149,7 @@ class Stepper(RankStepper):
         return plan, new_states
 
     def _only_exact(self) -> str | None:
-        """What torch's own functions can't do, where no kernels are compiled."""
+        """A setting, in words, that torch's own functions can't serve. None: there is none."""
         limit = self.max_grad_norm
         if self._own["ranks"] is not None:
             return "steps over several ranks"
@@ -158,7 +158,7 @@ class Stepper(RankStepper):
         return None if self._rings is None else f"telemetry={self._rings.size}"
 
     def _make_rings(self) -> list[Tensor]:
-        """The telemetry's, in the kernels' order; none without telemetry."""
+        """The rings of telemetry, in the kernels' order; an empty list without telemetry."""
         rings = self._rings
         if rings is None:
             return []
@@ -174,7 +174,7 @@ class Stepper(RankStepper):
         return rings.tensors()
 
     def _check_all(self) -> None:
-        """Refuses by name what no step can take: groups, parameters, gradients, states."""
+        """Refuses by name all groups, parameters, gradients and states that no step can take."""
         self._follow_names()
         groups, states, _ = self._seen()
         for index, group in enumerate(groups):
@@ -182,7 +182,7 @@ class Stepper(RankStepper):
             checks.check_ranges(index, group, self.defaults)
             for position, param in enumerate(group["params"]):
                 name = name_of(self.param_groups, index, position)
-                if param.grad is None:  # then its state is left alone, too
+                if param.grad is None:  # its state is left alone
                     continue
                 checks.check_grad(param, param.grad, name)
                 if not state.is_new(states.get(param)):
@@ -206,7 +206,7 @@ class Stepper(RankStepper):
 
     @torch.inference_mode(False)
     def _clip_state(self, clip: AdaptiveClip) -> Tensor:
-        """What an adaptive limit has learned, on the first parameter's device."""
+        """The state of an adaptive limit, on the first parameter's device."""
         device = self._readings().device
         num_params = sum(len(group["params"]) for group in self.param_groups)
         before = self._own["clip_state"]
@@ -217,7 +217,7 @@ class Stepper(RankStepper):
         return clip_state
 
     def _move_clip_state(self) -> None:
-        """What a limit has learned of a parameter goes along with it to another place."""
+        """Reorders the state of a limit if parameters have changed places."""
         limit, clip_state = self.max_grad_norm, self._own["clip_state"]
         before = self._own["clip_params"]
         params = [param for _, param in reference.distinct_params(self.param_groups)]
@@ -234,7 +234,7 @@ class Stepper(RankStepper):
 
     @staticmethod
     def _met_nonfinite(options: StepOptions, control: Tensor) -> bool:
-        """Whether the step was skipped for its gradients, not because a scaler asked for it."""
+        """Whether inf or nan in the gradients skipped the step, and not a scaler."""
         finite = math.isfinite(control[Control.SUM_OF_SQUARES].item())
         return not finite and not options.asks_for_skip()
 

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint an optimizer may take over and write to, instead of a copy."""
+"""Finds the tensors of a checkpoint that an optimizer may write to without a copy."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-Interval = tuple[int, int]  # of addresses: the first, and the one after the last
+Interval = tuple[int, int]  # the first address, and the one after the last
 
 
 def to_take_over(tensors: Iterable[Tensor], beside: Iterable[Tensor]) -> set[int]:
-    """The ids of the tensors that nothing else is known to read or write.
+    """The ids of the tensors that, as far as is known, nothing else reads or writes.
 
-    torch takes over whatever has the right device and dtype. Writing is wrong where
+    torch takes over every tensor of the right device and dtype. Writing to it is wrong if
 
-    * autograd, or inference mode, has an eye on the tensor;
-    * its memory is a file's, read-only or another process's: `torch.load(mmap=True)`;
-    * two of the tensors share memory, or one does with what lies `beside` them.
+    * autograd or inference mode watches the tensor;
+    * its memory is a file's, read-only, or another process's: `torch.load(mmap=True)`;
+    * it shares memory with another one of the tensors, or with one of `beside`.
 
-    Another optimizer whose `state_dict()` is loaded without a copy goes on to share it, as torch's
-    do: that can't be seen from here.
+    If the `state_dict()` of a live optimizer is loaded without a copy, both optimizers share its
+    tensors, as with torch. This function can't see that.
     """
     good = [tensor for tensor in tensors if _is_plain(tensor)]
     others = {id(tensor): tensor for tensor in beside if _has_memory(tensor)}
@@ -35,7 +35,7 @@ def to_take_over(tensors: Iterable[Tensor], beside: Iterable[Tensor]) -> set[int
 
 
 def private_memory() -> list[Interval] | None:
-    """What this process alone can write to, in order; None where the system doesn't tell."""
+    """The memory that only this process can write to, in order. None if the system doesn't tell."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -73,7 +73,7 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def _may_be_mapped(tensor: Tensor) -> bool:
-    """Whether the memory may be other than torch's own: a file's, NumPy's, another process's."""
+    """Whether the memory may not be torch's own, but a file's, NumPy's, or another process's."""
     storage = tensor.untyped_storage()
     on_cpu = tensor.device.type == "cpu" and tensor.numel() > 0
     return on_cpu and (not storage.resizable() or storage.is_shared())
@@ -97,7 +97,7 @@ def _overlapping(tensors: list[Tensor]) -> Iterator[int]:
     extents = sorted(
         (str(tensor.device), *_extent(tensor), id(tensor)) for tensor in tensors if tensor.numel()
     )
-    before = ("", 0, 0, 0)  # of those so far, the one that reaches farthest
+    before = ("", 0, 0, 0)  # the tensor so far that ends last
     for extent in extents:
         if extent[0] == before[0] and extent[1] < before[2]:
             yield from (before[3], extent[3])
