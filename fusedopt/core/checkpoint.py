@@ -211,7 +211,7 @@ def _entries(
 
 
 def _checked(rule: Rule, group: Group, param: Tensor, saved: dict[Any, Any], name: str) -> _Entry:
-    # It has no shape or no data yet: the first step checks its state.
+    # Without a shape or data yet: the first step looks at its state.
     waits = torch.nn.parameter.is_lazy(param) or checks.is_left_alone(param)
     own = () if waits or is_new(saved) else (*rule.scalars, *rule.states(group))
     if own:

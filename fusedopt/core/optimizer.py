@@ -126,7 +126,7 @@ class FusedOptimizer(Persistence, Stepper):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """False, so that torch's scalers unscale before the step, and trainers agree to clip."""
+        """False: stock scalers unscale before the step, and no trainer refuses to clip."""
         return False
 
     @_step_supports_amp_scaling.setter

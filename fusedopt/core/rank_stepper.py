@@ -18,7 +18,7 @@ from fusedopt.reference.limits import PerTensor, Unit
 
 
 class RankStepper(Readings):
-    """The part of a step that concerns other ranks."""
+    """What a step needs beyond one process."""
 
     @abstractmethod
     def _step_options(self, mode: NonFinite) -> StepOptions: ...
@@ -34,7 +34,7 @@ class RankStepper(Readings):
         return own["process_group"] is not None and own["plain"] == "own"
 
     def _find_ranks(self) -> Ranks | None:
-        """The ranks that step together, found from the current parameters."""
+        """Who steps together, by the parameters as they are now."""
         own = self._own
         if own["plan"] is None:
             own["ranks"] = Ranks.of(own["param_groups"], own["process_group"], own["plain"])
@@ -47,7 +47,7 @@ class RankStepper(Readings):
         options: StepOptions,
         control: Tensor,
     ) -> StepOptions:
-        """A step whose sum of squares and decision are the same on all ranks.
+        """A step whose sum of squares and whose decision are those of all ranks.
 
         Raises:
             PeerError: another rank refused the step. Nothing has been changed.
@@ -79,7 +79,7 @@ class RankStepper(Readings):
 
     @torch.no_grad()
     def _look(self) -> bool:
-        """Finds this rank's plain tensors. Returns whether they are the same as last time."""
+        """Looks at this rank's tensors. Returns whether they are those of the last look."""
         own = self._own
         if own["ranks"] is None:
             return True
@@ -87,7 +87,7 @@ class RankStepper(Readings):
         return own["view"].look(own["param_groups"], own["state"], counters)
 
     def _seen(self) -> tuple[list[Group], dict[Tensor, Any], dict[Tensor, Tensor]]:
-        """Groups, state and counters as a step sees them: with this rank's plain tensors."""
+        """Groups, state and counters as a step sees them: of this rank's plain tensors."""
         if self._own["ranks"] is None:
             return self.param_groups, self.state, self._provisional_state.counters
         view: LocalView = self._own["view"]
@@ -99,7 +99,7 @@ class RankStepper(Readings):
         return self._own["view"].counted_chunks(counts)
 
     def _asked(self, mode: NonFinite) -> str:
-        """The settings that must be the same on all ranks, in words."""
+        """What all ranks must have been asked for alike, in words."""
         limit = self.max_grad_norm
         return f"{type(self).__name__}(max_grad_norm={limit}, nonfinite={mode!r})"
 
@@ -119,7 +119,7 @@ class RankStepper(Readings):
             )
 
     def _nonfinite_error_over_ranks(self, names: list[str]) -> NonFiniteGradientError:
-        """An error that is the same on every rank: it names the parameters of all ranks."""
+        """The same error on every rank, which names the parameters of all."""
         found = [(rank, name) for rank, its in self._own["ranks"].gather(names) for name in its]
         told = "; ".join(f"rank {rank}: {name}" for rank, name in found)
         return NonFiniteGradientError(list(dict.fromkeys(name for _, name in found)), told)

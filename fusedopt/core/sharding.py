@@ -1,7 +1,7 @@
-"""Recognizes optimizers that see only their rank's part of a model.
+"""Optimizers that see only their rank's part of a model, as far as they can be recognized.
 
-The norm of a part is not the model's norm. If one rank alone skips a step, only a part of the model
-is updated.
+The norm of such a part is not the model's, and a rank that skips a step by itself leaves a model
+of which one half was updated.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import sys
 import torch
 from torch import Tensor
 
-# By module: the class that gives every rank's optimizer a part of the parameters.
+# By module: who gives every rank's optimizer a part of the parameters.
 _SHARDING_CALLERS = {
     "torch.distributed.optim.zero_redundancy_optimizer": "ZeroRedundancyOptimizer",
     "fairscale.optim.oss": "OSS",
 }
-_FRAMES = 10  # the most between that caller and the constructor of a derived optimizer
+_FRAMES = 10  # between that caller and an optimizer that is derived from ours
 
 
 def sharding_caller() -> str | None:
-    """A description of the caller, if it makes this optimizer for one rank's part of a model."""
+    """What to say of this optimizer, if it is being made for one rank's part of a model."""
     frame = sys._getframe(1)
     for _ in range(_FRAMES):
         name = _SHARDING_CALLERS.get(frame.f_globals.get("__name__", ""))
@@ -36,7 +36,7 @@ def sharding_caller() -> str | None:
 
 
 def sharded_param(param: Tensor, name: str) -> str | None:
-    """A description of the parameter, if it is a flat one of `FullyShardedDataParallel`."""
+    """What to say of a flat parameter of `FullyShardedDataParallel`, or a view of one."""
     is_part = getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False)
     if not (is_part and _several_ranks()):
         return None
@@ -47,7 +47,7 @@ def sharded_param(param: Tensor, name: str) -> str | None:
 
 
 def refuse(sharded: str | None, *asked: str) -> None:
-    """Refuses settings that would need the norm of the whole model."""
+    """Refuses to measure only one rank's part of a model for what is asked."""
     if sharded is not None and asked:
         raise RuntimeError(
             f"{' and '.join(asked)} can't be had: {sharded}. As it is, a rank would clip by its "
