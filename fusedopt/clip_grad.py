@@ -11,11 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from fusedopt import reference
 from fusedopt.clip import AdaptiveClip
 from fusedopt.core import backends, check_settings, checks
+from fusedopt.core.checked_grads import checked_grads
 from fusedopt.core.optimizer import Backend
+from fusedopt.core.rank_clip import RankClip, find_ranks, with_local_grads
+from fusedopt.core.settings import Plain
+from fusedopt.distributed import whole
 
 _FUSED_NORM_TYPES = (2.0, math.inf)
 
@@ -28,6 +34,8 @@ def clip_grad_norm_(
     foreach: bool | None = None,
     *,
     backend: Backend | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+    plain: Plain = "replicated",
 ) -> Tensor:
     """Clips the gradients of parameters in place, by their global norm.
 
@@ -39,7 +47,12 @@ def clip_grad_norm_(
     * `max_norm=inf` measures and changes nothing, nan and inf included.
     * A gradient that is listed twice counts twice in the norm, and is scaled once.
 
-    Waits for no device, except with `error_if_nonfinite`, or where gradients lie on CPU and CUDA.
+    Waits for no device, except with `error_if_nonfinite`, where gradients lie on CPU and CUDA, or
+    over several ranks.
+
+    Where parameters are DTensors (FSDP2, tensor parallelism), or with `process_group`, all ranks
+    call it together. They exchange one message (and gather one number each, for orders other than
+    2), have the same norm to the bit, and an optimizer's `grad_norm` is that norm, too.
 
     Args:
         parameters: one or more tensors; those without a gradient are passed over. The gradients are
@@ -49,13 +62,18 @@ def clip_grad_norm_(
         error_if_nonfinite: raise where the norm is inf or nan, with the gradients as they were.
         foreach: without effect.
         backend: "cuda", "cpu", "reference" (plain torch), or None: by the gradients' device.
+        process_group: the ranks that clip together, a ProcessGroup or a DeviceMesh; None: those of
+            the mesh of the parameters that are DTensors; of several meshes, of their common root.
+        plain: what parameters that are no DTensors are over these ranks: "replicated", the same on
+            all, or "own", each rank's own.
 
     Returns:
-        The norm before clipping: 0-d float32, or float64 where a gradient is, on the first
-        gradient's device.
+        The norm before clipping: 0-d float32, or float64 where a gradient is (on any rank), on the
+        first gradient's device.
 
     Raises:
         ValueError: an argument is not one of those above.
+        PeerError: another rank refused the call. Nothing has been changed here.
         RuntimeError: the norm is inf or nan, and `error_if_nonfinite` was asked for.
         TypeError, RuntimeError: a gradient is sparse, complex, expanded or otherwise not for our
             kernels; the message says which one. Nothing has been changed then.
@@ -67,7 +85,9 @@ def clip_grad_norm_(
                 "`parameters` is an empty generator, no gradient clipping will occur.",
                 stacklevel=2,
             )
-    return _clip(_as_list(parameters), True, max_norm, norm_type, error_if_nonfinite, backend)
+    tensors = _as_list(parameters)
+    among = (process_group, plain)
+    return _clip(tensors, True, max_norm, norm_type, error_if_nonfinite, backend, *among)
 
 
 def get_total_norm(
@@ -77,13 +97,16 @@ def get_total_norm(
     foreach: bool | None = None,
     *,
     backend: Backend | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+    plain: Plain = "replicated",
 ) -> Tensor:
     """The global norm of tensors, gradients for instance: `clip_grad_norm_` without the clipping.
 
     As `torch.nn.utils.get_total_norm`. Arguments, result and errors are those of
     `clip_grad_norm_`, but `tensors` are measured themselves, and may be expanded.
     """
-    return _clip(_as_list(tensors), False, math.inf, norm_type, error_if_nonfinite, backend)
+    among = (process_group, plain)
+    return _clip(_as_list(tensors), False, math.inf, norm_type, error_if_nonfinite, backend, *among)
 
 
 def clip_grads_with_norm_(
@@ -110,8 +133,10 @@ def clip_grads_with_norm_(
         raise ValueError(
             f"total_norm has shape {tuple(total_norm.shape)}; expected a tensor of one element"
         )
+    total_norm = whole(total_norm)  # torch's own functions return a DTensor
     run = _untraced_run if torch.compiler.is_compiling() else _run
-    run(_as_list(parameters), True, backend, float(max_norm), total_norm=total_norm)
+    tensors = with_local_grads(_as_list(parameters))
+    run(tensors, True, backend, float(max_norm), total_norm=total_norm)
 
 
 def _clip(tensors: list[Tensor], *arguments: Any) -> Tensor:
@@ -127,6 +152,8 @@ def _eager_clip(
     norm_type: float,
     error_if_nonfinite: bool,
     backend: Backend | None,
+    process_group: ProcessGroup | DeviceMesh | None,
+    plain: Plain,
 ) -> Tensor:
     """Clips to `max_norm` (inf: never) and returns the norm, in the dtype that callers get."""
     if isinstance(max_norm, AdaptiveClip):
@@ -135,21 +162,33 @@ def _eager_clip(
             "optimizer's max_grad_norm"
         )
     max_norm, norm_type = float(max_norm), float(norm_type)
+    ranks = find_ranks(tensors, process_group, check_settings.check_plain(plain))
+    if ranks is not None:
+        call = RankClip(ranks, tensors, of_params, backend)
+        norm, wide = call.measure(max_norm, norm_type)
+        _check_finite(norm, norm_type, error_if_nonfinite)
+        if max_norm != math.inf:
+            _run(call.grads, False, backend, max_norm, total_norm=norm)
+        return norm.to(torch.float64 if wide else torch.float32)
     known = None
     if norm_type not in _FUSED_NORM_TYPES:
-        tensors = _checked_grads(tensors, of_params, backend, max_norm)
+        tensors = checked_grads(tensors, of_params, backend, max_norm)
         of_params = False
         known = reference.total_norm(tensors, norm_type) if tensors else None
     norm, wide = _run(tensors, of_params, backend, max_norm, norm_type, error_if_nonfinite, known)
     if norm is None:
         return torch.tensor(0.0)
+    _check_finite(norm, norm_type, error_if_nonfinite)
+    return norm.to(torch.float64 if wide else torch.float32)
+
+
+def _check_finite(norm: Tensor, norm_type: float, error_if_nonfinite: bool) -> None:
     if error_if_nonfinite and not math.isfinite(norm.item()):
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, "
             "so it cannot be clipped. To disable this error and scale the gradients by the "
             "non-finite norm anyway, set `error_if_nonfinite=False`"
         )
-    return norm.to(torch.float64 if wide else torch.float32)
 
 
 def _run(
@@ -172,43 +211,11 @@ def _run(
         done = backends._C.clip_grads(tensors, of_params, False, backend or "", *request)
         if done is not None:
             return done
-    grads = _checked_grads(tensors, of_params, backend, max_norm)
+    grads = checked_grads(tensors, of_params, backend, max_norm)
     done = backends.clip_grads(backend, grads, *request)
     if done is None:
         raise RuntimeError("fusedopt: these gradients passed all checks; please report")
     return done
-
-
-def _checked_grads(
-    tensors: list[Tensor], of_params: bool, backend: Backend | None, max_norm: float
-) -> list[Tensor]:
-    """The gradients that there are, all fit to be measured and, if need be, scaled."""
-    if of_params:
-        grads = {f"the gradient of parameter {i}": p.grad for i, p in enumerate(tensors)}
-        grads = {name: grad for name, grad in grads.items() if grad is not None}
-    else:
-        grads = {f"tensor {i}": tensor for i, tensor in enumerate(tensors)}
-    for name, grad in grads.items():
-        checks.check_readable(grad, name)
-        checks.check_device(grad, name, backend)
-        if grad._is_zerotensor():
-            raise TypeError(f"{name} is zero without any memory; expected a plain tensor: .clone()")
-        if max_norm != math.inf:
-            checks.check_writable(grad, name)
-    if max_norm != math.inf and backend != "reference":
-        _check_overlap(grads)
-    return list(grads.values())
-
-
-def _check_overlap(grads: dict[str, Tensor]) -> None:
-    """Refuses gradients that share some memory: they would be scaled at once."""
-    pair = None if backends._C is None else backends._C.first_overlap(list(grads.values()))
-    if pair is not None:
-        first, second = (list(grads)[index] for index in pair)
-        raise RuntimeError(
-            f"{second} shares memory with {first}, and both are scaled at once; expected memory of "
-            "its own: .clone() it"
-        )
 
 
 def _as_list(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:

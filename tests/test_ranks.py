@@ -6,6 +6,7 @@ import over_ranks
 import pytest
 import torch
 import torch.distributed as dist
+from rank_tensors import counted_all_reduces, full, placed, same_on_all, set_grads, sharded, tensors
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
@@ -14,45 +15,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import fusedopt
 
 CLASSES = [fusedopt.FusedAdamW, fusedopt.FusedSGD, fusedopt.FusedRMSprop, fusedopt.FusedNAdam]
-SHAPES = [(5,), (3,), (7, 3), (), (200, 130)]
-
-
-def tensors(seed):
-    """A tensor of every shape, the same on all ranks."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) for shape in SHAPES]
-
-
-def placed(tensor, mesh, placements):
-    """A DTensor; what has no dimension is replicated."""
-    wanted = [Replicate() if tensor.dim() == 0 else it for it in placements]
-    return distribute_tensor(tensor, mesh, wanted, src_data_rank=None)
-
-
-def sharded(mesh, placements):
-    return [torch.nn.Parameter(placed(value, mesh, placements)) for value in tensors(0)]
-
-
-def set_grads(params, seed, scale=1.0):
-    for param, grad in zip(params, tensors(seed), strict=True):
-        is_sharded = isinstance(param, DTensor)
-        grad = grad * scale
-        param.grad = placed(grad, param.device_mesh, param.placements) if is_sharded else grad
-
-
-def on_all(value):
-    """What every rank has, for a float or a bool."""
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
-
-
-def same_on_all(value):
-    return all(it == value or it != it for it in on_all(value))
-
-
-def full(value):
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def check_equals_one_process(mesh, placements, cls, **options):
@@ -256,25 +218,22 @@ def other_settings(rank, params):
 
 
 def counted_collectives(rank):
-    calls = []
-    original = dist.all_reduce
-    dist.all_reduce = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
     plain = [torch.nn.Parameter(value) for value in tensors(0)]
     opt = fusedopt.FusedAdamW(plain, max_grad_norm=1.0)
     set_grads(plain, 1)
-    opt.step()
+    with counted_all_reduces() as calls:
+        opt.step()
     assert not calls
     params = sharded(init_device_mesh("cpu", (2,)), [Shard(0)])
     for options in ({"max_grad_norm": 1.0}, {}):
         opt = fusedopt.FusedAdamW(params, **options)
         set_grads(params, 1)
-        calls.clear()
-        for _ in range(3):
-            opt.step()
-        _ = opt.grad_norm.item()
+        with counted_all_reduces() as calls:
+            for _ in range(3):
+                opt.step()
+            _ = opt.grad_norm.item()
         assert len(calls) == 3
     assert same_on_all(opt.grad_norm.item())
-    dist.all_reduce = original
 
 
 def own_tensors(rank):

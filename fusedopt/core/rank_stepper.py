@@ -12,7 +12,7 @@ from fusedopt.core.checks import NonFiniteGradientError
 from fusedopt.core.plan import Plan
 from fusedopt.core.readings import Readings
 from fusedopt.core.settings import NonFinite
-from fusedopt.distributed import Exchange, LocalView, PeerError, Ranks, is_dtensor
+from fusedopt.distributed import Exchange, LocalView, Ranks, is_dtensor
 from fusedopt.reference import Group, StepOptions, distinct_params
 from fusedopt.reference.limits import PerTensor, Unit
 
@@ -54,25 +54,20 @@ class RankStepper(Readings):
         """
         ranks, view = self._own["ranks"], self._own["view"]
         exchange = Exchange(ranks, self._asked(mode), options.found_inf)
+        options = options._replace(found_inf=exchange.found_inf)
         try:
-            options = options._replace(found_inf=exchange.found_inf)
-            if not self._look():
-                plan = None
-            exchange.counted = self._counted_chunks()
-            if plan is None or not plan.step(
-                view.groups,
-                view.state,
-                *options.for_kernels(),
-                control=control,
-                exchange=exchange,
-            ):
-                options = self._step_anew(mode, control, exchange)
-        except PeerError:
-            raise
-        except Exception as error:
-            if not exchange.sent:
-                exchange.refuse(error)
-            raise
+            with exchange.joined():
+                if not self._look():
+                    plan = None
+                exchange.counted = self._counted_chunks()
+                if plan is None or not plan.step(
+                    view.groups,
+                    view.state,
+                    *options.for_kernels(),
+                    control=control,
+                    exchange=exchange,
+                ):
+                    options = self._step_anew(mode, control, exchange)
         finally:
             view.end()
         return options

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from fusedopt.distributed.ranks import Ranks
 from fusedopt.reference import exact_sum
 
 LIMBS = exact_sum.LIMBS
-INFS, NANS, FOUND_INF, REFUSALS, DIGEST, DIGEST_SQUARED = range(LIMBS, LIMBS + 6)
-SIZE = LIMBS + 6
+INFS, NANS, FOUND_INF, WIDE, REFUSALS, DIGEST, DIGEST_SQUARED = range(LIMBS, LIMBS + 7)
+SIZE = LIMBS + 7
 
 _DIGEST_BITS = 24  # a square summed over 2**15 ranks still fits into an int64
 
@@ -51,11 +52,13 @@ class Exchange:
 
     Attributes:
         sent: whether this rank has sent its message.
+        is_wide: whether this rank's result is float64; after the message, whether any rank's is.
         found_inf: after the message, 1 if any rank asks for a skip, else 0: 0-d float32.
     """
 
     def __init__(self, ranks: Ranks, asked: str, found_inf: Tensor | None) -> None:
         self.sent = False
+        self.is_wide = False
         self.found_inf = torch.zeros((), dtype=torch.float32)
         self.counted: list[Tensor] = []
         self._asks_for_skip = found_inf is not None and found_inf.float().item() != 0
@@ -76,14 +79,28 @@ class Exchange:
             message[NANS] += sums.isnan().sum()
             message[INFS] += sums.isinf().sum()
         message[FOUND_INF] = int(self._asks_for_skip)
+        message[WIDE] = int(self.is_wide)
         total = self._send(message)
         if total[REFUSALS]:
             self._raise_refusals(self._ranks.gather(None))
         self._check_asked(total)
         self.found_inf.fill_(float(total[FOUND_INF] > 0))
+        self.is_wide = total[WIDE] > 0
         if total[NANS]:
             return math.nan
         return math.inf if total[INFS] else exact_sum.from_limbs(total[:LIMBS])
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Makes sure that this rank sends its message: one that fails before it refuses."""
+        try:
+            yield
+        except PeerError:
+            raise
+        except Exception as error:
+            if not self.sent:
+                self.refuse(error)
+            raise
 
     def refuse(self, error: Exception) -> None:
         """Joins for a rank that can't step, so that nobody waits for it, and names its error."""

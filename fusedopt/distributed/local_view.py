@@ -27,6 +27,11 @@ def local_of(value: Any) -> Any:
     return value._local_tensor if is_dtensor(value) else value
 
 
+def whole(value: Any) -> Any:
+    """All of a DTensor, which communicates; anything else as it is."""
+    return value.full_tensor() if is_dtensor(value) else value
+
+
 class LocalView:
     """An optimizer's groups and state as this rank's plain tensors, which share their memory.
 
@@ -81,18 +86,23 @@ class LocalView:
         self._sharded.clear()
 
     def counted_chunks(self, counts: list[bool]) -> list[Tensor]:
-        """By device, which chunks are counted: bool, shape (chunks,), in the kernels' order.
+        """As `counted_chunks`; `counts` is of every parameter once."""
+        return counted_chunks([param for _, param in distinct_params(self.groups)], counts)
 
-        Args:
-            counts: of every parameter once, whether this rank counts it.
-        """
-        chunks: dict[torch.device, list[Tensor]] = {}
-        params = (param for _, param in distinct_params(self.groups))
-        for param, counted in zip(params, counts, strict=True):
-            if param.device.type in ("cpu", "cuda"):
-                number = -(-param.numel() // CHUNK_SIZE) if can_be_updated(param) else 0
-                chunks.setdefault(param.device, []).append(torch.full((number,), counted))
-        return [torch.cat(it) for it in chunks.values()]
+
+def counted_chunks(params: list[Tensor], counts: list[bool]) -> list[Tensor]:
+    """By device, which chunks are counted: bool, shape (chunks,), in the kernels' order.
+
+    Args:
+        params: this rank's plain tensors.
+        counts: for each of them, whether this rank counts it.
+    """
+    chunks: dict[torch.device, list[Tensor]] = {}
+    for param, counted in zip(params, counts, strict=True):
+        if param.device.type in ("cpu", "cuda"):
+            number = -(-param.numel() // CHUNK_SIZE) if can_be_updated(param) else 0
+            chunks.setdefault(param.device, []).append(torch.full((number,), counted))
+    return [torch.cat(it) for it in chunks.values()]
 
 
 def _objects(param_groups: list[Group], state: States) -> Iterable[Any]:
@@ -121,11 +131,31 @@ def _local_grad(param: Any, param_groups: list[Group], group: int, index: int) -
     grad = param.grad
     if grad is None:
         return None
+    check_sharded_grad(grad, name_of(param_groups, group, index))
+    return placed_as(param, grad)._local_tensor
+
+
+def check_sharded_grad(grad: object, name: str) -> None:
+    """Refuses a gradient of a DTensor that is none itself."""
     if not is_dtensor(grad):
         raise TypeError(
-            f"the gradient of {name_of(param_groups, group, index)} is a {type(grad).__name__}; "
-            "expected a DTensor, as the parameter is"
+            f"the gradient of {name} is a {type(grad).__name__}; expected a DTensor, as the "
+            "parameter is"
         )
-    if grad.placements != param.placements or grad.device_mesh != param.device_mesh:
-        grad = grad.redistribute(param.device_mesh, param.placements)
-    return grad._local_tensor
+
+
+def placed_as(param: Any, grad: Any) -> Any:
+    """A DTensor laid out over the mesh as a parameter is. Communicates where it was not."""
+    if grad.placements == param.placements and grad.device_mesh == param.device_mesh:
+        return grad
+    return grad.redistribute(param.device_mesh, param.placements)
+
+
+def without_partial(tensor: Any) -> Any:
+    """A DTensor whose `Partial` placements are added up. Communicates where there are any."""
+    from torch.distributed.tensor import Replicate  # loaded by whoever has a DTensor
+
+    if not any(placement.is_partial() for placement in tensor.placements):
+        return tensor
+    placements = [Replicate() if it.is_partial() else it for it in tensor.placements]
+    return tensor.redistribute(tensor.device_mesh, placements)
