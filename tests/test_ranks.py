@@ -120,6 +120,12 @@ def older_fsdp(rank):
             assert same_on_all(opt.grad_norm.item())
             torch.testing.assert_close(opt.grad_norm, other.grad_norm, equal_nan=True)
             assert bool(opt.step_skipped) == bool(other.step_skipped) == (step == 1)
+        params, options = list(model.parameters()), {"process_group": dist.group.WORLD}
+        norm = fusedopt.clip_grad_norm_(params, math.inf, plain="own", **options)
+        assert norm.item() == opt.grad_norm.item()
+        for of in ({}, options):
+            with pytest.raises(RuntimeError, match=r"parameter 0 is a part of Fully.*plain='own'"):
+                fusedopt.clip_grad_norm_(params, 1.0, **of)
         with FSDP.summon_full_params(model):
             full_params = torch.cat([param.reshape(-1) for param in model.parameters()])
         expected = torch.cat([param.reshape(-1) for param in alone.parameters()])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt.core import backends
+from fusedopt.core import backends, sharding
 from fusedopt.core.checked_grads import checked_grads
 from fusedopt.distributed import (
     Exchange,
@@ -27,7 +27,13 @@ _RULE = "scale"  # the kernels' rule that keeps no state: its step measures, and
 
 
 def find_ranks(tensors: list[Tensor], process_group: Any, plain: str) -> Ranks | None:
-    """The ranks that a call is over; None: this rank alone."""
+    """The ranks that a call is over; None: this rank alone.
+
+    Raises:
+        RuntimeError: a parameter is a part of FullyShardedDataParallel's, and nothing says so.
+    """
+    if plain != "own":
+        _check_whole(tensors)
     if process_group is None and not _has_dtensors(tensors):
         return None
     return Ranks.of([{"params": tensors}], process_group, plain)
@@ -106,6 +112,15 @@ class RankClip:
 def _has_dtensors(tensors: list[Tensor]) -> bool:
     all_plain = {*map(type, tensors)} <= {Tensor, torch.nn.Parameter}
     return not all_plain and any(map(is_dtensor, tensors))
+
+
+def _check_whole(tensors: list[Tensor]) -> None:
+    for index, tensor in enumerate(tensors):
+        part = sharding.sharded_param(tensor, f"parameter {index}")
+        if part is not None:
+            raise RuntimeError(
+                f"{part}; or expected process_group=, the ranks that clip together, and plain='own'"
+            )
 
 
 def _with_grad(tensor: Any, grad: Any) -> Any:
