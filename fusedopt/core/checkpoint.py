@@ -30,6 +30,7 @@ from fusedopt.core.state import (
     scalar_like,
     tensor_like,
 )
+from fusedopt.distributed import check_placements, local_of
 from fusedopt.reference import Group, Rule
 from fusedopt.reference.arithmetic import compute_dtype
 from fusedopt.reference.groups import name_of
@@ -212,11 +213,13 @@ def _entries(
 
 def _checked(rule: Rule, group: Group, param: Tensor, saved: dict[Any, Any], name: str) -> _Entry:
     # Without a shape or data yet: the first step looks at its state.
-    waits = torch.nn.parameter.is_lazy(param) or checks.is_left_alone(param)
+    waits = torch.nn.parameter.is_lazy(param) or checks.is_left_alone(local_of(param))
     own = () if waits or is_new(saved) else (*rule.scalars, *rule.states(group))
     if own:
-        checks.check_state(rule, group, param, saved, name)
-        _check_values(rule, group, saved, name)
+        check_placements(rule.states(group), param, saved, name)
+        local = {key: local_of(value) for key, value in saved.items()}
+        checks.check_state(rule, group, local_of(param), local, name)
+        _check_values(rule, group, local, name)
     return _Entry(group, param, saved, own)
 
 
@@ -236,20 +239,21 @@ def _check_values(rule: Rule, group: Group, state: dict[str, Any], name: str) ->
 
 
 def _own_tensors(entry: _Entry) -> list[Tensor]:
-    return [entry.saved[key] for key in entry.own if isinstance(entry.saved[key], Tensor)]
+    own = (local_of(entry.saved[key]) for key in entry.own)
+    return [value for value in own if isinstance(value, Tensor)]
 
 
 def _params_and_grads(groups: list[Group]) -> Iterator[Tensor]:
     for group in groups:
         for param in group["params"]:
             if isinstance(param, Tensor):
-                yield param
+                yield local_of(param)
                 if param.grad is not None:
-                    yield param.grad
+                    yield local_of(param.grad)
 
 
 def _load_param_state(rule: Rule, entry: _Entry, shared: Container[int]) -> dict[str, Any]:
-    """`shared`: the ids of tensors that need no copy."""
+    """`shared`: the ids of this rank's tensors that need no copy."""
     param = entry.param
     dtypes = {entry.saved[key].dtype for key in entry.own if key not in rule.scalars}
     computed = compute_dtype(param.dtype)
@@ -264,7 +268,8 @@ def _load_param_state(rule: Rule, entry: _Entry, shared: Container[int]) -> dict
             loaded[key] = value if taken else scalar_like(param, value)
         else:
             dtype = value.dtype if usable else computed
-            taken = id(value) in shared and value.dtype == dtype and is_in_place(value, param)
+            taken = id(local_of(value)) in shared and value.dtype == dtype
+            taken = taken and is_in_place(local_of(value), local_of(param))
             loaded[key] = value if taken else tensor_like(param, value, dtype)
     return loaded
 

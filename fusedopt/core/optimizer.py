@@ -10,6 +10,7 @@ import torch
 from torch._compile import _disable_dynamo
 
 from fusedopt.core import backends, check_settings, checks, sharding
+from fusedopt.core.callers import asks_for_state
 from fusedopt.core.names import ParamNames
 from fusedopt.core.persistence import Persistence
 from fusedopt.core.provisional_state import ProvisionalState
@@ -182,6 +183,8 @@ class FusedOptimizer(Persistence, Stepper):
                 loss = closure()
         if torch.compiler.is_compiling():
             _untraced_step(self)
+        elif not self._own["state"] and asks_for_state():
+            self.init_state()
         else:
             self._locked_step()
         return loss

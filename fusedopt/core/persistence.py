@@ -15,9 +15,10 @@ from fusedopt.core.names import ParamNames, check_named
 from fusedopt.core.provisional_state import ProvisionalState
 from fusedopt.core.readings import Readings
 from fusedopt.core.settings import TORCHS
-from fusedopt.core.state import is_new
-from fusedopt.distributed import LocalView
+from fusedopt.core.state import is_new, make_complete
+from fusedopt.distributed import LocalView, local_of
 from fusedopt.reference import Control, Group, distinct_params
+from fusedopt.reference.groups import name_of
 from fusedopt.reference.limits import AdaptiveClip
 
 
@@ -51,6 +52,44 @@ class Persistence(Readings):
             self._follow_names()
             self._names.add(pairs)
             self._follow_names()
+
+    @_disable_dynamo
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def init_state(self) -> None:
+        """Makes the state that first steps would make, of zeros, for every trainable parameter.
+
+        Then a checkpoint that writes to existing tensors, as `torch.distributed.checkpoint` does,
+        can be loaded before the first step. It takes no step, changes no parameter, counts nothing
+        and doesn't communicate. What has a state keeps it.
+
+        Raises:
+            TypeError, RuntimeError: a parameter is of a kind that no step can update, or a CUDA
+                graph is captured.
+        """
+        with self._lock:
+            self._follow_names()
+            new = [
+                (group, param, name_of(self.param_groups, g, i))
+                for g, group in enumerate(self.param_groups)
+                for i, param in enumerate(group["params"])
+                if self._lacks_state(param)
+            ]
+            for _, param, name in new:
+                checks.check_param(local_of(param), name, self._backend)
+                checks.check_new_state(name, "init_state()")
+            counters = self._provisional_state.counters
+            try:
+                for group, param, _ in new:
+                    make_complete(self.rule, group, param, self.state, counters)
+            except BaseException:
+                self._provisional_state.drop([param for _, param, _ in new], self.state)
+                raise
+            self._own["plan"] = None
+
+    def _lacks_state(self, param: Tensor) -> bool:
+        fits = param.requires_grad and not torch.nn.parameter.is_lazy(param)
+        return fits and not param.is_meta and is_new(self.state.get(param))
 
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:

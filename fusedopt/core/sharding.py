@@ -6,33 +6,27 @@ of which one half was updated.
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
+
+from fusedopt.core.callers import calling_module
 
 # By module: who gives every rank's optimizer a part of the parameters.
 _SHARDING_CALLERS = {
     "torch.distributed.optim.zero_redundancy_optimizer": "ZeroRedundancyOptimizer",
     "fairscale.optim.oss": "OSS",
 }
-_FRAMES = 10  # between that caller and an optimizer that is derived from ours
 
 
 def sharding_caller() -> str | None:
     """What to say of this optimizer, if it is being made for one rank's part of a model."""
-    frame = sys._getframe(1)
-    for _ in range(_FRAMES):
-        name = _SHARDING_CALLERS.get(frame.f_globals.get("__name__", ""))
-        if name is not None and _several_ranks():
-            return (
-                f"{name} gives each rank its own parameters. Clip all of the model's gradients "
-                "with fusedopt.clip_grad_norm_ before the step"
-            )
-        if frame.f_back is None:
-            return None
-        frame = frame.f_back
-    return None
+    name = calling_module(_SHARDING_CALLERS)
+    if name is None or not _several_ranks():
+        return None
+    return (
+        f"{name} gives each rank its own parameters. Clip all of the model's gradients "
+        "with fusedopt.clip_grad_norm_ before the step"
+    )
 
 
 def sharded_param(param: Tensor, name: str) -> str | None:

@@ -39,10 +39,15 @@ def complete(
     Returns:
         Whether the state is new.
     """
+    return param.grad is not None and make_complete(rule, group, param, states, counters)
+
+
+def make_complete(
+    rule: Rule, group: Group, param: Tensor, states: States, counters: dict[Tensor, Tensor]
+) -> bool:
+    """As `complete`, whether the parameter has a gradient or not."""
     state = states.get(param)
     new = is_new(state)
-    if param.grad is None:
-        return False
     if rule.hidden_step:
         known = 0 if new else counters.get(param, 1)
         counters[param] = _scalar_in_place(known, param)

@@ -3,6 +3,7 @@
 from fusedopt.distributed.exchange import Exchange, PeerError
 from fusedopt.distributed.local_view import (
     LocalView,
+    check_placements,
     check_sharded_grad,
     counted_chunks,
     is_dtensor,
@@ -18,6 +19,7 @@ __all__ = [
     "LocalView",
     "PeerError",
     "Ranks",
+    "check_placements",
     "check_sharded_grad",
     "counted_chunks",
     "is_dtensor",

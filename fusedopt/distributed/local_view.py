@@ -144,6 +144,28 @@ def check_sharded_grad(grad: object, name: str) -> None:
         )
 
 
+def check_placements(states: Iterable[str], param: Any, saved: dict[str, Any], name: str) -> None:
+    """Refuses states that are not laid out over the mesh as their parameter is."""
+    for key in states:
+        value = saved.get(key)
+        if not isinstance(value, Tensor) or _layout(value) == _layout(param):
+            continue
+        raise ValueError(
+            f"state {key!r} of {name} is {_described(value)}; expected {_described(param)}, as "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict makes it"
+        )
+
+
+def _layout(value: Any) -> Any:
+    return (value.device_mesh, value.placements) if is_dtensor(value) else None
+
+
+def _described(value: Any) -> str:
+    if not is_dtensor(value):
+        return "a plain tensor"
+    return f"a DTensor with {value.placements} on {value.device_mesh}"
+
+
 def placed_as(param: Any, grad: Any) -> Any:
     """A DTensor laid out over the mesh as a parameter is. Communicates where it was not."""
     if grad.placements == param.placements and grad.device_mesh == param.device_mesh:
