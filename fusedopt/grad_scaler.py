@@ -57,7 +57,9 @@ class GradScaler(torch.amp.GradScaler):
         if state["stage"] is OptState.STEPPED:
             raise RuntimeError("step() has already been called since the last update().")
         no_grads = all(p.grad is None for group in optimizer.param_groups for p in group["params"])
-        if no_grads and optimizer._find_ranks() is None:  # other ranks would wait for this one
+        if (
+            no_grads and optimizer._find_ranks("fusedopt.GradScaler") is None
+        ):  # other ranks would wait for this one
             raise AssertionError("No inf checks were recorded for this optimizer.")
 
         with self._set_on(optimizer, state):
@@ -72,7 +74,7 @@ class GradScaler(torch.amp.GradScaler):
     @contextmanager
     def _set_on(self, optimizer: FusedOptimizer, state: dict[str, Any]) -> Iterator[None]:
         """Tells the optimizer, for the time of a step, what the scaler knows of its gradients."""
-        grad_scale, found_inf = optimizer.grad_scale, optimizer.found_inf
+        grad_scale, found_inf = getattr(optimizer, "grad_scale", None), optimizer.found_inf
         if state["stage"] is OptState.UNSCALED:
             optimizer.found_inf = self._found_inf(state["found_inf_per_device"])
             optimizer.skips_for_scaler = optimizer.nonfinite != "raise"

@@ -285,10 +285,9 @@ def both_scalers(rank):
                 params[-1].grad._local_tensor[0] = math.inf
             scaler.step(opt)
             scaler.update()
-            if scaler_class is fusedopt.GradScaler:
-                assert bool(opt.step_skipped) == (culprit is not None)
-            else:  # torch's doesn't call step() at all; of DTensors it knows that on all ranks
-                assert opt._steps_taken() == (culprit is None)
+            assert opt._steps_taken() == 1
+            assert bool(opt.step_skipped) == (culprit is not None)
+            torch.testing.assert_close(opt.grad_norm.isfinite(), ~opt.step_skipped)
             assert same_on_all(scaler.get_scale())
             assert scaler.get_scale() == (8.0 if culprit is None else 4.0)
 

@@ -99,6 +99,8 @@ class FusedOptimizer(Persistence, Stepper):
             "process_group": process_group,
             "plain": check_settings.check_plain(plain),
             "ranks": None,
+            "all_replicated": False,
+            "is_sharded": False,
             "view": LocalView(),
         }
         if not self._knows_ranks():
@@ -127,8 +129,15 @@ class FusedOptimizer(Persistence, Stepper):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """False: stock scalers unscale before the step, and no trainer refuses to clip."""
-        return False
+        """False: stock scalers unscale before the step, and no trainer refuses to clip.
+
+        True over several ranks: a stock scaler that finds inf on this rank alone would not call
+        `step`, and the others would wait for it.
+        """
+        try:
+            return self._find_ranks("torch.amp.GradScaler") is not None
+        except ValueError:
+            return True  # step() says what is wrong, to all ranks
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:

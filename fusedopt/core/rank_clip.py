@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt import distributed
 from fusedopt.core import backends, sharding
 from fusedopt.core.checked_grads import checked_grads
 from fusedopt.distributed import (
     Exchange,
     Ranks,
-    check_sharded_grad,
+    announce,
     counted_chunks,
     is_dtensor,
+    is_placed_as,
     local_of,
+    not_sharded,
     placed_as,
     without_partial,
 )
@@ -36,7 +39,7 @@ def find_ranks(tensors: list[Tensor], process_group: Any, plain: str) -> Ranks |
         _check_whole(tensors)
     if process_group is None and not _has_dtensors(tensors):
         return None
-    return Ranks.of([{"params": tensors}], process_group, plain)
+    return distributed.find_ranks([{"params": tensors}], process_group, plain, "clipping")
 
 
 def with_local_grads(tensors: list[Any]) -> list[Any]:
@@ -44,8 +47,8 @@ def with_local_grads(tensors: list[Any]) -> list[Any]:
     if not _has_dtensors(tensors):
         return tensors
     for index, tensor in enumerate(tensors):
-        if is_dtensor(tensor) and tensor.grad is not None:
-            check_sharded_grad(tensor.grad, f"parameter {index}")
+        if is_dtensor(tensor) and not (tensor.grad is None or is_dtensor(tensor.grad)):
+            raise not_sharded(tensor.grad, f"parameter {index}")
     return [_with_grad(it, it.grad) if is_dtensor(it) else it for it in tensors]
 
 
@@ -71,16 +74,39 @@ class RankClip:
         Raises:
             PeerError: another rank refused the call, or was asked for another one.
         """
-        exchange = Exchange(self._ranks, f"max_norm={max_norm}, norm_type={norm_type}", None)
+        exchange = Exchange(self._ranks, f"max_norm={max_norm}, norm_type={norm_type}")
         with exchange.joined():
-            local = with_local_grads(self._tensors)
-            if not self._of_params:
-                local = [local_of(it) for it in self._tensors]
-            self.grads = checked_grads(local, self._of_params, self._backend, max_norm)
+            self._check(max_norm)
             exchange.is_wide = any(grad.dtype == torch.float64 for grad in self.grads)
             norm = self._norm(exchange, norm_type)
         device = self.grads[0].device if self.grads else self._ranks.device
         return torch.tensor(norm, dtype=torch.float64, device=device), exchange.is_wide
+
+    def _check(self, max_norm: float) -> None:
+        """Refuses gradients by name, and tells the ranks that would redistribute theirs."""
+        try:
+            local = with_local_grads(self._tensors)
+            if not self._of_params:
+                local = [local_of(it) for it in self._tensors]
+            self.grads = checked_grads(local, self._of_params, self._backend, max_norm)
+        except Exception:
+            announce(True, self._misplaced())
+            raise
+        announce(False, self._misplaced())
+
+    def _misplaced(self) -> list[Any]:
+        """The meshes over which gradients are to be redistributed before they are measured."""
+        found = {}
+        for tensor in filter(is_dtensor, self._tensors):
+            grad = tensor.grad if self._of_params else tensor
+            if is_dtensor(grad) and not self._is_placed(tensor, grad):
+                found[tensor.device_mesh] = None
+        return list(found)
+
+    def _is_placed(self, tensor: Any, grad: Any) -> bool:
+        if self._of_params:
+            return is_placed_as(tensor, grad)
+        return not any(placement.is_partial() for placement in grad.placements)
 
     def _norm(self, exchange: Exchange, norm_type: float) -> float:
         measured, counts = self._measured()

@@ -8,11 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt.core import sharding
 from fusedopt.core.checks import NonFiniteGradientError
 from fusedopt.core.plan import Plan
 from fusedopt.core.readings import Readings
 from fusedopt.core.settings import NonFinite
-from fusedopt.distributed import Exchange, LocalView, Ranks, is_dtensor
+from fusedopt.distributed import (
+    Exchange,
+    LocalView,
+    Ranks,
+    announce,
+    find_ranks,
+    has_dtensors,
+    is_dtensor,
+)
 from fusedopt.reference import Group, StepOptions, distinct_params
 from fusedopt.reference.limits import PerTensor, Unit
 
@@ -33,32 +42,36 @@ class RankStepper(Readings):
         own = self._own
         return own["process_group"] is not None and own["plain"] == "own"
 
-    def _find_ranks(self) -> Ranks | None:
-        """Who steps together, by the parameters as they are now."""
+    def _find_ranks(self, asked: str) -> Ranks | None:
+        """Who steps together, by the parameters as they are now. None: this rank alone."""
         own = self._own
         if own["plan"] is None:
-            own["ranks"] = Ranks.of(own["param_groups"], own["process_group"], own["plain"])
+            groups = own["param_groups"]
+            own["ranks"] = find_ranks(groups, own["process_group"], own["plain"], asked)
+            own["is_sharded"] = own["plain"] == "own" or has_dtensors(groups)
+            if own["all_replicated"] and not own["is_sharded"]:
+                own["ranks"] = None
         return own["ranks"]
 
     def _step_over_ranks(
-        self,
-        mode: NonFinite,
-        plan: Plan | None,
-        options: StepOptions,
-        control: Tensor,
+        self, mode: NonFinite, plan: Plan | None, control: Tensor, asked: str
     ) -> StepOptions:
         """A step whose sum of squares and whose decision are those of all ranks.
 
         Raises:
-            PeerError: another rank refused the step. Nothing has been changed.
+            PeerError: another rank refused the step, or is gone. Nothing has been changed.
         """
-        ranks, view = self._own["ranks"], self._own["view"]
-        exchange = Exchange(ranks, self._asked(mode), options.found_inf)
-        options = options._replace(found_inf=exchange.found_inf)
+        own, view = self._own, self._own["view"]
+        exchange = Exchange(own["ranks"], asked)
         try:
             with exchange.joined():
+                self._take_grads()
                 if not self._look():
                     plan = None
+                options = self._step_options(mode)
+                exchange.is_sharded = own["is_sharded"]
+                exchange.asks_for_skip = options.asks_for_skip()
+                options = options._replace(found_inf=exchange.found_inf)
                 exchange.counted = self._counted_chunks()
                 if plan is None or not plan.step(
                     view.groups,
@@ -70,6 +83,9 @@ class RankStepper(Readings):
                     options = self._step_anew(mode, control, exchange)
         finally:
             view.end()
+        if not exchange.is_sharded:  # the ranks have agreed on it: from now on each is alone
+            own["all_replicated"] = True
+            own["plan"] = None
         return options
 
     @torch.no_grad()
@@ -80,6 +96,12 @@ class RankStepper(Readings):
             return True
         counters = self._provisional_state.counters
         return own["view"].look(own["param_groups"], own["state"], counters)
+
+    @torch.no_grad()
+    def _take_grads(self) -> None:
+        """Has the gradients on this rank's tensors, until the view's end."""
+        if self._own["ranks"] is not None:
+            self._own["view"].take_grads(self._own["param_groups"], announce)
 
     def _seen(self) -> tuple[list[Group], dict[Tensor, Any], dict[Tensor, Tensor]]:
         """Groups, state and counters as a step sees them: of this rank's plain tensors."""
@@ -95,22 +117,26 @@ class RankStepper(Readings):
 
     def _asked(self, mode: NonFinite) -> str:
         """What all ranks must have been asked for alike, in words."""
-        limit = self.max_grad_norm
-        return f"{type(self).__name__}(max_grad_norm={limit}, nonfinite={mode!r})"
+        own = self._own
+        return (
+            f"{type(self).__name__}(max_grad_norm={own['max_grad_norm']}, nonfinite={mode!r}, "
+            f"plain={own['plain']!r}, max_consecutive_skips={self.max_consecutive_skips})"
+        )
 
     def _check_layout(self, param: Any, name: str) -> None:
         """Refuses a DTensor that no step over ranks can take."""
+        limit = self.max_grad_norm
+        is_part = is_dtensor(param) or sharding.is_flat_part(param)
+        if is_part and isinstance(limit, PerTensor | Unit):
+            raise ValueError(
+                f"max_grad_norm={limit} needs the norm of {name}, of which each rank has a part "
+                "only; expected a number, Percentile() or ZScore()"
+            )
         if not is_dtensor(param):
             return
         if any(placement.is_partial() for placement in param.placements):
             raise ValueError(
                 f"{name} has placements {param.placements}; expected a parameter without Partial"
-            )
-        limit = self.max_grad_norm
-        if isinstance(limit, PerTensor | Unit):
-            raise ValueError(
-                f"max_grad_norm={limit} needs the norm of {name}, of which each rank has a part "
-                "only; expected a number, Percentile() or ZScore()"
             )
 
     def _nonfinite_error_over_ranks(self, names: list[str]) -> NonFiniteGradientError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -23,8 +24,24 @@ Plain = Literal["replicated", "own"]
 class ScalerValue(Shared[Tensor | None]):
     """A shared attribute that only takes a tensor of one number, or None."""
 
-    def __set__(self, owner: Any, value: Tensor | None) -> None:
+    def __set__(self, owner: Any, value: Any) -> None:
+        if type(value) is int and value == 0 and owner._own["ranks"] is not None:
+            # torch's scaler adds up the flags of its gradients, and this rank has none.
+            value = torch.zeros(())
         super().__set__(owner, check_settings.check_scaler_value(self._name, value))
+
+
+class ScalerFactor(ScalerValue):
+    """A factor that torch's scaler multiplies by. Over several ranks it is missing until it is set.
+
+    There torch's scaler calls `step` itself: it takes a missing factor for 1, and can't take None.
+    """
+
+    def __get__(self, owner: Any, owner_type: type) -> Any:
+        value = super().__get__(owner, owner_type)
+        if value is None and owner is not None and owner._own["ranks"] is not None:
+            raise AttributeError(f"no scaler has set {self._name!r}")
+        return value
 
 
 class Settings(Optimizer):
@@ -45,7 +62,7 @@ class Settings(Optimizer):
 
     # A scaler sets these two during a step, each a tensor of one float32. The step divides the
     # gradients by grad_scale, and skips if found_inf is not zero.
-    grad_scale = ScalerValue(None)
+    grad_scale = ScalerFactor(None)
     found_inf = ScalerValue(None)
     # Whether a scaler steps. Then an overflow skips, whatever `nonfinite` says: it is expected.
     skips_for_scaler = Shared[bool](False)
@@ -68,6 +85,8 @@ class Settings(Optimizer):
         with self._lock:  # a step of another thread sees both changes or none
             if value != self._own.get("max_grad_norm"):
                 self._own["clip_state"] = None  # a new limit starts empty
+            if isinstance(value, AdaptiveClip):
+                self._own["plan"] = None  # the next step checks whether it suits the parameters
             self._own["max_grad_norm"] = value
 
     @property

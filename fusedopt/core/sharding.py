@@ -31,13 +31,18 @@ def sharding_caller() -> str | None:
 
 def sharded_param(param: Tensor, name: str) -> str | None:
     """What to say of a flat parameter of `FullyShardedDataParallel`, or a view of one."""
-    is_part = getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False)
-    if not (is_part and _several_ranks()):
+    if not is_flat_part(param):
         return None
     return (
         f"{name} is a part of FullyShardedDataParallel's, and each rank has its own. Clip with "
         "FullyShardedDataParallel.clip_grad_norm_ before the step"
     )
+
+
+def is_flat_part(param: Tensor) -> bool:
+    """Whether it is a flat parameter of `FullyShardedDataParallel`, or a view of one."""
+    is_flat = getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False)
+    return is_flat and _several_ranks()
 
 
 def refuse(sharded: str | None, *asked: str) -> None:

@@ -30,19 +30,16 @@ class Stepper(RankStepper):
     def _fused_step(self) -> None:
         own = self._own
         mode = self._nonfinite_mode()
-        options = self._step_options(mode)
         control = self._readings()
         plan = own["plan"]
         if [*map(len, own["param_groups"])] != own["group_sizes"]:
             plan = None  # a group has a new key, which may be one of ours
         if plan is None:
-            self._find_ranks()
+            self._find_ranks(self._asked(mode))
         if own["ranks"] is not None:
-            options = self._step_over_ranks(mode, plan, options, control)
-        elif plan is None or not plan.step(
-            own["param_groups"], own["state"], *options.for_kernels(), control=control
-        ):
-            options = self._step_anew(mode, control)
+            options = self._step_over_ranks(mode, plan, control, self._asked(mode))
+        else:
+            options = self._step_alone(mode, plan, control)
         if mode == "raise" and self._met_nonfinite(options, control):
             raise self._nonfinite_error()
         limit: SkipLimit | None = own["skip_limit"]
@@ -51,6 +48,15 @@ class Stepper(RankStepper):
                 f"{limit.limit} steps in a row were skipped (max_consecutive_skips): "
                 f"{self.explain()}"
             )
+
+    def _step_alone(self, mode: NonFinite, plan: Plan | None, control: Tensor) -> StepOptions:
+        own = self._own
+        options = self._step_options(mode)
+        if plan is not None and plan.step(
+            own["param_groups"], own["state"], *options.for_kernels(), control=control
+        ):
+            return options
+        return self._step_anew(mode, control)
 
     def _nonfinite_mode(self) -> NonFinite:
         own = self._own
@@ -239,7 +245,7 @@ class Stepper(RankStepper):
         return not finite and not options.asks_for_skip()
 
     def _nonfinite_error(self) -> checks.NonFiniteGradientError:
-        self._look()
+        self._take_grads()
         places = self._nonfinite_places()
         self._own["view"].end()
         names = [name_of(self.param_groups, g, i) for g, i in places]

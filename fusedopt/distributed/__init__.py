@@ -1,29 +1,34 @@
 """Steps over several ranks: who counts what, and the one message that a step exchanges."""
 
-from fusedopt.distributed.exchange import Exchange, PeerError
+from fusedopt.distributed.exchange import Exchange, PeerError, announce, find_ranks
 from fusedopt.distributed.local_view import (
     LocalView,
     check_placements,
-    check_sharded_grad,
     counted_chunks,
     is_dtensor,
+    is_placed_as,
     local_of,
+    not_sharded,
     placed_as,
     whole,
     without_partial,
 )
-from fusedopt.distributed.ranks import Ranks
+from fusedopt.distributed.ranks import Ranks, has_dtensors
 
 __all__ = [
     "Exchange",
     "LocalView",
     "PeerError",
     "Ranks",
+    "announce",
     "check_placements",
-    "check_sharded_grad",
     "counted_chunks",
+    "find_ranks",
+    "has_dtensors",
     "is_dtensor",
+    "is_placed_as",
     "local_of",
+    "not_sharded",
     "placed_as",
     "whole",
     "without_partial",

@@ -8,32 +8,34 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedopt.distributed.ranks import Ranks
-from fusedopt.reference import exact_sum
+from fusedopt.distributed.ranks import Item, Ranks, device_of, meshes_of
+from fusedopt.reference import Group, exact_sum
 
 LIMBS = exact_sum.LIMBS
-INFS, NANS, FOUND_INF, WIDE, REFUSALS, DIGEST, DIGEST_SQUARED = range(LIMBS, LIMBS + 7)
-SIZE = LIMBS + 7
+INFS, NANS, FOUND_INF, WIDE, SHARDED, REFUSALS = range(LIMBS, LIMBS + 6)
+DIGEST, DIGEST_SQUARED = range(LIMBS + 6, LIMBS + 8)
+SIZE = LIMBS + 8
 
 _DIGEST_BITS = 24  # a square summed over 2**15 ranks still fits into an int64
 
 
 class PeerError(RuntimeError):
-    """Another rank refused this step, or was asked for another one; nothing was changed here.
+    """Another rank refused, is gone, or was asked for something else; nothing was changed here.
 
     Attributes:
-        ranks: the global ranks that refused, or all ranks where they disagree.
+        ranks: the global ranks that refused, or all ranks where they disagree. None, where a rank
+            doesn't answer.
     """
 
-    def __init__(self, message: str, ranks: list[int]) -> None:
+    def __init__(self, message: str, ranks: list[int] | None) -> None:
         super().__init__(message)
         self.ranks = ranks
 
@@ -41,27 +43,33 @@ class PeerError(RuntimeError):
         return type(self), (str(self), self.ranks)
 
 
+class RefusalAhead(Exception):
+    """Another rank will refuse with its message, and this one has nothing to say in its own."""
+
+
 class Exchange:
     """One step's message. Every rank sends exactly one: its sums, or that it refuses.
 
     Args:
         ranks: who steps together.
-        counted: by device, which chunks this rank adds to the sum: bool, shape (chunks,).
         asked: what this rank was asked for, in words; all ranks must have been asked for the same.
-        found_inf: None, or one float32: this rank asks for a skip if it is not 0.
 
     Attributes:
         sent: whether this rank has sent its message.
+        counted: by device, which chunks this rank adds to the sum: bool, shape (chunks,).
+        asks_for_skip: whether this rank asks all to skip the step.
         is_wide: whether this rank's result is float64; after the message, whether any rank's is.
+        is_sharded: whether this rank has what others lack; after the message, whether any has.
         found_inf: after the message, 1 if any rank asks for a skip, else 0: 0-d float32.
     """
 
-    def __init__(self, ranks: Ranks, asked: str, found_inf: Tensor | None) -> None:
+    def __init__(self, ranks: Ranks, asked: str) -> None:
         self.sent = False
-        self.is_wide = False
-        self.found_inf = torch.zeros((), dtype=torch.float32)
         self.counted: list[Tensor] = []
-        self._asks_for_skip = found_inf is not None and found_inf.float().item() != 0
+        self.asks_for_skip = False
+        self.is_wide = False
+        self.is_sharded = False
+        self.found_inf = torch.zeros((), dtype=torch.float32)
         self._ranks = ranks
         self._asked = asked
 
@@ -73,19 +81,20 @@ class Exchange:
         """
         message = torch.zeros(SIZE, dtype=torch.int64)
         for sums, counted in zip(chunk_sums, self.counted, strict=True):
-            sums = sums.detach().cpu()[counted]
-            finite = sums.isfinite()
-            message[:LIMBS] += exact_sum.to_limbs(sums[finite])
+            sums = sums.detach().cpu()
+            message[:LIMBS] += exact_sum.to_limbs(sums[counted & sums.isfinite()])
+            # Also of what is counted elsewhere: a copy that is broken here makes all ranks skip.
             message[NANS] += sums.isnan().sum()
             message[INFS] += sums.isinf().sum()
-        message[FOUND_INF] = int(self._asks_for_skip)
+        message[FOUND_INF] = int(self.asks_for_skip)
         message[WIDE] = int(self.is_wide)
+        message[SHARDED] = int(self.is_sharded)
         total = self._send(message)
         if total[REFUSALS]:
-            self._raise_refusals(self._ranks.gather(None))
+            self._raise_refusals(self._gather(None))
         self._check_asked(total)
         self.found_inf.fill_(float(total[FOUND_INF] > 0))
-        self.is_wide = total[WIDE] > 0
+        self.is_wide, self.is_sharded = total[WIDE] > 0, total[SHARDED] > 0
         if total[NANS]:
             return math.nan
         return math.inf if total[INFS] else exact_sum.from_limbs(total[:LIMBS])
@@ -97,9 +106,15 @@ class Exchange:
             yield
         except PeerError:
             raise
+        except RefusalAhead:
+            self.counted = []
+            self([])
+            message = "fusedopt: a refusal was announced and not made; please report"
+            raise RuntimeError(message) from None
         except Exception as error:
             if not self.sent:
-                self.refuse(error)
+                with suppress(PeerError):  # this rank's own error says more
+                    self.refuse(error)
             raise
 
     def refuse(self, error: Exception) -> None:
@@ -107,16 +122,17 @@ class Exchange:
         message = torch.zeros(SIZE, dtype=torch.int64)
         message[REFUSALS] = 1
         self._send(message)
-        self._ranks.gather(f"{type(error).__name__}: {error}")
+        self._gather(f"{type(error).__name__}: {error}")
+
+    def _gather(self, item: Item) -> list[tuple[int, Item]]:
+        with _answered():
+            return self._ranks.gather(item)
 
     def _send(self, message: Tensor) -> list[int]:
         self.sent = True
         digest = zlib.crc32(self._asked.encode()) & ((1 << _DIGEST_BITS) - 1)
         message[DIGEST], message[DIGEST_SQUARED] = digest, digest * digest
-        message = message.to(self._ranks.device)
-        for group in self._ranks.groups:
-            dist.all_reduce(message, group=group)
-        return message.tolist()
+        return add_up(message, self._ranks.groups, self._ranks.device)
 
     def _raise_refusals(self, errors: Sequence[tuple[int, str | None]]) -> None:
         refused = [(rank, error) for rank, error in errors if error is not None]
@@ -127,10 +143,59 @@ class Exchange:
         """By Cauchy and Schwarz, the two sums fit together only if all digests are equal."""
         if self._ranks.size * total[DIGEST_SQUARED] == total[DIGEST] ** 2:
             return
-        asked = self._ranks.gather(self._asked)
+        asked = self._gather(self._asked)
         told = "; ".join(f"rank {rank} has {it}" for rank, it in asked)
         raise PeerError(
             f"the ranks were asked for different steps: {told}; expected the same on all. Nothing "
             "has been changed",
             [rank for rank, _ in asked],
         )
+
+
+def add_up(message: Tensor, groups: Iterable[Any], device: torch.device) -> list[int]:
+    """The sum of a message over all ranks of some groups, one after the other.
+
+    Raises:
+        PeerError: a rank is gone, or doesn't answer in the group's time.
+    """
+    message = message.to(device)
+    with _answered():
+        for group in groups:
+            dist.all_reduce(message, group=group)
+        return message.tolist()
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerError(
+            f"a rank is gone, or doesn't answer: {error}. Nothing has been changed here", None
+        ) from error
+
+
+def announce(failed: bool, meshes: Iterable[Any]) -> None:
+    """Comes before gradients are redistributed, which communicates: has a rank failed already?
+
+    Raises:
+        RefusalAhead: another rank of these meshes has failed. This rank has not.
+    """
+    for mesh in meshes:
+        groups = mesh.get_all_groups()
+        total = add_up(torch.tensor([int(failed)]), groups, device_of(groups[0]))
+        if total[0] and not failed:
+            raise RefusalAhead
+
+
+def find_ranks(
+    param_groups: list[Group], process_group: Any, plain: str, asked: str
+) -> Ranks | None:
+    """As `Ranks.of`. If that refuses, the ranks of each mesh hear of it and don't wait."""
+    try:
+        return Ranks.of(param_groups, process_group, plain)
+    except Exception as error:
+        for mesh in meshes_of(param_groups):
+            with suppress(PeerError):
+                Exchange(Ranks(mesh, plain), asked).refuse(error)
+        raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from fusedopt.reference.groups import name_of
 from fusedopt.reference.norms import CHUNK_SIZE
 
 States = dict[Tensor, dict[str, Any]]
+Announce = Callable[[bool, Iterable[Any]], None]
 
 
 def is_dtensor(value: object) -> bool:
@@ -35,7 +36,7 @@ def whole(value: Any) -> Any:
 class LocalView:
     """An optimizer's groups and state as this rank's plain tensors, which share their memory.
 
-    The gradients of sharded parameters are on the local tensors from `look` until `end`.
+    The gradients of sharded parameters are on the local tensors from `take_grads` until `end`.
     """
 
     def __init__(self) -> None:
@@ -48,11 +49,7 @@ class LocalView:
     def look(
         self, param_groups: list[Group], state: States, counters: dict[Tensor, Tensor]
     ) -> bool:
-        """Looks at everything again. Returns whether all tensors are those of the last look.
-
-        Raises:
-            TypeError: a DTensor has a gradient that is no DTensor.
-        """
+        """Looks at everything again. Returns whether all tensors are those of the last look."""
         seen = list(_objects(param_groups, state))
         same = len(seen) == len(self._seen) and all(map(operator.is_, seen, self._seen))
         if not same:
@@ -67,17 +64,37 @@ class LocalView:
             params = own.get("params") or [local_of(param) for param in group["params"]]
             own.clear()
             own.update(group, params=params)
-        self._take_grads(param_groups)
         return same
 
-    def _take_grads(self, param_groups: list[Group]) -> None:
+    def take_grads(self, param_groups: list[Group], announce: Announce) -> None:
+        """Gives the local tensors their gradients. Communicates where these are placed otherwise.
+
+        Args:
+            announce: is told before that whether this rank has failed, and the meshes.
+
+        Raises:
+            TypeError: a DTensor has a gradient that is no DTensor.
+        """
+        error, misplaced, pairs = None, {}, []
         for g, group in enumerate(param_groups):
             for i, param in enumerate(group["params"]):
-                if is_dtensor(param):
-                    local = param._local_tensor
-                    local.grad = _local_grad(param, param_groups, g, i)
-                    if local.grad is not None:
-                        self._sharded.append(local)
+                if not is_dtensor(param):
+                    continue
+                grad = param.grad
+                if grad is not None and not is_dtensor(grad):
+                    error = not_sharded(grad, name_of(param_groups, g, i))
+                elif grad is not None and not is_placed_as(param, grad):
+                    misplaced[param.device_mesh] = None
+                pairs.append((param, grad))
+        if misplaced:
+            announce(error is not None, misplaced)
+        if error is not None:
+            raise error
+        for param, grad in pairs:
+            local = param._local_tensor
+            local.grad = None if grad is None else placed_as(param, grad)._local_tensor
+            if grad is not None:
+                self._sharded.append(local)
 
     def end(self) -> None:
         """Takes the gradients off the local tensors."""
@@ -122,26 +139,12 @@ def _local_values(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: local_of(value) for key, value in entry.items()}
 
 
-def _local_grad(param: Any, param_groups: list[Group], group: int, index: int) -> Tensor | None:
-    """This rank's part of the gradient, laid out over the mesh as the parameter is.
-
-    A gradient with other placements (`Partial`, in tensor parallelism) is redistributed, which
-    communicates.
-    """
-    grad = param.grad
-    if grad is None:
-        return None
-    check_sharded_grad(grad, name_of(param_groups, group, index))
-    return placed_as(param, grad)._local_tensor
-
-
-def check_sharded_grad(grad: object, name: str) -> None:
+def not_sharded(grad: object, name: str) -> TypeError:
     """Refuses a gradient of a DTensor that is none itself."""
-    if not is_dtensor(grad):
-        raise TypeError(
-            f"the gradient of {name} is a {type(grad).__name__}; expected a DTensor, as the "
-            "parameter is"
-        )
+    return TypeError(
+        f"the gradient of {name} is a {type(grad).__name__}; expected a DTensor, as the parameter "
+        "is"
+    )
 
 
 def check_placements(states: Iterable[str], param: Any, saved: dict[str, Any], name: str) -> None:
@@ -166,9 +169,17 @@ def _described(value: Any) -> str:
     return f"a DTensor with {value.placements} on {value.device_mesh}"
 
 
+def is_placed_as(param: Any, grad: Any) -> bool:
+    """Whether a DTensor is laid out over the mesh as a parameter is.
+
+    It is not after tensor parallelism, which leaves `Partial` gradients.
+    """
+    return grad.placements == param.placements and grad.device_mesh == param.device_mesh
+
+
 def placed_as(param: Any, grad: Any) -> Any:
     """A DTensor laid out over the mesh as a parameter is. Communicates where it was not."""
-    if grad.placements == param.placements and grad.device_mesh == param.device_mesh:
+    if is_placed_as(param, grad):
         return grad
     return grad.redistribute(param.device_mesh, param.placements)
 

@@ -34,9 +34,7 @@ class Ranks:
         self.groups: list[Any] = [of] if not is_mesh else of.get_all_groups()
         if is_mesh and self.size == dist.get_world_size():
             self.groups = [dist.group.WORLD]
-        on_cuda = dist.get_backend(self.groups[0]) == "nccl"
-        here = f"cuda:{torch.cuda.current_device()}" if on_cuda else "cpu"
-        self.device = torch.device(here)
+        self.device = device_of(self.groups[0])
         self._is_first = dist.get_rank() == members[0]
 
     @staticmethod
@@ -48,12 +46,11 @@ class Ranks:
         """
         if process_group is not None:
             return Ranks(process_group, plain)
-        params: list[Any] = [param for _, param in distinct_params(param_groups)]
-        meshes = {param.device_mesh for param in params if is_dtensor(param)}
+        meshes = meshes_of(param_groups)
         if not meshes:
             return None
         if len(meshes) == 1:
-            return Ranks(meshes.pop(), plain)
+            return Ranks(meshes[0], plain)
         roots = {root_of(mesh) for mesh in meshes}
         if len(roots) > 1:
             told = ", ".join(sorted(map(str, roots)))
@@ -98,6 +95,22 @@ class Ranks:
             dist.all_gather_object(found, items, group=group)
             items = [it for part in found for it in part]
         return sorted(items, key=lambda it: it[0])
+
+
+def meshes_of(param_groups: list[Group]) -> list[Any]:
+    """The meshes of the parameters that are DTensors, in the order of the parameters."""
+    params: list[Any] = [param for _, param in distinct_params(param_groups)]
+    return list(dict.fromkeys(param.device_mesh for param in params if is_dtensor(param)))
+
+
+def has_dtensors(param_groups: list[Group]) -> bool:
+    return any(is_dtensor(param) for group in param_groups for param in group["params"])
+
+
+def device_of(group: Any) -> torch.device:
+    """Where a message over this group must lie."""
+    on_cuda = dist.get_backend(group) == "nccl"
+    return torch.device(f"cuda:{torch.cuda.current_device()}" if on_cuda else "cpu")
 
 
 def root_of(mesh: Any) -> Any:
