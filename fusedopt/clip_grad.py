@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fusedopt import reference
 from fusedopt.clip import AdaptiveClip
-from fusedopt.core import backends, check_settings, checks
+from fusedopt.core import backends, check_settings
 from fusedopt.core.checked_grads import checked_grads
 from fusedopt.core.optimizer import Backend
 from fusedopt.core.rank_clip import RankClip, find_ranks, with_local_grads
