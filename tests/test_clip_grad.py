@@ -84,7 +84,7 @@ def test_mixed_dtypes_as_torch_in_float64(backend, norm_type):
     norm = clip(backend, ours, 0.5, norm_type)
     expected = torch.nn.utils.clip_grad_norm_(theirs, 0.5, norm_type)
     assert norm.dtype == torch.float64
-    torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(norm, expected, rtol=1e-7, atol=0)
     for param, other in zip(ours, theirs):
         torch.testing.assert_close(param.grad, other.grad.to(param.dtype))
 

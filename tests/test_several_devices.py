@@ -56,11 +56,10 @@ class RingsOfDevices(Rings):
         self._owners = owners
 
 
-def set_whole_grads(params, step):
-    """Squares of small integers add up exactly, in any order."""
+def set_scaled_grads(params, step):
+    """Normal gradients; those of the largest tensor are multiplied by SCALES[step]."""
     set_grads(params, step, 4.0)
     for param in params:
-        param.grad.round_()
         if param.numel() == 33333:
             param.grad.mul_(SCALES[step])
 
@@ -68,7 +67,7 @@ def set_whole_grads(params, step):
 def train(optimizer, params):
     readings = []
     for step in range(len(SCALES)):
-        set_whole_grads(params, step)
+        set_scaled_grads(params, step)
         if step == 1:
             params[3].grad = None
         if step == 3:  # all has to be looked at anew
@@ -114,7 +113,7 @@ def test_clip_grad_norm(several_devices, norm_type):
     for count in (1, DEVICES):
         several_devices(count)
         params = make_params(SHAPES)
-        set_whole_grads(params, 1)
+        set_scaled_grads(params, 1)
         norm = fusedopt.clip_grad_norm_(params, 10.0, norm_type, backend="cuda")
         found.append({"norm": norm, **{str(i): p.grad for i, p in enumerate(params)}})
     assert found[0]["norm"] > 10
@@ -125,7 +124,7 @@ def test_nonfinite_gradients_of_several_devices_are_named(several_devices):
     several_devices(DEVICES)
     params = make_params(SHAPES)
     optimizer = fusedopt.FusedAdam(params, backend="cuda", nonfinite="raise")
-    set_whole_grads(params, 0)
+    set_scaled_grads(params, 0)
     params[1].grad[16384] = math.inf
     params[4].grad[29, 6] = math.nan
     with pytest.raises(fusedopt.NonFiniteGradientError) as error:

@@ -8,6 +8,7 @@
 // - each(count, body): calls body(i) for every i, each in one worker.
 // - each_tensor(step, body): calls body(t, sum) for every tensor t, in one worker or in several.
 //   sum.of<Norm>(value) combines value(c) of the tensor's chunks c in kTensorLanes lanes.
+//   sum.exact(value) adds them exactly, and rounds once.
 //   sum.leads() is true in the worker that must store the result.
 // - total(step): the sum of squares of all chunks; every worker gets it.
 // - smallest(count, start, value): the smallest of start and every value(i); every worker gets it.
@@ -68,8 +69,8 @@ FUSEDOPT_INLINE void record_params(const StepParams& step, const Decision& decis
     totals.nans = sum.template of<SumOfSquares>(field(&ChunkMeasures::nans));
     totals.update_squares = sum.template of<SumOfSquares>(field(&ChunkMeasures::update_squares));
     totals.param_squares = sum.template of<SumOfSquares>(field(&ChunkMeasures::param_squares));
-    const double grad_squares = sum.template of<SumOfSquares>(
-        [&](int64_t chunk) { return Workers::load(step.chunk_sums + chunk); });
+    const double grad_squares =
+        sum.exact([&](int64_t chunk) { return Workers::load(step.chunk_sums + chunk); });
     if (sum.leads()) rows[t] = param_row(grad_squares, totals, decision);
   });
 }
@@ -82,8 +83,8 @@ FUSEDOPT_INLINE void update_per_tensor(const StepParams& step, const Decision& d
   workers.each_tensor(step, [&](int64_t t, const auto& sum) {
     if (step.grads[t] == nullptr) return;
     const TensorShape& shape = step.shapes[t];
-    const double squares = sum.template of<SumOfSquares>(
-        [&](int64_t chunk) { return Workers::load(step.chunk_sums + chunk); });
+    const double squares =
+        sum.exact([&](int64_t chunk) { return Workers::load(step.chunk_sums + chunk); });
     if (!sum.leads()) return;  // no other worker reads the average that changes here
     const double coef = segment_coef(step, decision, shape, {squares, 0});
     per_tensor.observe(shape.number, std::sqrt(squares) * decision.inv_scale * coef);

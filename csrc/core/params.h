@@ -6,6 +6,7 @@
 #include "core/decision.h"
 #include "core/storage.h"
 #include "core/telemetry.h"
+#include "math/norm.h"
 
 namespace fusedopt {
 
@@ -18,11 +19,13 @@ inline constexpr int64_t kChunkSize = 16384;
 // 16 bytes each.
 inline constexpr int64_t kRowBytes = 4096;
 
-// The sums of all chunks are added in kTotalLanes lanes: chunk i goes to lane i % kTotalLanes.
-inline constexpr int kTotalLanes = 256;
-
-// The chunks of one tensor, and the parts of one segment, are added in kTensorLanes lanes.
+// A part of a row is summed in kTensorLanes lanes, and so are the chunks of a tensor's telemetry.
+// Sums of chunks and of parts are added exactly: see core/exact_sum.h.
 inline constexpr int kTensorLanes = 32;
+
+// A part of a row is summed in runs of so many elements: in float32 within a run, in float64 over
+// the runs.
+inline constexpr int64_t kRunSize = 512;
 
 inline constexpr int kMaxStates = 3;
 inline constexpr int kMaxScalars = 2;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/exact_sum.h"
 #include "core/params.h"
 #include "math/convert.h"
 #include "math/norm.h"
@@ -12,15 +13,18 @@
 namespace fusedopt::cpu {
 
 // Combines neighboring terms. `count` is the number of results, half the number of terms.
-template <class Norm>
-FUSEDOPT_INLINE void combine_neighbors(const double* __restrict terms, double* __restrict results,
+template <class Norm, class T>
+FUSEDOPT_INLINE void combine_neighbors(const T* __restrict terms, double* __restrict results,
                                        int64_t count) {
-  for (int64_t i = 0; i < count; ++i) results[i] = Norm::combine(terms[2 * i], terms[2 * i + 1]);
+  for (int64_t i = 0; i < count; ++i) {
+    results[i] =
+        Norm::combine(static_cast<double>(terms[2 * i]), static_cast<double>(terms[2 * i + 1]));
+  }
 }
 
-// The lanes of a sum or of a maximum. Term i goes to lane i % kLanes. fold() then combines
-// neighboring lanes, then neighboring results, until one is left.
-template <class Norm, int64_t kLanes>
+// The lanes of a sum or of a maximum, in the type T. Term i goes to lane i % kLanes. fold() then
+// combines neighboring lanes in float64, then neighboring results, until one is left.
+template <class Norm, int64_t kLanes, class T>
 class Lanes {
  public:
   // Adds the terms [first, first + count). `first` is a multiple of kLanes.
@@ -37,65 +41,108 @@ class Lanes {
     }
   }
 
+  // Adds the terms [0, count), several rows at a time: a lane is loaded and stored once for them.
   template <class Term>
   FUSEDOPT_INLINE void add(Term term, int64_t count) {
-    for (int64_t first = 0; first < count; first += kLanes) {
-      add_row(term, first, std::min(count - first, kLanes));
+    constexpr int64_t kBlock = kRows * kLanes;
+    int64_t first = 0;
+    if (count >= kBlock) {
+      used_ = kLanes;
+      std::fill_n(lanes_, kLanes, T{0});
+      for (; first + kBlock <= count; first += kBlock) add_rows(term, first);
     }
+    for (; first < count; first += kLanes) add_row(term, first, std::min(count - first, kLanes));
   }
 
-  // Combines all lanes into one result and destroys them. Unused lanes count as zero.
+  // Adds the lanes of another sum to these lanes.
+  template <class U>
+  FUSEDOPT_INLINE void add_lanes(const Lanes<Norm, kLanes, U>& other) {
+    for (int64_t lane = 0; lane < other.used_; ++lane) {
+      const T value = static_cast<T>(other.lanes_[lane]);
+      lanes_[lane] = lane < used_ ? Norm::combine(lanes_[lane], value) : value;
+    }
+    used_ = std::max(used_, other.used_);
+  }
+
+  // Combines all lanes into one result. Unused lanes count as zero.
   FUSEDOPT_INLINE double fold() {
     int64_t width = kFew;
     while (width < used_) width *= 4;
     for (int64_t lane = used_; lane < width; ++lane) lanes_[lane] = 0;
-    alignas(64) double other[kLanes / 2];
-    for (; width > kFew; width /= 4) {
-      combine_neighbors<Norm>(lanes_, other, width / 2);
-      combine_neighbors<Norm>(other, lanes_, width / 4);
+    alignas(64) double wide[kLanes / 2], few[std::max(kLanes / 4, kFew)];
+    if (width == kFew) {
+      for (int64_t lane = 0; lane < kFew; ++lane) few[lane] = lanes_[lane];
+      return fold_few(few);
     }
-    return fold_few();
+    combine_neighbors<Norm>(lanes_, wide, width / 2);
+    combine_neighbors<Norm>(wide, few, width / 4);
+    for (width /= 4; width > kFew; width /= 4) {
+      combine_neighbors<Norm>(few, wide, width / 2);
+      combine_neighbors<Norm>(wide, few, width / 4);
+    }
+    return fold_few(few);
   }
 
  private:
+  template <class, int64_t, class>
+  friend class Lanes;
+
+  // More rows would read too many pages of memory in turns.
+  static constexpr int64_t kRows = 8;
+
   // The last kFew lanes are folded without a loop: for small tensors the loop itself would take
   // most of the time.
-  static constexpr int64_t few() {
+  static constexpr int64_t few_lanes() {
     int64_t width = kLanes;
     while (width > 16) width /= 4;
     return width;
   }
-  static constexpr int64_t kFew = few();
+  static constexpr int64_t kFew = few_lanes();
 
-  FUSEDOPT_INLINE double fold_few() {
+  template <class Term>
+  FUSEDOPT_INLINE void add_rows(Term term, int64_t first) {
+#pragma GCC ivdep
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      T sum = lanes_[lane];
+#pragma GCC unroll 8
+      for (int64_t row = 0; row < kRows; ++row) {
+        sum = Norm::combine(sum, term(first + row * kLanes + lane));
+      }
+      lanes_[lane] = sum;
+    }
+  }
+
+  static FUSEDOPT_INLINE double fold_few(double* few) {
 #pragma GCC unroll 8
     for (int64_t width = kFew / 2; width > 0; width /= 2) {
 #pragma GCC unroll 8
-      for (int64_t i = 0; i < width; ++i)
-        lanes_[i] = Norm::combine(lanes_[2 * i], lanes_[2 * i + 1]);
+      for (int64_t i = 0; i < width; ++i) few[i] = Norm::combine(few[2 * i], few[2 * i + 1]);
     }
-    return lanes_[0];
+    return few[0];
   }
 
-  alignas(64) double lanes_[kLanes];
+  alignas(64) T lanes_[kLanes];
   int64_t used_ = 0;
 };
 
-template <class Norm, class grad_t>
+// The terms of gradients, computed in T.
+template <class Norm, class grad_t, class T>
 struct Term {
   const grad_t* grads;
-  FUSEDOPT_INLINE double operator()(int64_t i) const { return Norm::term(widen(grads[i])); }
+  FUSEDOPT_INLINE T operator()(int64_t i) const {
+    return Norm::term(static_cast<T>(widen(grads[i])));
+  }
 };
 
 // The number of lanes of a chunk whose parameter is stored as param_t.
 template <class param_t>
 inline constexpr int64_t kNormLanes = kRowBytes / sizeof(param_t);
 
-template <class Norm, int64_t kLanes, class grad_t>
+template <class Norm, int64_t kLanes, class grad_t, class T>
 struct ChunkNorm {
   static FUSEDOPT_INLINE void run(const grad_t* grads, int64_t count, double* result) {
-    Lanes<Norm, kLanes> lanes;
-    lanes.add(Term<Norm, grad_t>{grads}, count);
+    Lanes<Norm, kLanes, T> lanes;
+    lanes.add(Term<Norm, grad_t, T>{grads}, count);
     *result = lanes.fold();
   }
 };
@@ -104,9 +151,18 @@ struct ChunkNorm {
 template <class Norm, class Of>
 double total_of(int64_t first, int64_t count, Of term) {
   if (count == 1) return term(first);
-  Lanes<Norm, kTensorLanes> lanes;
+  Lanes<Norm, kTensorLanes, double> lanes;
   lanes.add([&](int64_t i) { return term(first + i); }, count);
   return lanes.fold();
+}
+
+// The exact sum of term(first) ... term(first + count - 1), rounded once.
+template <class Of>
+double exact_total_of(int64_t first, int64_t count, Of term) {
+  if (count == 1) return term(first);
+  ExactSum sum;
+  for (int64_t i = 0; i < count; ++i) sum.add(term(first + i));
+  return sum.result();
 }
 
 }  // namespace fusedopt::cpu

@@ -19,17 +19,27 @@ template <int64_t kLanes, class grad_t>
 struct ChunkMeasure {
   static FUSEDOPT_INLINE void run(const grad_t* grads, int64_t count, double* sum,
                                   magnitude_bits<grad_t>* largest) {
-    Lanes<SumOfSquares, kLanes> squares;
+    using T = opmath_t<grad_t>;
+    Lanes<SumOfSquares, kLanes, T> squares;
     magnitude_bits<grad_t> result = 0;
     for (int64_t first = 0; first < count; first += kLanes) {
       const int64_t row = std::min(count - first, kLanes);
-      squares.add_row(Term<SumOfSquares, grad_t>{grads}, first, row);
+      squares.add_row(Term<SumOfSquares, grad_t, T>{grads}, first, row);
       for (int64_t i = first; i < first + row; ++i) result = std::max(result, magnitude(grads[i]));
     }
     *sum = squares.fold();
     *largest = result;
   }
 };
+
+// Measures a chunk again, in float64 lanes, if its squares are out of range in float32 lanes.
+template <class Norm, int64_t kLanes, class grad_t>
+void look_again(Isa isa, const grad_t* grads, int64_t count, double* sum) {
+  if constexpr (sizeof(opmath_t<grad_t>) == sizeof(float)) {
+    if (Norm::is_in_range(*sum)) return;
+    run_best<ChunkNorm<Norm, kLanes, grad_t, double>>(isa, grads, count, sum);
+  }
+}
 
 template <class grad_t>
 void count_nonfinite(const grad_t* grads, int64_t count, ChunkMeasures& measures) {
@@ -78,20 +88,23 @@ void measure_chunk(const StepParams& step, int64_t index) {
     if (step.chunk_measures != nullptr) {
       magnitude_bits<grad_t> largest;
       run_best<ChunkMeasure<lanes(), grad_t>>(isa, grads, count, sum, &largest);
+      look_again<SumOfSquares, lanes()>(isa, grads, count, sum);
       return finish_measures(step, index, grads, count, largest);
     }
     visit_norm(step.options.norm_type, [&](auto norm) {
-      run_best<ChunkNorm<decltype(norm), lanes(), grad_t>>(isa, grads, count, sum);
+      using Norm = decltype(norm);
+      run_best<ChunkNorm<Norm, lanes(), grad_t, opmath_t<grad_t>>>(isa, grads, count, sum);
+      look_again<Norm, lanes()>(isa, grads, count, sum);
     });
   });
 }
 
 double total_of_chunks(const StepParams& step) {
-  return visit_norm(step.options.norm_type, [&](auto norm) {
-    Lanes<decltype(norm), kTotalLanes> lanes;
-    lanes.add([&](int64_t i) { return step.chunk_sums[i]; }, step.num_chunks);
-    return lanes.fold();
-  });
+  const auto chunk_sum = [&](int64_t chunk) { return step.chunk_sums[chunk]; };
+  if (step.options.norm_type == NormType::kL2) {
+    return exact_total_of(0, step.num_chunks, chunk_sum);
+  }
+  return total_of<MaxAbs>(0, step.num_chunks, chunk_sum);
 }
 
 void measure(const StepParams& step, int threads) {

@@ -6,14 +6,28 @@ namespace fusedopt::cpu {
 
 namespace {
 
+// The sum of squares of a part of a row.
+template <class value_t>
+FUSEDOPT_INLINE double sum_of_part(const value_t* values, int64_t count) {
+  using T = opmath_t<value_t>;
+  Lanes<SumOfSquares, kTensorLanes, double> sums;
+  for (int64_t first = 0; first < count; first += kRunSize) {
+    Lanes<SumOfSquares, kTensorLanes, T> run;
+    run.add(Term<SumOfSquares, value_t, T>{values + first}, std::min(count - first, kRunSize));
+    sums.add_lanes(run);
+  }
+  const double sum = sums.fold();
+  if (std::is_same_v<T, double> || SumOfSquares::is_in_range(sum)) return sum;
+  Lanes<SumOfSquares, kTensorLanes, double> again;
+  again.add(Term<SumOfSquares, value_t, double>{values}, count);
+  return again.fold();
+}
+
 template <class param_t, class grad_t>
 struct PartMeasure {
   static FUSEDOPT_INLINE void run(const param_t* params, const grad_t* grads, int64_t count,
                                   SegmentSums* sums) {
-    Lanes<SumOfSquares, kTensorLanes> of_grads, of_params;
-    of_grads.add(Term<SumOfSquares, grad_t>{grads}, count);
-    of_params.add(Term<SumOfSquares, param_t>{params}, count);
-    *sums = {of_grads.fold(), of_params.fold()};
+    *sums = {sum_of_part(grads, count), sum_of_part(params, count)};
   }
 };
 
@@ -115,7 +129,7 @@ SegmentSums SegmentCoefs::sums_of(uint32_t tensor, int64_t segment) const {
   const Segments segments = segments_of(tensor);
   const int64_t first = segments.part(segment, segments.first_chunk(segment));
   const int64_t count = segments.num_chunks(segment);
-  const auto total = [&](auto of) { return total_of<SumOfSquares>(first, count, of); };
+  const auto total = [&](auto of) { return exact_total_of(first, count, of); };
   if (kind_ == SegmentKind::kTensors) {
     return {total([&](int64_t part) { return step_.chunk_sums[part]; }), 0};
   }

@@ -30,7 +30,7 @@ struct FoldLanes {
 #pragma GCC ivdep
       for (int64_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
     }
-    Lanes<SumOfSquares, kTensorLanes> total;
+    Lanes<SumOfSquares, kTensorLanes, double> total;
     total.add([=](int64_t lane) { return static_cast<double>(lanes[lane]); }, width);
     *result = total.fold();
   }

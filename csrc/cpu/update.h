@@ -58,13 +58,13 @@ struct RuleLoop {
 };
 
 template <class T>
-using NormLanes = Lanes<SumOfSquares, kRow<T>>;
+using NormLanes = Lanes<SumOfSquares, kRow<T>, T>;
 
 template <class T>
 struct AddToNorm {
   static FUSEDOPT_INLINE void run(NormLanes<T>* lanes, const T* grads, int64_t first,
                                   int64_t count) {
-    lanes->add_row(Term<SumOfSquares, T>{grads - first}, first, count);
+    lanes->add_row(Term<SumOfSquares, T, T>{grads - first}, first, count);
   }
 };
 
@@ -148,7 +148,8 @@ class ChunkUpdater {
     const TensorShape& shape = step_.shapes[chunk.tensor];
     const Pointers<Rule> pointers(step_, chunk.tensor);
     work.params.begin(pointers.param(), shape.param, chunk.begin());
-    if (const auto factor = coefs_.shared_factor(index); factor.has_value()) {
+    const auto factor = coefs_.shared_factor(index);
+    if (factor.has_value()) {
       work.prepare_for(step_, chunk.tensor, *factor);
       work.grads.begin(step_.grads[chunk.tensor], shape.grad, chunk.begin());
     } else {
@@ -158,7 +159,7 @@ class ChunkUpdater {
     visit_variant<Rule>(step_.groups[shape.group].states_used, [&](auto used) {
       work.template for_each_state<used()>(
           [&](int k) { work.states[k].begin(pointers.state(k), shape.states[k], chunk.begin()); });
-      update_and_measure<used()>(work, shape, index, chunk.size(shape.numel));
+      update_and_measure<used()>(work, shape, index, chunk.size(shape.numel), factor.has_value());
     });
   }
 
@@ -168,10 +169,11 @@ class ChunkUpdater {
   // finds it in a cache.
   template <unsigned kUsed, class T>
   void update_and_measure(Work<Rule, T>& work, const TensorShape& shape, int64_t index,
-                          int64_t size) {
+                          int64_t size, bool grads_are_raw) {
     const bool telemetry = step_.chunk_measures != nullptr;
     const bool is_measured = step_.options.measure;
-    const bool sums_on_its_way = bytes_of(shape.param) >= bytes_of(Storage::kFloat32);
+    const bool sums_on_its_way =
+        grads_are_raw && bytes_of(shape.param) >= bytes_of(Storage::kFloat32);
     if (!is_measured && (telemetry || !sums_on_its_way)) measure_chunk(step_, index);
     if (telemetry) {
       update_with_telemetry<kUsed>(work, shape, index, size);
@@ -201,6 +203,8 @@ class ChunkUpdater {
       });
     }
     step_.chunk_sums[index] = norm.fold();
+    const bool in_range = SumOfSquares::is_in_range(step_.chunk_sums[index]);
+    if (sizeof(T) == sizeof(float) && !in_range) measure_chunk(step_, index);
   }
 
   template <unsigned kUsed, class T>

@@ -20,6 +20,10 @@ class TensorSum {
   double of(Value value) const {
     return total_of<Norm>(first_, count_, value);
   }
+  template <class Value>
+  double exact(Value value) const {
+    return exact_total_of(first_, count_, value);
+  }
   bool leads() const { return true; }
 
  private:

@@ -13,7 +13,6 @@ namespace fusedopt::cuda {
 inline constexpr int kThreads = 256;
 inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
-static_assert(kThreads == kTotalLanes, "a thread holds one lane of the sum of all chunks");
 
 // Combines neighboring lanes, then neighboring results, until one is left.
 template <class Norm, int kCount>
@@ -52,17 +51,6 @@ __device__ double block_total(double value) {
   }
   __syncthreads();  // the next call may overwrite `warps`
   return result;
-}
-
-// The total of all chunks. Only thread 0 gets it. Other blocks have written the sums: the loads go
-// past the L1 cache.
-template <class Norm>
-__device__ double total(const double* chunk_sums, int64_t num_chunks) {
-  double lane = 0;
-  for (int64_t i = threadIdx.x; i < num_chunks; i += kThreads) {
-    lane = Norm::combine(lane, __ldcg(chunk_sums + i));
-  }
-  return block_total<Norm>(lane);
 }
 
 // Visits all tensors. One thread calls alone(t) for a tensor of one chunk. All threads of a warp

@@ -5,6 +5,7 @@
 #include "core/dispatch.h"
 #include "cuda/arguments.cuh"
 #include "cuda/block.cuh"
+#include "cuda/exact_sum.cuh"
 #include "cuda/segments.cuh"
 #include "cuda/telemetry.cuh"
 #include "cuda/vector.cuh"
@@ -64,8 +65,16 @@ __device__ void measure_chunk(const StepParams& step, int64_t index) {
 // Combines the entries of chunk_sums. One block calls it, after all chunks are measured.
 template <class Norm>
 __device__ void reduce_chunks(const StepParams& step) {
-  const double sum = total<Norm>(step.chunk_sums, step.num_chunks);
-  if (threadIdx.x == 0) step.control->sum_of_squares = sum;
+  double result = 0;
+  if constexpr (std::is_same_v<Norm, SumOfSquares>) {
+    result = exact_total_of_chunks(step);
+  } else {
+    for (int64_t i = threadIdx.x; i < step.num_chunks; i += kThreads) {
+      result = Norm::combine(result, __ldcg(step.chunk_sums + i));
+    }
+    result = block_total<Norm>(result);
+  }
+  if (threadIdx.x == 0) step.control->sum_of_squares = result;
 }
 
 // `detailed`: a separate kernel for telemetry and for limits of rows. The plain kernel has no

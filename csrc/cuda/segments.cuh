@@ -3,10 +3,40 @@
 
 #include "core/segments.h"
 #include "cuda/block.cuh"
+#include "cuda/exact_sum.cuh"
 #include "cuda/vector.cuh"
 #include "cuda/workers.cuh"
 
 namespace fusedopt::cuda {
+
+// The sum of squares of the values [first, last), in T over runs of kRun values and in float64 over
+// the runs. All threads of a warp call it, and all get it.
+template <class T, int kRun, class value_t>
+__device__ double sum_of_runs(const Slice<value_t>& values, int first, int last, Format format) {
+  double total = 0;
+#pragma unroll 1
+  for (int run = first; run < last; run += kRun) {
+    const int end = run + kRun < last ? run + kRun : last;
+    T sum = 0;
+#pragma unroll 4
+    for (int i = run + static_cast<int>(threadIdx.x) % kWarpSize; i < end; i += kWarpSize) {
+      const T value = static_cast<T>(format.widen(values.template load<1>(i).at[0]));
+      sum = SumOfSquares::combine(sum, SumOfSquares::term(value));
+    }
+    total += static_cast<double>(sum);
+  }
+  return warp_total<SumOfSquares>(total);
+}
+
+// The sum of squares of a part of a row. All threads of a warp call it, and all get it.
+template <class value_t>
+__device__ double sum_of_part(const Slice<value_t>& values, const PartWalk& part, Format format) {
+  using T = opmath_t<value_t>;
+  const int first = static_cast<int>(part.first), last = static_cast<int>(part.last);
+  const double sum = sum_of_runs<T, kRunSize>(values, first, last, format);
+  if (std::is_same_v<T, double> || SumOfSquares::is_in_range(sum)) return sum;
+  return sum_of_runs<double, kWarpSize>(values, first, last, format);
+}
 
 // Measures the SegmentSums of every part of a chunk. A warp measures one part at a time.
 __device__ inline void measure_parts(const StepParams& step, int64_t index) {
@@ -19,14 +49,7 @@ __device__ inline void measure_parts(const StepParams& step, int64_t index) {
     PartWalk part(segments, chunk.begin(), chunk.size(shape.numel));
     for (int turn = 0; part.is_there(); part.next(), ++turn) {
       if (turn % (kThreads / kWarpSize) != warp) continue;
-      SegmentSums sums{};
-#pragma unroll 4
-      for (int i = static_cast<int>(part.first) + lane; i < part.last; i += kWarpSize) {
-        sums.grads = SumOfSquares::add(sums.grads, format.widen(grads.template load<1>(i).at[0]));
-        sums.params =
-            SumOfSquares::add(sums.params, format.widen(params.template load<1>(i).at[0]));
-      }
-      sums = {warp_total<SumOfSquares>(sums.grads), warp_total<SumOfSquares>(sums.params)};
+      const SegmentSums sums{sum_of_part(grads, part, format), sum_of_part(params, part, format)};
       if (lane == 0) step.part_sums[segments.part(part.segment, chunk.index)] = sums;
     }
   };
@@ -150,16 +173,14 @@ class SegmentCoefs {
     return segment_coef(step_, decision_, shape_, sums);
   }
 
-  // For a segment of any length. All threads of a warp call it.
+  // For a segment of any length. All threads of a warp call it. Lane 0 gets it.
   __device__ double coef_of_long(int64_t segment) const {
     const int64_t part = first_part(segment), count = segments_.num_chunks(segment);
     SegmentSums sums{};
-    for (int64_t i = threadIdx.x % kWarpSize; i < count; i += kWarpSize) {
-      const SegmentSums next = load(part + i);
-      sums.grads += next.grads;
-      sums.params += next.params;
+    sums.grads = warp_exact_total(count, [&](int64_t i) { return load(part + i).grads; });
+    if (kind_ == SegmentKind::kRows) {
+      sums.params = warp_exact_total(count, [&](int64_t i) { return load(part + i).params; });
     }
-    sums = {warp_total<SumOfSquares>(sums.grads), warp_total<SumOfSquares>(sums.params)};
     return segment_coef(step_, decision_, shape_, sums);
   }
 

@@ -16,7 +16,7 @@ struct GradMeasures {
 
 template <class Norm, class grad_t, int kVector>
 struct GradMeter {
-  Lanes<Norm, kVector> lanes;
+  Lanes<Norm, kVector, opmath_t<grad_t>> lanes;
   magnitude_bits<grad_t> largest = 0;
 
   __device__ void add(const Vector<grad_t, kVector>& grads, Format format, bool telemetry) {
@@ -27,7 +27,7 @@ struct GradMeter {
   }
 
   __device__ GradMeasures result(Format format) {
-    return {fold<Norm>(lanes.at), format.widen(bit_cast<grad_t>(largest))};
+    return {lanes.fold(), format.widen(bit_cast<grad_t>(largest))};
   }
 };
 
@@ -46,12 +46,51 @@ __device__ void count_nonfinite(const Slice<grad_t>& grads, int size, Format for
   nans = block_total<SumOfSquares>(nans);
 }
 
+template <class grad_t, int kVector>
+__device__ bool is_zero(const Vector<grad_t, kVector>& grads) {
+  magnitude_bits<grad_t> any = 0;
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) any |= magnitude(grads.at[k]);
+  return any == 0;
+}
+
+// Measures the squares of a chunk's gradients again, in float64 lanes. Only thread 0 gets the
+// result.
+__device__ inline double look_again(const StepParams& step, int64_t index) {
+  const Chunk chunk = step.chunks[index];
+  const TensorShape& shape = step.shapes[chunk.tensor];
+  const int size = static_cast<int>(chunk.size(shape.numel));
+  const Format format(shape);
+  double mine = 0;
+  visit_array(shape.param, [&](auto param) {
+    using param_t = type_of<decltype(param)>;
+    visit_storage_beside<param_t>(shape.grad, [&](auto grad) {
+      constexpr int kVector = vector_size<param_t>;
+      const Slice<type_of<decltype(grad)>> grads(step.grads[chunk.tensor], chunk.begin());
+      Lanes<SumOfSquares, kVector, double> lanes;
+#pragma unroll 1
+      for (int first = threadIdx.x * kVector; first < size; first += kThreads * kVector) {
+        const auto row = grads.template load_some<kVector>(first, size);
+        if (is_zero(row)) continue;  // most chunks out of range have only zeros
+        lanes.add(row, format);
+      }
+      mine = lanes.fold();
+    });
+  });
+  return block_total<SumOfSquares>(mine);
+}
+
 // Combines the threads' measurements of a chunk, and writes chunk_sums and chunk_measures. The
 // chunk must have gradients.
 template <class Norm>
 __device__ void leave_grad_measures(const StepParams& step, int64_t index, const GradMeasures& mine,
                                     bool telemetry) {
-  const double norm = block_total<Norm>(mine.norm);
+  double norm = block_total<Norm>(mine.norm);
+  if constexpr (std::is_same_v<Norm, SumOfSquares>) {
+    const bool is_double = step.shapes[step.chunks[index].tensor].param == Storage::kFloat64;
+    const bool out_of_range = threadIdx.x == 0 && !is_double && !Norm::is_in_range(norm);
+    if (__syncthreads_or(out_of_range) != 0) norm = look_again(step, index);
+  }
   if (threadIdx.x == 0) step.chunk_sums[index] = norm;
   if (!telemetry) return;
   const double grad_max = block_total<MaxAbs>(mine.largest);

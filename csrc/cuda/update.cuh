@@ -113,7 +113,7 @@ class ChunkUpdate {
 
   // Updates whole rows, if all arrays are aligned. Returns the first element that is left.
   __device__ __forceinline__ int update_vectors(GradMeter<SumOfSquares, grad_t, kVector>& meter) {
-    constexpr int kBytes = sizeof(Elements<kVector>) + sizeof(Lanes<SumOfSquares, kVector>);
+    constexpr int kBytes = sizeof(Elements<kVector>) + kVector * sizeof(double);
     // Rows that are loaded before the first is used. The limit keeps the kernel below 128
     // registers; float64 gets one row, as its divisions and roots need registers themselves.
     constexpr int kRowsInFlight = kBytes <= 144 && sizeof(T) == sizeof(float) ? 2 : 1;

@@ -105,10 +105,10 @@ __device__ void narrow(const opmath_t<scalar_t> (&from)[kCount], int begin,
   }
 }
 
-// A thread's lanes of the norm, one per element of its vector.
-template <class Norm, int kVector>
+// A thread's lanes of the norm, one per element of its vector, in the type T.
+template <class Norm, int kVector, class T>
 struct Lanes {
-  double at[kVector] = {};
+  T at[kVector] = {};
 
   template <class grad_t>
   __device__ void add(const Vector<grad_t, kVector>& grads, Format format) {
@@ -116,8 +116,17 @@ struct Lanes {
       opmath_t<grad_t> values[kVector];
       widen<decltype(half)>(grads, 0, values);
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) at[k] = Norm::add(at[k], values[k]);
+      for (int k = 0; k < kVector; ++k)
+        at[k] = Norm::combine(at[k], Norm::term(static_cast<T>(values[k])));
     });
+  }
+
+  // Combines the lanes in float64.
+  __device__ double fold() const {
+    double wide[kVector];
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) wide[k] = at[k];
+    return cuda::fold<Norm>(wide);
   }
 };
 

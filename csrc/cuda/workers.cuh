@@ -6,6 +6,7 @@
 
 #include "core/params.h"
 #include "cuda/block.cuh"
+#include "cuda/exact_sum.cuh"
 
 namespace fusedopt::cuda {
 
@@ -15,6 +16,10 @@ struct OneChunk {
 
   template <class Norm, class Value>
   __device__ double of(Value value) const {
+    return value(chunk);
+  }
+  template <class Value>
+  __device__ double exact(Value value) const {
     return value(chunk);
   }
   __device__ bool leads() const { return true; }
@@ -31,6 +36,10 @@ struct WarpSum {
       lane = Norm::combine(lane, value(first + i));
     }
     return warp_total<Norm>(lane);
+  }
+  template <class Value>
+  __device__ double exact(Value value) const {
+    return warp_exact_total(count, [&](int64_t i) { return value(first + i); });
   }
   __device__ bool leads() const { return threadIdx.x % kWarpSize == 0; }
 };
@@ -72,7 +81,7 @@ struct BlockWorkers {
   }
 
   __device__ double total(const StepParams& step) const {
-    return broadcast(cuda::total<SumOfSquares>(step.chunk_sums, step.num_chunks));
+    return broadcast(exact_total_of_chunks(step));
   }
 
   template <class Value>

@@ -7,27 +7,36 @@
 
 namespace fusedopt {
 
-// Both start from 0, which changes no other result. add(total, value) gives the same bits as
-// combine(total, term(value)); use it only where the processor always has FMA.
+// A sum of squares in float32 lanes counts if it is finite and not below this number. Otherwise
+// some squares may have overflowed, or vanished, and the chunk is measured again in float64 lanes.
+inline constexpr double kSmallestSum = 0x1p-80;
+
+// Both start from 0, which changes no other result. T is float or double.
 struct SumOfSquares {
-  static FUSEDOPT_INLINE double term(double value) { return value * value; }
-  static FUSEDOPT_INLINE double combine(double a, double b) { return a + b; }
-  // The square of a float32 is exact in float64, so that FMA rounds once, as `combine` does.
-  static FUSEDOPT_INLINE double add(double total, float value) {
-    return std::fma(static_cast<double>(value), static_cast<double>(value), total);
+  template <class T>
+  static FUSEDOPT_INLINE T term(T value) {
+    return value * value;
   }
-  static FUSEDOPT_INLINE double add(double total, double value) {
-    return combine(total, term(value));
+  template <class T>
+  static FUSEDOPT_INLINE T combine(T a, T b) {
+    return a + b;
+  }
+  static FUSEDOPT_INLINE bool is_in_range(double sum) {
+    return sum >= kSmallestSum && sum - sum == 0;
   }
 };
 
 struct MaxAbs {
-  static FUSEDOPT_INLINE double term(double value) { return std::fabs(value); }
-  // If a or b is nan, the result is nan.
-  static FUSEDOPT_INLINE double combine(double a, double b) { return a > b || a != a ? a : b; }
-  static FUSEDOPT_INLINE double add(double total, double value) {
-    return combine(total, term(value));
+  template <class T>
+  static FUSEDOPT_INLINE T term(T value) {
+    return std::fabs(value);
   }
+  // If a or b is nan, the result is nan.
+  template <class T>
+  static FUSEDOPT_INLINE T combine(T a, T b) {
+    return a > b || a != a ? a : b;
+  }
+  static FUSEDOPT_INLINE bool is_in_range(double) { return true; }
 };
 
 }  // namespace fusedopt

@@ -45,7 +45,8 @@ py::dict constants() {
   py::dict result;
   result["chunk_size"] = kChunkSize;
   result["row_bytes"] = kRowBytes;
-  result["total_lanes"] = kTotalLanes;
+  result["run_size"] = kRunSize;
+  result["smallest_sum"] = kSmallestSum;
   result["tensor_lanes"] = kTensorLanes;
   result["control"] = names_of(kControlFields);
   result["step_columns"] = names_of(kStepColumnNames);

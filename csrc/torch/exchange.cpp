@@ -1,6 +1,9 @@
 #include "torch/exchange.h"
 
+#include <ATen/ops/cat.h>
 #include <ATen/ops/where.h>
+
+#include "torch/cuda_stream.h"
 
 namespace fusedopt {
 
@@ -19,13 +22,16 @@ void exchange_with_ranks(std::vector<DeviceTensors>& devices, const Exchange& ex
   for (const DeviceTensors& it : devices) sum_of(it).fill_(sum_of_squares);
 }
 
-void exchange_norms(std::vector<DeviceTensors>& devices, NormType norm_type) {
-  at::Tensor total = sum_of(devices[0]).clone();
-  for (size_t i = 1; i < devices.size(); ++i) {
-    const at::Tensor other = sum_of(devices[i]).to(total.device());
-    total = norm_type == NormType::kL2 ? total.add(other) : total.maximum(other);
+void exchange_norms(std::vector<DeviceTensors>& devices, StepParams step) {
+  std::vector<at::Tensor> chunk_sums;
+  for (const DeviceTensors& it : devices) {
+    chunk_sums.push_back(it.chunk_sums().to(devices[0].device));
   }
-  for (DeviceTensors& tensors : devices) sum_of(tensors).copy_(total);
+  const at::Tensor all = at::cat(chunk_sums);
+  step.chunk_sums = all.data_ptr<double>();
+  step.num_chunks = all.numel();
+  check_launch(reduce(step, kernels_device(devices[0])), devices[0].device);
+  for (size_t i = 1; i < devices.size(); ++i) sum_of(devices[i]).copy_(sum_of(devices[0]));
 }
 
 void exchange_coefs(std::vector<DeviceTensors>& devices) {

@@ -15,9 +15,9 @@ using Exchange = std::function<double(const std::vector<at::Tensor>&)>;
 // Gives every device the sum of squares over all ranks.
 void exchange_with_ranks(std::vector<DeviceTensors>& devices, const Exchange& exchange);
 
-// Combines the devices' sums of squares (or largest magnitudes) in the order of the devices, and
-// gives every device the result.
-void exchange_norms(std::vector<DeviceTensors>& devices, NormType norm_type);
+// Combines the sums (or largest magnitudes) of the chunks of all devices on the first device, and
+// gives every device the result. `step` is the first device's.
+void exchange_norms(std::vector<DeviceTensors>& devices, StepParams step);
 
 // Writes the smallest clip coefficient of all devices to the first device's control and telemetry.
 void exchange_coefs(std::vector<DeviceTensors>& devices);

@@ -108,14 +108,13 @@ void launch_step(const RuleInfo& rule, std::vector<DeviceTensors>& devices,
       launcher.keep();  // the exchange lets other Python threads run
       exchange_with_ranks(devices, exchange);
     } else {
-      launcher.on_all(reduce);
-      exchange_norms(devices, options.norm_type);
+      exchange_norms(devices, steps[0]);
     }
   }
   update_all(rule, launcher);
   if (steps[0].chunk_coefs != nullptr && !one_device) exchange_coefs(devices);
   if (!options.measure) {
-    exchange_norms(devices, options.norm_type);
+    exchange_norms(devices, steps[0]);
     control_slot(devices[0], offsetof(StepControl, grad_norm))
         .copy_(control_slot(devices[0], offsetof(StepControl, sum_of_squares)).sqrt());
   }

@@ -18,7 +18,8 @@ def known_here() -> dict[str, Any]:
     return {
         "chunk_size": norms.CHUNK_SIZE,
         "row_bytes": norms.ROW_BYTES,
-        "total_lanes": norms.TOTAL_LANES,
+        "run_size": norms.RUN_SIZE,
+        "smallest_sum": norms.SMALLEST_SUM,
         "tensor_lanes": norms.TENSOR_LANES,
         "control": Control.FIELDS,
         "step_columns": STEP_COLUMNS,

@@ -297,8 +297,8 @@ class PerTensor(AdaptiveClip):
 
 def _grad_norm(param: Tensor, decision: Decision) -> float:
     """The norm of a parameter's unscaled gradient."""
-    norm = norms.norm_of_chunks(norms.chunk_sums(param, param.grad))
-    return norm.item() * decision.inv_scale
+    assert param.grad is not None
+    return norms.grad_norm(cast_grad(param.grad, param), param).item() * decision.inv_scale
 
 
 @dataclass(frozen=True)

@@ -4,22 +4,29 @@ The order of a sum is a part of the specification: the norm has the same bits fo
 threads or blocks.
 
 1. A gradient, in its parameter's memory order, is cut into chunks of `CHUNK_SIZE` elements.
-2. The squares of a chunk's elements are summed in float64 in `ROW_BYTES // itemsize` lanes:
-   element i is added to lane i % lanes.
-3. Lanes are folded: neighboring lanes are added, then neighboring results, until one is left.
-4. The sums of all chunks of one device are summed in the same way in `TOTAL_LANES` lanes. A
-   parameter without a gradient counts as zeros. Devices are added in the order of their parameters.
+2. The squares of a chunk's elements are summed in `ROW_BYTES // itemsize` lanes: element i is added
+   to lane i % lanes. Lanes are float32 (float64 for float64 gradients). The square and the addition
+   are rounded, each by itself.
+3. Lanes are folded in float64: neighboring lanes are added, then neighboring results, until one is
+   left.
+4. If this sum is not finite or is below `SMALLEST_SUM`, the chunk is measured again with float64
+   lanes. Squares of finite float32 numbers don't overflow in float64, and none of them is lost.
+5. The sums of all chunks, of all devices, are added exactly, and rounded once. A parameter without
+   a gradient counts as zeros.
 
-Telemetry and limits of tensors need a parameter's own norm: the sums of its chunks are summed in
-`TENSOR_LANES` lanes.
+Telemetry and limits of tensors need a parameter's own norm: the sums of its chunks are added
+exactly, and rounded once.
+
+A limit of rows needs a row's norm. A row is cut into parts where chunks end, and a part into runs
+of `RUN_SIZE` elements. The squares of a run are summed in `TENSOR_LANES` lanes: element i of the
+part is added to lane i % lanes. These lanes are float32 (float64 for float64 values). The lanes of
+the runs are added in float64, and folded as in 3. If this sum is not finite or is below
+`SMALLEST_SUM`, the squares of the part are summed again in float64 in `TENSOR_LANES` lanes. The
+sums of a row's parts are added exactly, and rounded once.
 
 Telemetry sums the squares of parameters and of their updates in a chunk's lanes in float32 (float64
 for float64 parameters). The upper half of the lanes is added to the lower half until `TENSOR_LANES`
 lanes are left; these are folded in float64.
-
-A limit of rows needs a row's norm. A row is cut into parts where chunks end. The squares of each
-part are summed in float64 in `TENSOR_LANES` lanes: element i of the part is added to lane
-i % lanes. Then the sums of the parts are summed in `TENSOR_LANES` lanes too.
 """
 
 from __future__ import annotations
@@ -30,12 +37,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fusedopt.reference.arithmetic import cast_grad, sqrt
+from fusedopt.reference.arithmetic import cast_grad, compute_dtype, sqrt
+from fusedopt.reference.exact_sum import exact_sum
 
 CHUNK_SIZE = 16384
 ROW_BYTES = 4096
-TOTAL_LANES = 256
 TENSOR_LANES = 32
+RUN_SIZE = 512
+SMALLEST_SUM = 2.0**-80
 
 
 def in_memory_order(tensor: Tensor, param: Tensor) -> Tensor:
@@ -56,10 +65,20 @@ def in_lanes(terms: Tensor, lanes: int) -> Tensor:
     """Sums the last dimension in `lanes` lanes: term i is added to lane i % lanes."""
     rows = max(1, -(-terms.shape[-1] // lanes))
     terms = torch.nn.functional.pad(terms, (0, rows * lanes - terms.shape[-1]))
-    total = torch.zeros_like(terms[..., :lanes])
-    for row in terms.unflatten(-1, (rows, lanes)).unbind(-2):
+    return sum_of_rows(terms.unflatten(-1, (rows, lanes)))
+
+
+def sum_of_rows(rows: Tensor) -> Tensor:
+    """The sum over the last dimension but one, in order."""
+    total = torch.zeros_like(rows[..., 0, :])
+    for row in rows.unbind(-2):
         total = total + row
     return total
+
+
+def is_out_of_range(sums: Tensor) -> Tensor:
+    """Where float32 squares may have overflowed, or vanished: bool, shaped as `sums`."""
+    return ~(sums.isfinite() & (sums >= SMALLEST_SUM))
 
 
 def sum_in_lanes(terms: Tensor, lanes: int) -> Tensor:
@@ -77,12 +96,19 @@ def chunk_sums(param: Tensor, grad: Tensor | None) -> Tensor:
 
 def sums_of_squares(values: Tensor, param: Tensor) -> Tensor:
     """As `chunk_sums`, for any values shaped as the parameter."""
-    values = in_memory_order(values, param).to(torch.float64)
+    values = in_memory_order(values, param)
+    values = values.to(compute_dtype(values.dtype))
     chunks = max(1, -(-values.numel() // CHUNK_SIZE))
-    squares = values * values
     if chunks > 1:
-        squares = torch.nn.functional.pad(squares, (0, chunks * CHUNK_SIZE - squares.numel()))
-    return sum_in_lanes(squares.view(chunks, -1), ROW_BYTES // param.element_size())
+        values = torch.nn.functional.pad(values, (0, chunks * CHUNK_SIZE - values.numel()))
+    values = values.view(chunks, -1)
+    lanes = ROW_BYTES // param.element_size()
+    sums = fold(in_lanes(values * values, lanes).to(torch.float64))
+    again = is_out_of_range(sums)
+    if again.any():
+        squares = values[again].to(torch.float64).square()
+        sums[again] = sum_in_lanes(squares, lanes)
+    return sums
 
 
 def sums_in_single(values: Tensor, param: Tensor) -> Tensor:
@@ -98,9 +124,26 @@ def sums_in_single(values: Tensor, param: Tensor) -> Tensor:
     return fold(total.to(torch.float64))
 
 
+def grad_norm(grad: Tensor, param: Tensor) -> Tensor:
+    """The norm of a parameter's gradient: 0-d float64."""
+    total = exact_sum(sums_of_squares(grad, param))
+    return sqrt(torch.tensor(total, dtype=torch.float64, device=param.device))
+
+
 def norm_of_chunks(sums: Tensor) -> Tensor:
-    """The norm of a parameter's gradient or values, from the sums of its chunks: 0-d float64."""
+    """The norm of a parameter's values, from the sums of its chunks: 0-d float64."""
     return sqrt(sum_in_lanes(sums, TENSOR_LANES))
+
+
+def sums_of_parts(parts: Tensor) -> Tensor:
+    """The sums of squares over the last dimension of parts of rows: float64, shape (parts,)."""
+    runs = torch.nn.functional.pad(parts, (0, -parts.shape[-1] % RUN_SIZE))
+    lanes = in_lanes((runs * runs).unflatten(-1, (-1, RUN_SIZE)), TENSOR_LANES)
+    sums = fold(sum_of_rows(lanes.to(torch.float64)))
+    again = is_out_of_range(sums)
+    if again.any():
+        sums[again] = sum_in_lanes(parts[again].to(torch.float64).square(), TENSOR_LANES)
+    return sums
 
 
 def unit_norms(values: Tensor, param: Tensor) -> Tensor:
@@ -111,27 +154,23 @@ def unit_norms(values: Tensor, param: Tensor) -> Tensor:
     units = param.shape[0] if param.dim() > 1 else 1
     if param.numel() == 0:
         return torch.zeros(units, dtype=torch.float64, device=param.device)
-    squares = in_memory_order(values, param).to(torch.float64).square()
+    values = in_memory_order(values, param)
+    values = values.to(compute_dtype(values.dtype))
     size = param.numel() // units
-    totals = sum_in_lanes(squares.view(units, size), TENSOR_LANES)
+    totals = sums_of_parts(values.view(units, size))
     cuts = range(CHUNK_SIZE, param.numel(), CHUNK_SIZE)
     for unit in {cut // size for cut in cuts if cut % size != 0}:
         first, last = unit * size, (unit + 1) * size
         ends = [first, *(cut for cut in cuts if first < cut < last), last]
-        pieces = [
-            sum_in_lanes(squares[begin:end], TENSOR_LANES)
-            for begin, end in itertools.pairwise(ends)
-        ]
-        totals[unit] = sum_in_lanes(torch.stack(pieces), TENSOR_LANES)
+        parts = [sums_of_parts(values[None, i:j]) for i, j in itertools.pairwise(ends)]
+        totals[unit] = exact_sum(torch.cat(parts))
     return sqrt(totals)
 
 
 def sum_of_squares(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> float:
     """The sum of squares over all pairs (parameter, gradient), in the specified order."""
-    total = 0.0
-    for sums in chunk_sums_by_device(pairs):
-        total += sum_in_lanes(sums, TOTAL_LANES).item()
-    return total
+    sums = [it.cpu() for it in chunk_sums_by_device(pairs)]
+    return exact_sum(torch.cat(sums)) if sums else 0.0
 
 
 def chunk_sums_by_device(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> list[Tensor]:

@@ -135,7 +135,7 @@ def measures(param: Tensor, before: Tensor, decision: Decision) -> Tensor:
         param_norm = norms.norm_of_chunks(norms.sums_in_single(before.to(dtype), param))
     return torch.stack(
         [
-            norms.norm_of_chunks(norms.sums_of_squares(grad, param)) * decision.inv_scale,
+            norms.grad_norm(grad, param) * decision.inv_scale,
             largest * decision.inv_scale,
             grad.isinf().sum().double(),
             grad.isnan().sum().double(),
