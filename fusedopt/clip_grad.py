@@ -42,8 +42,8 @@ def clip_grad_norm_(
     As `torch.nn.utils.clip_grad_norm_`, in one pass over the gradients for the norm, and a second
     one only where they are to be scaled: by `min(1, max_norm / (norm + 1e-6))`. Beyond torch:
 
-    * The norm is accumulated in float64, and so is the coefficient: 16-bit gradients and those near
-      float32's largest are measured and clipped rightly.
+    * The norm neither overflows nor underflows, and the coefficient is float64: 16-bit gradients
+      and those near float32's largest are measured and clipped rightly.
     * `max_norm=inf` measures and changes nothing, nan and inf included.
     * A gradient that is listed twice counts twice in the norm, and is scaled once.
 

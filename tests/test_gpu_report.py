@@ -17,7 +17,7 @@ import torch
 from test_build import ROOT, python
 
 import fusedopt
-from benchmarks import gpu_build, gpu_stages
+from benchmarks import gpu_build, gpu_report, gpu_stages
 from benchmarks.comparisons import StepComparison
 from fusedopt.core import backends
 
@@ -46,6 +46,10 @@ def test_motions(tmp_path):
     for side in ("Apex", "flashoptim 8-bit"):
         assert f"not measured: {side}: " in printed
     assert all(row["case"] in printed for row in report["rows"])
+
+
+def test_every_stage_belongs_to_one_part():
+    assert sorted(sum(gpu_report.PARTS.values(), [])) == sorted(gpu_stages.STAGES)
 
 
 def test_no_time_is_reported_by_name(tmp_path):

@@ -3,14 +3,11 @@ no more instructions per element than stated here."""
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
-from pathlib import Path
 
 import pytest
-from sass import Code, disassemble, disassembler, loops
-from test_build import ROOT, setup
+from built_kernels import built_kernels
+from sass import Code, loops
 
 ARCHITECTURE = "90"
 
@@ -21,31 +18,9 @@ MAX_INSTRUCTIONS_PER_ELEMENT = {"MUFU.RSQ": 75, "MUFU.RSQ64H": 100}
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, Code]:
-    """The instructions of each kernel that is built here."""
-    cuobjdump, objects = disassembler(), built_objects()
-    if cuobjdump is None:
-        pytest.skip("no cuobjdump here: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-    if not objects:
-        pytest.skip(f"no CUDA kernels are built here of these sources for sm_{ARCHITECTURE}")
-    found = disassemble(cuobjdump, objects, ARCHITECTURE)
+    found = built_kernels(ARCHITECTURE)
     assert len(main_kernels(found)) >= 4
     return found
-
-
-def built_objects() -> list[Path]:
-    """The CUDA kernels' objects that are up to date and compiled for this architecture."""
-    before = os.getcwd()
-    os.chdir(ROOT)  # which the compiler's lists of included files are relative to
-    try:
-        stamps = [it.absolute() for it in Path().glob("build/temp*/cuda_*.command")]
-        return [
-            stamp.with_suffix(".o")
-            for stamp in stamps
-            if re.search(rf"\bsm_{ARCHITECTURE}\b", stamp.read_text())
-            and setup.is_current(stamp.with_suffix(".o"), shlex.split(stamp.read_text()))
-        ]
-    finally:
-        os.chdir(before)
 
 
 def main_kernels(kernels: dict[str, Code]) -> dict[str, Code]:
