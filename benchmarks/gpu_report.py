@@ -55,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.exit("--dry-run needs an --output of its own: it measures nothing")
     torch.manual_seed(0)
     started = time.perf_counter()
-    stages = options.stage or PARTS.get(options.part, sum(PARTS.values(), []))
+    parts = [options.part] if options.part else list(PARTS)
+    stages = options.stage or [stage for part in parts for stage in PARTS[part]]
     built = {} if options.dry_run else gpu_build.build(options.seconds, "variants" in stages)
     from benchmarks import gpu_stages  # import it after the build, as it loads the built modules
 

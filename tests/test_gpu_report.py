@@ -49,7 +49,8 @@ def test_motions(tmp_path):
 
 
 def test_every_stage_belongs_to_one_part():
-    assert sorted(sum(gpu_report.PARTS.values(), [])) == sorted(gpu_stages.STAGES)
+    stages = [stage for part in gpu_report.PARTS.values() for stage in part]
+    assert sorted(stages) == sorted(gpu_stages.STAGES)
 
 
 def test_no_time_is_reported_by_name(tmp_path):

@@ -127,3 +127,18 @@ def test_rows_of_any_size_have_the_norm_of_float64(backend):
         update = before - p.detach().double()
         expected = 0.25 * before.norm(dim=1).clamp_min(1e-3)
         torch.testing.assert_close(update.norm(dim=1), expected, rtol=1e-5, atol=0)
+
+
+@SETTINGS
+@given(numbers=st.lists(st.floats(0, 1.5e154), min_size=1, max_size=40))
+def test_sums_of_chunks_are_exact_and_rounded_once(backend, numbers):
+    """Each tensor is one chunk. Squares are subnormal, huge, far apart, or add up to inf."""
+    params = [torch.zeros(1, dtype=torch.float64, device=backend.device) for _ in numbers]
+    for p, number in zip(params, numbers):
+        p.requires_grad_().grad = torch.full_like(p, number)
+    squares = [number * number for number in numbers]
+    try:
+        expected = math.fsum(squares)
+    except OverflowError:
+        expected = math.inf
+    assert sum_of_squares(backend, params, max_grad_norm=1.0, nonfinite="propagate") == expected
