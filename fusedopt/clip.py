@@ -2,10 +2,11 @@
 
     FusedAdamW(params, max_grad_norm=fusedopt.clip.ZScore())
 
-`Percentile` and `ZScore` limit the global norm by the norms of the steps before; `PerTensor` limits
-each parameter's gradient by its own; `Unit` each row of a gradient by that of its parameter. All do
-so on the device, without waiting for it. A step that is skipped, or whose norm is inf, nan or 0,
-never enters their statistics: a limit of 0 would be the last one.
+`Percentile` and `ZScore` limit the global norm by the norms of earlier steps. `PerTensor` limits
+the norm of each gradient by its own earlier norms. `Unit` limits the norm of each row of a gradient
+by the norm of the parameter's row. All work on the device, without waiting for it. Statistics
+ignore a step that is skipped, or whose norm is inf, nan or 0: a limit of 0 would clip every later
+gradient to 0.
 """
 
 from fusedopt.reference.limits import AdaptiveClip, Percentile, PerTensor, Unit, ZScore

@@ -1,4 +1,4 @@
-"""Watching a run: telemetry written to a log, read back, drawn, and shown while it lasts."""
+"""Monitoring a run: writes telemetry to a log, reads it back, draws it, and shows it live."""
 
 from fusedopt.monitoring.log_reader import NotALogError, RunLog, read_log
 from fusedopt.monitoring.monitor import Monitor

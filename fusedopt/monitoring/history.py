@@ -1,4 +1,4 @@
-"""A run of any length in bounded memory: intervals of steps, with what stood out in each."""
+"""A run of any length in bounded memory: intervals of steps, each with its extremes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from fusedopt.monitoring.log_rows import Block, Rows, not_replaced
 from fusedopt.telemetry import PARAM_COLUMNS
 
-INTERVALS = 1024  # at most; when there would be more, neighbors become one
-MOST_CELLS = 2**22  # of a column with a value for every parameter; then there are fewer intervals
+INTERVALS = 1024  # at most; before there are more, neighbors are merged
+MOST_CELLS = 2**22  # in a column with a value per parameter; many parameters get fewer intervals
 
-# How values of one interval become one: the first value, and how another one is added.
+# How the values of one interval are combined: the start value, and the function that adds one.
 REDUCTIONS = {
     "max": (-math.inf, torch.maximum),
     "min": (math.inf, torch.minimum),
@@ -38,8 +38,8 @@ WIDE = ("lr", "param_max", "param_bad")  # several values for every interval
 class History:
     """Intervals of `width` steps each, from step `first` on.
 
-    `history["norm_max"]` is a float64 tensor with a value for each interval up to that of the last
-    step; nan where there was nothing to see.
+    `history["norm_max"]` is a float64 tensor with a value for each interval up to the last step's.
+    A value is nan if the interval has no data.
 
     * norm_max, norm_min: the largest and smallest finite global norm.
     * coef_min: the smallest clip coefficient.
@@ -53,7 +53,7 @@ class History:
 
     def __init__(self, most_intervals: int = INTERVALS) -> None:
         self._most = most_intervals
-        self._indices: dict[str, int] = {}  # of the parameters, by name
+        self._indices: dict[str, int] = {}  # the columns of the parameters, by name
         self._last_sizes: Mapping[str, int] = {}
         self._last_where = torch.empty(0, dtype=torch.int64)
         self._groups = 0
@@ -84,9 +84,9 @@ class History:
         return self.first + self.width * torch.arange(len(self))
 
     def add(self, rows: Rows) -> None:
-        """Adds rows of later steps, or of earlier ones, which replace all from there on.
+        """Adds rows of later steps. Rows of earlier steps replace all rows from there on.
 
-        Where an interval is only partly replaced, its old values stay and count.
+        If only a part of an interval is replaced, its old values still count.
         """
         where = [self._where(block) for block in rows.blocks]
         rows = rows.select(not_replaced(rows.step))
@@ -118,7 +118,7 @@ class History:
         return self._last_where
 
     def _make_room(self) -> None:
-        """Makes columns wide enough, and intervals long enough, for there to be few cells."""
+        """Widens columns for new parameters, and merges intervals to limit the cells."""
         widths = dict.fromkeys(COLUMNS, 1)
         widths |= {
             "lr": self._groups,
@@ -154,7 +154,7 @@ class History:
 
 
 class _Column:
-    """A number for every interval, or several. Rows of intervals that are not used are undefined.
+    """One or several numbers for every interval. Rows of unused intervals are undefined.
 
     Attributes:
         values: float64, shape (intervals, capacity), of which the first `width` columns count.
@@ -172,7 +172,7 @@ class _Column:
         return capacity if width <= capacity else max(width, 2 * capacity)
 
     def resize(self, intervals: int, capacity: int, width: int, used: Tensor) -> None:
-        """Makes room; the values that are new in an interval in use are `start`."""
+        """Makes room. New values of used intervals are `start`."""
         self.width = max(self.width, width)
         before = self.values
         if before.shape == (intervals, capacity):
@@ -218,7 +218,7 @@ def _readings(rows: Rows) -> dict[str, Tensor]:
 
 
 def _measurements(block: Block) -> dict[str, Tensor]:
-    """The same for the parameters: shape (rows of the block, its parameters)."""
+    """The values of the parameters' columns: shape (rows of the block, its parameters)."""
     norms, infs, nans = (
         block.values[:, PARAM_COLUMNS.index(name)] for name in ("grad_norm", "infs", "nans")
     )

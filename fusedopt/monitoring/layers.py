@@ -1,4 +1,4 @@
-"""Parameters gathered under the modules that they belong to, where there are too many to show."""
+"""Groups parameters by module if there are too many to show."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Sequence
 def gather(names: Sequence[str], most: int) -> list[tuple[str, list[int]]]:
     """Rows for a table of parameters, in their order: each a label and the parameters in it.
 
-    A row is all parameters whose names begin with the same parts. Names are cut after as many parts
-    as give no more than `most` rows. Where even one part gives more, neighbors are put together.
+    A row holds all parameters whose names begin with the same parts. The number of these parts is
+    the largest that gives at most `most` rows. If even one part gives more, neighboring rows are
+    joined.
     """
     parts = [name.split(".") for name in names]
     low, high = 1, max(map(len, parts), default=1)

@@ -8,13 +8,13 @@ wherever the run was resumed. Every line is strict JSON: nan is `null`, infinity
     {"step":1,"grad_norm":7.5,"clip_coef":0.13,"skipped":false,"lr":[0.1],
      "params":{"grad_norm":[1.7,2.0],"grad_max":[1.1,1.7],"infs":[0,0],...}}
 
-The arrays in `params` are in the header's order; see `telemetry.PARAM_COLUMNS`. A line without
-`params` is of a step whose parameters were not asked for.
+The arrays in `params` are in the header's order; see `telemetry.PARAM_COLUMNS`. A line has no
+`params` if the parameters were not logged at that step.
 
-CSV: the columns of `Telemetry.columns()`; `skipped` is 0 or 1, nan and inf are so called, and an
-empty cell is what was not asked for.
+CSV: the columns of `Telemetry.columns()`. `skipped` is 0 or 1, nan and inf are written as words,
+and a cell is empty if its value was not logged.
 
-Numbers have 7 significant digits, but steps and counts have all.
+Numbers have 7 significant digits; steps and counts have all digits.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ NONFINITE = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class FormatError(ValueError):
-    """What is wrong with a line."""
+    """The fault of a line."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the rows below it are about.
+    """A header, which describes the rows below it.
 
     Attributes:
         params: the parameters by name, with their numbers of elements (0 where not known).
         optimizer: the name of its class, or None.
-        groups: how many learning rates a row has, or None: any number.
+        groups: the number of learning rates in a row; None: any number.
     """
 
     params: dict[str, int]
@@ -76,7 +76,7 @@ class Row(NamedTuple):
     step: int
     readings: array[float]  # see `telemetry.STEP_COLUMNS`
     lr: array[float]
-    params: array[float] | None  # every parameter's first column, then their second ...
+    params: array[float] | None  # the first column of all parameters, then the second, ...
 
 
 class Jsonl:
@@ -236,9 +236,9 @@ BY_SUFFIX: dict[str, Format] = {".jsonl": Jsonl(), ".csv": Csv()}
 
 
 def format_of(start: bytes) -> Format | None:
-    """The format of a file that starts with these bytes; None: it is no log.
+    """The format of a file that starts with these bytes. None if the file is no log.
 
-    A file that was cut within a format's signature is taken for one of that format.
+    A file that ends inside a format's signature counts as that format.
     """
     for known in BY_SUFFIX.values():
         if start and start[: len(known.signature)] == known.signature[: len(start)]:
@@ -269,7 +269,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _floats(values: Any, what: str) -> array[float]:
-    """A list of numbers that may hold the words for those that JSON lacks."""
+    """A list of numbers. Words stand for the numbers that JSON lacks."""
     if not isinstance(values, list):
         raise FormatError(f"no list of {what}")
     try:

@@ -1,4 +1,4 @@
-"""Reads the log of a run, whole or as it grows, up to where it is damaged."""
+"""Reads the log of a run, whole or as it grows, up to a damaged line."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from fusedopt.telemetry import PARAM_COLUMNS, STEP_COLUMNS, Telemetry
 
 BATCH_ROWS = 1024
 BATCH_NUMBERS = 2**20  # a batch of many parameters has fewer rows
-LEAST_NUMBERS = 2**22  # so many fit in a table of learning rates, however small the file is
-START = 4096  # that many bytes tell one run's file from another's: the header has a date
+LEAST_NUMBERS = 2**22  # a table of learning rates may always have so many
+START = 4096  # so many bytes identify a run: the header has a date
 
 
 class NotALogError(ValueError):
-    """A file that no Monitor has written."""
+    """The file was not written by a Monitor."""
 
 
 @dataclass(frozen=True)
 class RunLog:
-    """What a log holds.
+    """The contents of a log.
 
     Attributes:
-        telemetry: all of its steps, as `opt.telemetry()` returns the last ones. Of a CSV, `numel`
-            is 0: it doesn't say. A step whose parameters were not asked for has nan there.
-        optimizer: the name of the optimizer's class; None where the log doesn't say.
+        telemetry: all steps, in the form of `opt.telemetry()`. `numel` is 0 for a CSV, which
+            doesn't hold it. A step without logged parameters has nan for them.
+        optimizer: the name of the optimizer's class; None if the log doesn't hold it.
         damage: None, or the line at which reading had to stop, and why.
     """
 
@@ -51,11 +51,11 @@ class RunLog:
 
 
 def read_log(path: str | os.PathLike[str]) -> RunLog:
-    """Reads what `fusedopt.Monitor` wrote, JSONL or CSV, up to where it is damaged.
+    """Reads a log of `fusedopt.Monitor`, JSONL or CSV, up to a damaged line.
 
     Raises:
-        NotALogError: it is something else.
-        OSError: it can't be read.
+        NotALogError: the file is no log.
+        OSError: the file can't be read.
     """
     reader = LogReader(path)
     rows = join(list(_in_proportion(reader)))
@@ -77,10 +77,10 @@ def _in_proportion(reader: LogReader) -> Iterator[Rows]:
 
 
 class LogReader:
-    """Reads a log in batches, and what is new in it later.
+    """Reads a log in batches, and later its new lines.
 
     Attributes:
-        header: that of the last row that was read, or None.
+        header: the header of the last row that was read, or None.
         damage: None, or the line at which reading had to stop, and why.
     """
 
@@ -98,11 +98,11 @@ class LogReader:
 
     @property
     def bytes_read(self) -> int:
-        """Of the lines that are neither cut nor damaged."""
+        """The number of bytes in lines that are neither cut nor damaged."""
         return self._offset
 
     def was_replaced(self) -> bool:
-        """Whether the file is another one by now, or was cut; it is then read from its start."""
+        """Whether the file was replaced or cut. If so, the next read begins at its start."""
         with open(self.path, "rb") as file:
             start, status = file.read(START), os.fstat(file.fileno())
         file_id = status.st_dev, status.st_ino
@@ -121,10 +121,10 @@ class LogReader:
         """The rows that were not read yet, up to a damaged line.
 
         Args:
-            growing: the file is being written; a last line without an end is none yet.
+            growing: the file is being written: a last line without an end is not read yet.
 
         Raises:
-            NotALogError: it is no log, or nothing but the beginning of one.
+            NotALogError: the file is no log, or only the beginning of one.
         """
         with open(self.path, "rb") as file:
             if self._format is None:
@@ -179,7 +179,7 @@ class LogReader:
 
 
 class _Batch:
-    """Lines on their way to tensors."""
+    """Lines that are read but are not tensors yet."""
 
     def __init__(self, header: Header | None) -> None:
         self._steps: list[int] = []
@@ -246,7 +246,7 @@ def _tensor(values: array[float], shape: tuple[int, ...]) -> Tensor:
 
 
 def _count_lines(file: BinaryIO) -> int:
-    """How many more lines there are, whole or not."""
+    """The number of remaining lines, whole or not."""
     lines, last = 0, b"\n"
     while block := file.read(2**20):
         lines, last = lines + block.count(b"\n"), block

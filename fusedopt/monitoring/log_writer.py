@@ -1,4 +1,4 @@
-"""The file of a log: begun, or continued, or refused; written line by line."""
+"""Writes the file of a log line by line. It begins a file, continues a log, or refuses the file."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ BLOCK = 2**16
 
 
 class LogWriteError(OSError):
-    """The log can't be written any more; it ends with its last whole line."""
+    """The log can't be written any more. It ends with its last whole line."""
 
 
 class LogWriter:
-    """Appends to a log. What is there already is checked, and kept but for a cut last line.
+    """Appends to a log. Existing lines are checked and kept, except a cut last line.
 
     Args:
-        last_step: the log may have steps up to this one; None: any, and what is written replaces
-            those that it overlaps with (see `log_rows.join`).
+        last_step: the log may have steps up to this one. None: it may have any steps, and new rows
+            replace the ones that they overlap with (see `log_rows.join`).
 
     Attributes:
-        params_every: the measurements of every parameter are for every step.
+        params_every: 1: a file gets the measurements of every parameter at every step.
 
     Raises:
         FileExistsError: the file is no log of these parameters, has later steps, or another writer.
@@ -57,7 +57,7 @@ class LogWriter:
         self._optimizer = header.optimizer or ""
         self._header: Header | None = None  # the last one in the file, if more rows may follow it
         self._warned = False
-        # Unbuffered: what couldn't be written is not tried again at the end.
+        # Unbuffered, so that closing doesn't try again to write a line that failed.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
         try:
             self._lock()
@@ -68,7 +68,7 @@ class LogWriter:
             raise
 
     def is_at(self, path: Path) -> bool:
-        """Whether the file that is written to is the one at this path."""
+        """Whether this writer writes to the file at this path."""
         try:
             return os.path.samestat(os.fstat(self._file.fileno()), os.stat(path))
         except (OSError, ValueError):
@@ -88,7 +88,7 @@ class LogWriter:
             pass  # a file system without locks
 
     def _continue(self, file: BinaryIO, header: Header, last_step: int | None) -> None:
-        """Changes nothing before all is checked."""
+        """Checks everything before it changes anything."""
         first = file.readline(LONGEST_LINE)
         if first and format_of(first) is not self._format:
             raise FileExistsError(
@@ -140,7 +140,7 @@ class LogWriter:
             )
 
     def write(self, rows: Telemetry, with_params: Tensor) -> None:
-        """Raises LogWriteError, and leaves no half a line."""
+        """Writes rows. If that fails, it removes a partial line and raises LogWriteError."""
         header, lines = Header.of(rows, self._optimizer), []
         fits = self._header is not None and list(header.params) == list(self._header.params)
         if self._header is None or (self._format.takes_new_params and not fits):
@@ -152,7 +152,7 @@ class LogWriter:
         self._append("".join(f"{line}\n" for line in lines).encode())
 
     def _in_columns_of(self, header: Header, rows: Telemetry) -> Telemetry:
-        """Rows with the parameters and param groups that there are columns for, and no others."""
+        """Rows with exactly the parameters and param groups that have columns."""
         new = [name for name in rows.params if name not in header.params]
         if new and not self._warned:
             self._warned = True
@@ -182,7 +182,7 @@ class LogWriter:
             raise LogWriteError(f"{self.path} can't be written any more: {error}") from error
 
     def flush(self) -> None:
-        """Nothing: every line is with the operating system once it is written."""
+        """Does nothing: a written line is already with the operating system."""
 
     def close(self) -> None:
         if fcntl is not None and not self._file.closed:
@@ -193,7 +193,7 @@ class LogWriter:
 
 
 def _end_of_lines(file: BinaryIO, end: int) -> int:
-    """Where the last line before `end` that has an end ends."""
+    """The end of the last complete line before `end`."""
     while end > 0:
         start = max(0, end - BLOCK)
         file.seek(start)
@@ -205,7 +205,7 @@ def _end_of_lines(file: BinaryIO, end: int) -> int:
 
 
 def _lines_from_end(file: BinaryIO) -> Iterator[bytes]:
-    """The lines that have an end, the last one first.
+    """The complete lines, the last one first.
 
     Raises:
         FormatError: a line is too long.

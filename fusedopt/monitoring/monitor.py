@@ -36,42 +36,43 @@ class Monitor:
         opt = fusedopt.FusedAdamW(model.named_parameters(), telemetry=64, max_grad_norm=1.0)
         monitor = fusedopt.Monitor(opt, "run.jsonl")
 
-    Rows are copied from the device in the background, many at once: a step doesn't wait for them,
-    and they arrive a little late. All are out after `flush()` or `close()`, at the end of a `with`
-    block, and when Python exits. A step is written once. Several threads may step, flush and close.
+    Rows are copied from the device in the background, many at once. A step doesn't wait for them,
+    and they arrive a little late. All rows are written after `flush()` or `close()`, at the end of
+    a `with` block, and when Python exits. A step is written once. Several threads may step, flush
+    and close.
 
     A notebook's cell can be run again: an open Monitor of the same optimizer that writes to the
-    same file or logger is closed, and the new one goes on with its numbering. A copy of a Monitor,
-    as in a copy of a module that has one, is closed and writes nothing. The same holds in a forked
+    same file or logger is closed, and the new one continues its numbering. A copy of a Monitor, as
+    in a copy of a module that has one, is closed and writes nothing. So is a Monitor in a forked
     process.
 
     Args:
         optimizer: made with `telemetry=N`; name its parameters (`model.named_parameters()`).
         to: one of these.
 
-            * A path that ends in .jsonl or .csv. Lines are written whole: the log of a process
-              that is killed is readable, but for a last line that may be cut. An existing log of
-              the same parameters is continued (a cut line at its end is removed first) by later
-              steps, or as `first_step` says; any other file is refused. While it is written, no
+            * A path that ends in .jsonl or .csv. Lines are written whole: if the process is killed,
+              the log is readable, except perhaps the last line. An existing log of the same
+              parameters is continued by later steps, or as `first_step` says; a cut line at its
+              end is removed first. Any other file is refused. While a Monitor writes a file, no
               other Monitor can open it.
             * A TensorBoard SummaryWriter, or any object with its `add_scalar(tag, value, step)`.
             * A function of one argument. It is called for every step with a dict of numbers, by the
               names of `telemetry().columns()`: "step", "grad_norm", "grad_norm/layers.0.weight".
         every: how many steps to copy at once, at most N. None: N // 2.
-        params_every: the measurements of every single parameter are written once in so many steps,
-            and where a step was skipped or its norm is not finite. None: at each for a file, at
-            every 100th for a logger.
-        first_step: the number of the next step: of a resumed run, the one after its checkpoint's;
-            of a new run, 1. Rows of an existing log from there on are replaced by those that come.
-            None: as the optimizer counts, from 1 when it was made, or on from the largest "step" in
-            a loaded checkpoint, which has no skipped steps; or on from the Monitor that this one
-            takes over from. Nothing is replaced then.
+        params_every: the measurements of each parameter are written once in so many steps, and for
+            every step that was skipped or whose norm is not finite. None: at every step for a file,
+            at every 100th for a logger.
+        first_step: the number of the next step. For a new run it is 1, for a resumed run the number
+            after its checkpoint's. New rows replace rows of an existing log from there on. None:
+            the optimizer's own count, and nothing is replaced. The optimizer counts from 1, or from
+            the largest "step" in a loaded checkpoint, which doesn't count skipped steps. A Monitor
+            that takes over from another one continues its count.
 
     A file that can't be written any more (a full disk) ends the log with a warning, not the run.
     An exception of a logger comes out of `step()`.
 
-    A Monitor can't count steps that Python doesn't see, as those of a replayed CUDA graph: call
-    `flush()` at least once in N of them.
+    A Monitor can't count steps that Python doesn't see, such as replays of a CUDA graph. Then call
+    `flush()` at least once in N steps.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument is refused.
@@ -117,14 +118,14 @@ class Monitor:
                 offset, numbers_given = before._offset, before._numbers_given
         if output is None:
             header = Header.of(now, type(optimizer).__name__)
-            # A checkpoint's count may lack skipped steps: it alone doesn't say where a log goes on.
+            # A checkpoint's count may lack skipped steps, so it can't say where a log continues.
             own_steps = counted if counted > optimizer._loaded_steps() else 0
             output = output_for(to, header, own_steps if first_step is None else None)
         self._output = output
         self._optimizer = optimizer
         self._every = every
         self._params_every = params_every or output.params_every
-        self._written = counted  # the last step that was written, as the optimizer counts
+        self._written = counted  # the last written step, by the optimizer's count
         self._offset = offset
         self._numbers_given = numbers_given
         self._taken = 0  # steps since the last copy was started
@@ -155,7 +156,7 @@ class Monitor:
         return _closed_monitor, ()
 
     def flush(self) -> None:
-        """Writes all steps that were taken so far; waits for the device."""
+        """Writes all steps so far. Waits for the device."""
         if self._is_open():
             with self._lock:
                 self._take_rows()
@@ -164,7 +165,7 @@ class Monitor:
                     self._output.flush()
 
     def close(self) -> None:
-        """Writes all steps that were taken so far, and ends. A logger is left open."""
+        """Writes all steps so far, and ends. A logger stays open."""
         if not self._is_open():
             return
         with self._lock:
@@ -191,11 +192,11 @@ class Monitor:
             self._lock.release()
 
     def _is_open(self) -> bool:
-        """A forked child has the parent's monitor, and is not to write the parent's log."""
+        """Whether this process may write. A forked child must not write its parent's log."""
         return self._output is not None and self._process == os.getpid()
 
     def _hand_over(self) -> Output | None:
-        """Ends, and returns the output for another Monitor; None if it has come to its end."""
+        """Ends, and returns the output for another Monitor. None if the output has ended."""
         with self._lock:
             self.flush()
             output, self._output = self._output, None
@@ -215,7 +216,7 @@ class Monitor:
         if not self._is_open():
             return
         with self._lock:
-            # Counted before the step: one that raises is taken too, but calls no hook at its end.
+            # Count before the step: one that raises also counts, but calls no hook at its end.
             if self._taken >= self._every:
                 self._after_step()
             self._taken += 1
@@ -236,7 +237,7 @@ class Monitor:
 
     @_disable_dynamo
     def _after_load(self, *_: object) -> None:
-        """The optimizer counts on from its checkpoint; a number that was given counts on too."""
+        """Continues the count from the checkpoint, or from a given `first_step`."""
         if not self._is_open():
             return
         with self._lock:
@@ -299,7 +300,7 @@ _open_monitors: weakref.WeakSet[Monitor] = weakref.WeakSet()
 
 
 def _open_monitor(to: Any, optimizer: FusedOptimizer) -> Monitor | None:
-    """The open Monitor of this process that writes the same optimizer's steps there.
+    """The open Monitor of this process that writes the same optimizer's steps to this place.
 
     Raises:
         FileExistsError: one writes another optimizer's steps to this file.
@@ -338,11 +339,11 @@ def _close_all() -> None:
     for monitor in list(_open_monitors):
         try:
             monitor._close_at_exit()
-        except Exception as error:  # of a logger; the other Monitors are to be closed as well
+        except Exception as error:  # a logger's; close the other Monitors as well
             sys.excepthook(type(error), error, error.__traceback__)
 
 
-_processes: set[int] = set()  # where multiprocessing closes the Monitors
+_processes: set[int] = set()  # the processes in which multiprocessing closes the Monitors
 
 
 def _close_with_this_process() -> None:

@@ -20,11 +20,11 @@ BOUND_METHODS = (types.MethodType, types.BuiltinMethodType)
 
 
 class Output(Protocol):
-    """Where rows go.
+    """A place that rows are written to.
 
     Attributes:
-        params_every: the parameters' measurements are written at every step that this number
-            divides, if the user doesn't choose another one.
+        params_every: the default for Monitor's argument: parameters' measurements are written at
+            every step that this number divides.
     """
 
     params_every: int
@@ -73,7 +73,7 @@ class TensorBoardOutput(LoggerOutput):
 
     def _add(self, row: Mapping[str, float]) -> None:
         for name, value in row.items():
-            # An absent gradient is no point in a chart; a nan among a gradient's values is.
+            # A missing gradient makes no point in a chart; a nan in a gradient does.
             if name != "step" and not (math.isnan(value) and _is_of_param(name)):
                 self._writer.add_scalar(name, value, int(row["step"]))
 
@@ -97,11 +97,11 @@ def output_for(to: Any, header: Header, last_step: int | None) -> Output:
 
 
 def writes_to(output: Output, to: Any) -> bool:
-    """Whether an open output writes to the file or the logger that `to` says."""
+    """Whether an open output writes to the file or the logger `to`."""
     if isinstance(output, LogWriter):
         return isinstance(to, str | os.PathLike) and output.is_at(Path(to))
     if isinstance(output, LoggerOutput):
-        # A bound method is another object each time that it is looked up, but an equal one.
+        # Each look-up of a bound method makes a new object, but an equal one.
         same_method = isinstance(to, BOUND_METHODS) and output.to == to
         return output.to is to or same_method
     return False

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colors, told apart by every kind of eye.
+# Okabe and Ito's colors, which people with any kind of color vision can tell apart.
 BLUE, ORANGE, RED, GREEN = "#0072b2", "#e69f00", "#d55e00", "#009e73"
 ABSENT = "#d9d9d9"
-MOST_ROWS = 48  # of the heat map
+MOST_ROWS = 48  # rows of the heat map, at most
 MOST_COLUMNS = 1024
-MOST_LRS = 32  # lines of learning rates
+MOST_LRS = 32  # lines of learning rates, at most
 LONGEST_LABEL, LONGEST_TITLE = 45, 120
 DPI = 120
 DRAWN = 1e-100, 1e100  # smaller and larger values are drawn as these
@@ -84,7 +84,7 @@ def fail(reason: str) -> int:
 
 
 def history_of(path: str | os.PathLike[str]) -> tuple[History, LogReader]:
-    """Reads a log; the reader says whether it was damaged."""
+    """Reads a log. The returned reader says whether the log is damaged."""
     reader, history = LogReader(path), History(MOST_COLUMNS)
     for batch in reader.batches():
         history.add(batch)
@@ -92,7 +92,7 @@ def history_of(path: str | os.PathLike[str]) -> tuple[History, LogReader]:
 
 
 def draw(history: History, title: str, optimizer: str | None = None) -> Figure:
-    """The norm, the clip coefficient and the learning rate over the steps; the layers below.
+    """Draws norm, clip coefficient and learning rate over the steps, and the layers below.
 
     Returns:
         A figure of matplotlib's, which a notebook shows as a picture.
@@ -247,13 +247,13 @@ def draw_layers(axes: Axes, history: History, rows: list[tuple[str, list[int]]])
 
 
 def _last_logged(history: History, bad: Tensor) -> Tensor:
-    """For every interval the one to show: where no parameter was asked for, the last that was."""
+    """For every interval, the last interval up to it in which parameters were logged."""
     logged = ~bad.isnan().all(1) | (history["norm_max"] == 0)
     return torch.where(logged, torch.arange(len(history)), 0).cummax(0).values
 
 
 def _only(cells: Tensor) -> Any:
-    """A picture of 0 where a cell is set, and of nothing elsewhere."""
+    """A picture that shows the set cells only."""
     return torch.where(cells, 0.0, torch.nan).numpy()
 
 

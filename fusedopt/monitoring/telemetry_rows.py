@@ -1,4 +1,4 @@
-"""Rows of an optimizer's telemetry: some of them, and all parameters in one tensor."""
+"""Selects rows of telemetry, and puts the measurements of all parameters in one tensor."""
 
 from __future__ import annotations
 

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.:-=+*#"  # for terminals that lack the others
-WINDOW = 256  # recent steps are so many
+WINDOW = 256  # the number of recent steps
 MOST_SKIPS = 5
 MOST_LAYERS = 12
 MOST_LRS = 8
-MOST_NUMBERS = 2**22  # of the parameters in the recent steps; a model of many has fewer steps
+MOST_NUMBERS = 2**22  # of recent measurements; a model with many parameters gets fewer steps
 NOTHING_YET = "no steps yet"
 NO_LOG_YET = "there is no such file yet; waiting for it"
 
@@ -92,7 +92,7 @@ def _can_print(text: str, encoding: str) -> bool:
 
 
 def _print(shown: RenderableType, console: Console) -> None:
-    """Prints it; a character that the encoding of the output lacks becomes a question mark."""
+    """Prints the text. A question mark replaces a character that the output's encoding lacks."""
     with console.capture() as capture:
         console.print(shown)
     encoding = console.encoding
@@ -100,10 +100,10 @@ def _print(shown: RenderableType, console: Console) -> None:
 
 
 def _follow(view: View, console: Console, interval: float) -> None:
-    """Shows the log until Ctrl-C. A log that isn't there yet is waited for."""
+    """Shows the log until Ctrl-C. Waits for a log that doesn't exist yet."""
     from rich.live import Live
 
-    # A terminal of another encoding shows a question mark for a character that it lacks.
+    # A question mark replaces a character that the terminal's encoding lacks.
     if isinstance(console.file, io.TextIOWrapper):
         console.file.reconfigure(errors="replace")
     with Live(console=console, auto_refresh=False) as live:
@@ -115,7 +115,7 @@ def _follow(view: View, console: Console, interval: float) -> None:
 
 
 class View:
-    """What is shown of a run: an outline of all of it, and its last steps."""
+    """The view of a run: an outline of all steps, and details of the last ones."""
 
     def __init__(self, path: Path, bars: str = BARS) -> None:
         self._reader = LogReader(path)
@@ -194,7 +194,7 @@ def _with_few_groups(rows: Rows) -> Rows:
 
 
 def last_rows(rows: Rows) -> Rows:
-    """The last rows, and the parameters' measurements in the last of these."""
+    """The last rows, with the last measurements of the parameters."""
     mask = torch.arange(len(rows.step)) >= len(rows.step) - WINDOW
     rows = rows.select(mask)
     blocks: list[Block] = []
@@ -223,7 +223,7 @@ def spread(norms: Tensor) -> str:
 
 
 def sparkline(values: Tensor, room: int, bars: str = BARS) -> str:
-    """Bars on a logarithmic scale. Where there are more values than room, the largest of neighbors.
+    """Bars on a logarithmic scale. If there is too little room, neighbors share the largest's bar.
 
     `!` stands where no value was finite.
     """
@@ -256,7 +256,7 @@ def culprits(rows: Rows, index: int) -> str:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """How one parameter's gradient was in the recent steps."""
+    """The gradient of one parameter in the recent steps."""
 
     name: str
     bad: int  # steps with inf or nan
@@ -290,7 +290,7 @@ def layer_rows(recent: Rows) -> list[LayerRow]:
 
 
 def _last_where(mask: Tensor, values: Tensor) -> Tensor:
-    """The last value of each column for which the mask is set; nan where there is none."""
+    """The last value of each column at which the mask is set; nan if there is none."""
     last = (mask * torch.arange(1, len(mask) + 1)[:, None]).amax(0)
     found = values.gather(0, (last - 1).clamp(min=0)[None])[0]
     return found.masked_fill(last == 0, torch.nan)

@@ -1,4 +1,4 @@
-"""Text from a log or a path, made safe to print: names in a log may hold anything."""
+"""Makes text from a log or a path safe to print. Names in a log may hold any character."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ LONGEST_NAME = 60
 
 
 def printable(text: str) -> str:
-    """Replaces control characters, line ends, lone surrogates and the like by escapes.
+    """Replaces control characters, line ends, lone surrogates and similar ones by escapes.
 
     Terminals obey control characters, and no encoding takes a lone surrogate.
     """
@@ -21,7 +21,7 @@ def short_name(name: str, most: int = LONGEST_NAME) -> str:
     """A printable name of at most `most` characters: its start and its end."""
     start = most // 3
     end = most - start - len("...")
-    if len(name) > 2 * most:  # what would be left out is not escaped first
+    if len(name) > 2 * most:  # don't escape the middle, which is left out
         name = name[:most] + name[-most:]
     name = printable(name)
     return name if len(name) <= most else f"{name[:start]}...{name[-end:]}"

@@ -86,7 +86,7 @@ class FusedAdadelta(FusedOptimizer, torch.optim.Adadelta):
         differentiable: True is refused: autograd can't look into a fused step.
         max_grad_norm: the largest global L2 norm that is not clipped, or a limit of
             `fusedopt.clip`, or None, which never clips.
-        nonfinite: what a gradient with inf or nan does: "skip" changes nothing, "raise" raises
+        nonfinite: the reaction to inf or nan in gradients: "skip" changes nothing, "raise" raises
             `NonFiniteGradientError` as well (and waits for the device), "propagate" updates as
             torch does. None is "skip" with `max_grad_norm`, else "propagate".
         backend: "cuda", "cpu", "reference" (plain torch), or None: by the parameters' device.
@@ -94,10 +94,10 @@ class FusedAdadelta(FusedOptimizer, torch.optim.Adadelta):
         max_consecutive_skips: after this number of skipped steps in a row, `step` raises
             `TooManySkipsError`; None never does.
         process_group: the ranks that step together, a ProcessGroup or a DeviceMesh; None: those
-            of the parameters' mesh, where they are DTensors.
-        plain: what parameters that are no DTensors are over these ranks: "replicated" or "own".
+            of the parameters' mesh, if they are DTensors.
+        plain: the meaning of parameters that are no DTensors: "replicated" or "own".
 
-    `FusedOptimizer` says more of these seven, and of what is refused.
+    `FusedOptimizer` explains these seven arguments, and which inputs are refused.
     """
 
     rule = ADADELTA

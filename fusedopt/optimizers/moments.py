@@ -1,4 +1,4 @@
-"""Shared by Adam and its family: weight decay, then the averages of grad and of grad squared."""
+"""Weight decay and moments, which Adam and its family share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusedopt.reference.rule import with_l2
 def update_moments(
     group: Group, param: Tensor, grad: Tensor, state: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Returns the parameter and the gradient with the weight decay in them, and the moments."""
+    """Returns the parameter and the gradient after weight decay, and the new moments."""
     beta1, beta2 = map(float, group["betas"])
     if group["decoupled_weight_decay"]:
         param = param * (1 - group["lr"] * group["weight_decay"])

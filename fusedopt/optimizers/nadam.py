@@ -21,7 +21,7 @@ from fusedopt.reference.rule import column
 
 
 def _mu(group: Group, step: int) -> float:
-    """The momentum of a step. Its base is of the host's libm, its power of repeated squaring."""
+    """The momentum of a step. The host's libm computes the base, repeated squaring the power."""
     base = 0.96 ** float(group["momentum_decay"])
     return float(group["betas"][0]) * (1 - 0.5 * power(base, step))
 
@@ -110,7 +110,7 @@ class FusedNAdam(FusedOptimizer, torch.optim.NAdam):
         differentiable: True is refused: autograd can't look into a fused step.
         max_grad_norm: the largest global L2 norm that is not clipped, or a limit of
             `fusedopt.clip`, or None, which never clips.
-        nonfinite: what a gradient with inf or nan does: "skip" changes nothing, "raise" raises
+        nonfinite: the reaction to inf or nan in gradients: "skip" changes nothing, "raise" raises
             `NonFiniteGradientError` as well (and waits for the device), "propagate" updates as
             torch does. None is "skip" with `max_grad_norm`, else "propagate".
         backend: "cuda", "cpu", "reference" (plain torch), or None: by the parameters' device.
@@ -118,10 +118,10 @@ class FusedNAdam(FusedOptimizer, torch.optim.NAdam):
         max_consecutive_skips: after this number of skipped steps in a row, `step` raises
             `TooManySkipsError`; None never does.
         process_group: the ranks that step together, a ProcessGroup or a DeviceMesh; None: those
-            of the parameters' mesh, where they are DTensors.
-        plain: what parameters that are no DTensors are over these ranks: "replicated" or "own".
+            of the parameters' mesh, if they are DTensors.
+        plain: the meaning of parameters that are no DTensors: "replicated" or "own".
 
-    `FusedOptimizer` says more of these seven, and of what is refused.
+    `FusedOptimizer` explains these seven arguments, and which inputs are refused.
     """
 
     rule = NADAM

@@ -1,4 +1,4 @@
-"""Telemetry: what the last steps measured, kept in rings on the devices, read by name."""
+"""Telemetry: measurements of the last steps, kept in rings on the devices, read by name."""
 
 from fusedopt.telemetry.rings import PARAM_COLUMNS, STEP_COLUMNS, Rings
 from fusedopt.telemetry.rows import ParamTelemetry, PendingTelemetry, Telemetry

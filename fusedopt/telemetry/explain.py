@@ -10,16 +10,16 @@ from fusedopt.telemetry.rows import ParamTelemetry, Telemetry
 
 NO_STEP = "no step has been taken yet"
 NO_STEP_SINCE = "no step has been taken since a checkpoint of step {} was loaded"
-NAMED = 3  # so many parameters are named, and the others counted
-LOOK_BACK = 20  # steps over which a norm's growth is told
-WORTH_TELLING = 2.0  # a norm that has grown less is not said to have grown
+NAMED = 3  # the number of parameters that are named; the others are counted
+LOOK_BACK = 20  # the number of steps over which a norm's growth is measured
+WORTH_TELLING = 2.0  # smaller growth of a norm is not mentioned
 
 
 def explain(telemetry: Telemetry, part: str | None) -> str:
-    """What the last step did and why, and what the steps before it were like.
+    """What the last step did and why, compared with the steps before it.
 
     Args:
-        part: what the limit clips by itself, if it does; see `AdaptiveClip`.
+        part: the limit's `part`: "parameter", "row" or None; see `AdaptiveClip`.
     """
     count = len(telemetry.step)
     if count == 0:
@@ -35,12 +35,12 @@ def explain(telemetry: Telemetry, part: str | None) -> str:
 
 
 def last_step(telemetry: Telemetry) -> str:
-    """The last step, without those before it."""
+    """The last step alone."""
     return describe_step(telemetry, len(telemetry.step) - 1)
 
 
 def explain_without_telemetry(control: Tensor, part: str | None) -> str:
-    """What the readings alone tell; see `Control`."""
+    """The last step by its readings alone; see `Control`."""
     readings = control.tolist()
     steps, norm, coef = (readings[i] for i in (Control.STEPS, Control.GRAD_NORM, Control.CLIP_COEF))
     if steps == 0:
@@ -62,7 +62,7 @@ def describe_grads(names: list[str], grads: list[Tensor]) -> str:
 
 
 def describe_step(telemetry: Telemetry, row: int, part: str | None = None) -> str:
-    """One step, by its row."""
+    """One step, from its row."""
     head = f"step {int(telemetry.step[row])}"
     norm, coef = telemetry.grad_norm[row].item(), telemetry.clip_coef[row].item()
     if telemetry.skipped[row]:
@@ -83,7 +83,7 @@ def nonfinite_params(telemetry: Telemetry, row: int) -> list[str]:
 
 
 def describe_nonfinite(telemetry: Telemetry, row: int) -> str:
-    """Which parameters' gradients held inf or nan, how many, and how they had come there."""
+    """The parameters whose gradients held inf or nan, how many, and the growth before."""
     names = nonfinite_params(telemetry, row)
     if not names:
         if telemetry.grad_norm[row].isfinite():
@@ -98,7 +98,7 @@ def describe_nonfinite(telemetry: Telemetry, row: int) -> str:
 
 
 def count_nonfinite(infs: int, nans: int, numel: int) -> str:
-    """As in "3 inf and 1 nan of 4.2M"."""
+    """Words such as "3 inf and 1 nan of 4.2M"."""
     found = [f"{count:,} {what}" for count, what in ((infs, "inf"), (nans, "nan")) if count]
     return f"{' and '.join(found) or 'none'} of {short(numel)}"
 
@@ -122,7 +122,7 @@ def _clipped(coef: float, part: str | None) -> str:
 
 
 def _growth(param: ParamTelemetry, row: int) -> str:
-    """How a gradient's norm had grown until the step before, if it had."""
+    """The growth of a gradient's norm until the step before, if it had grown."""
     first = max(0, row - LOOK_BACK)
     norms = param.grad_norm[first:row]
     steps = torch.arange(first, row)[norms.isfinite() & (norms > 0)]
@@ -135,7 +135,7 @@ def _growth(param: ParamTelemetry, row: int) -> str:
 
 
 def _largest(telemetry: Telemetry, row: int) -> str:
-    """Whose gradient made up most of the norm."""
+    """The parameter whose gradient is the largest part of the norm."""
     squares = {name: _finite(p.grad_norm[row]) ** 2 for name, p in telemetry.params.items()}
     total = sum(squares.values())
     if len(squares) < 2 or not total > 0:
@@ -146,7 +146,7 @@ def _largest(telemetry: Telemetry, row: int) -> str:
 
 
 def _growth_to(param: ParamTelemetry, row: int) -> str:
-    """How much larger a gradient's norm is than it usually was."""
+    """The ratio of a gradient's norm to its usual norm."""
     norms = param.grad_norm[max(0, row - LOOK_BACK) : row]
     norms = norms[norms.isfinite() & (norms > 0)]
     if len(norms) == 0:

@@ -1,4 +1,4 @@
-"""Rings of rows on the devices: where a step leaves its telemetry."""
+"""Rings of rows on the devices, which steps write telemetry to."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from fusedopt.reference import Group, distinct_params
 from fusedopt.reference.groups import named_params
 
-# What the kernels write of every step (then the learning rates of the groups), and of every
-# parameter in it.
+# The columns that the kernels write for every step (the groups' learning rates follow), and for
+# every parameter.
 STEP_COLUMNS = ("grad_norm", "clip_coef", "skipped")
 PARAM_COLUMNS = ("grad_norm", "grad_max", "infs", "nans", "update_norm", "param_norm")
 
@@ -30,10 +30,10 @@ class Rings:
         self._owners: dict[torch.device, list[Tensor]] = {}
 
     def resize(self, param_groups: list[Group]) -> None:
-        """Makes room for these parameters. What is known of them stays; what is not is nan."""
+        """Makes room for these parameters. Known measurements stay; unknown ones are nan."""
         owners: dict[torch.device, list[Tensor]] = {}
         for _, param in distinct_params(param_groups):
-            if param.device.type == "meta":  # left alone, and no ring can lie there
+            if param.device.type == "meta":  # it is left alone, and that device can hold no ring
                 continue
             owners.setdefault(param.device, []).append(param)
         columns = len(STEP_COLUMNS) + len(param_groups)
@@ -61,7 +61,7 @@ class Rings:
         return torch.full(shape, torch.nan, dtype=torch.float64, device=device)
 
     def numbered_params(self, param_groups: list[Group]) -> list[tuple[str, int, int, int]]:
-        """Of every parameter: its name, elements, ring (by the order of `params`) and column."""
+        """For every parameter: its name, elements, ring (an index into `params`) and column."""
         where = {
             id(param): (ring, column)
             for ring, params in enumerate(self._owners.values())
@@ -74,7 +74,7 @@ class Rings:
         ]
 
     def tensors(self) -> list[Tensor]:
-        """All rings: that of the steps first, then the devices' in the order of `params`."""
+        """All rings: the ring of the steps, then the devices' rings in the order of `params`."""
         return [self.steps, *self.params.values()]
 
 

@@ -1,4 +1,4 @@
-"""What the last steps were like, by name: a copy of the rings on the CPU."""
+"""Telemetry of the last steps by name: a copy of the rings on the CPU."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fusedopt.telemetry.rings import PARAM_COLUMNS, STEP_COLUMNS, Rings
 class ParamTelemetry:
     """One parameter in the last steps: float64 tensors of shape (steps,), oldest first.
 
-    All are nan for a step that found no gradient.
+    All are nan for a step without a gradient.
 
     Attributes:
         numel: how many elements the parameter has.
         grad_norm: the L2 norm of its gradient, unscaled, before clipping.
-        grad_max: the largest magnitude in it: inf or nan where there is one.
-        infs, nans: how many of its elements were inf and nan.
-        update_norm: the L2 norm of what the step added to the parameter; 0 where it was skipped.
-        param_norm: the L2 norm of the parameter before the step; nan where it was skipped.
+        grad_max: the largest magnitude in the gradient; inf or nan if it holds one.
+        infs, nans: how many of the gradient's elements were inf and nan.
+        update_norm: the L2 norm of the parameter's change; 0 for a skipped step.
+        param_norm: the L2 norm of the parameter before the step; nan for a skipped step.
     """
 
     numel: int
@@ -37,7 +37,7 @@ class ParamTelemetry:
 
     @property
     def update_ratio(self) -> Tensor:
-        """`update_norm / param_norm`: by how much of its own size the parameter moved."""
+        """`update_norm / param_norm`: the size of the change relative to the parameter."""
         return torch.where(self.update_norm == 0, 0.0, self.update_norm / self.param_norm)
 
 
@@ -46,10 +46,10 @@ class Telemetry:
     """The last steps of an optimizer, oldest first, on the CPU.
 
     Attributes:
-        step: which step, counted from 1, or on from those of a loaded checkpoint; int64, shape
-            (steps,).
+        step: the number of the step, counted from 1 or from a loaded checkpoint's number; int64,
+            shape (steps,).
         grad_norm: the global norm, unscaled, before clipping; float64, shape (steps,).
-        clip_coef: what clipping multiplied the gradients by: the smallest coefficient, where
+        clip_coef: the factor by which clipping multiplied the gradients; the smallest one if
             parameters or rows have their own; float64, shape (steps,).
         skipped: whether the step changed nothing; bool, shape (steps,).
         lr: the learning rates of the param groups; float64, shape (steps, groups).
@@ -64,9 +64,9 @@ class Telemetry:
     params: Mapping[str, ParamTelemetry]
 
     def columns(self) -> dict[str, Tensor]:
-        """All of it by name, a tensor of shape (steps,) each: `pandas.DataFrame(it)` is a table.
+        """All columns by name, tensors of shape (steps,). `pandas.DataFrame` takes the result.
 
-        The parameters' columns are called as in "grad_norm/layers.0.weight".
+        Columns of parameters have names such as "grad_norm/layers.0.weight".
         """
         columns = {name: getattr(self, name) for name in ("step", *STEP_COLUMNS)}
         columns |= {f"lr/{group}": lr for group, lr in enumerate(self.lr.unbind(1))}
@@ -79,7 +79,7 @@ class Telemetry:
 class PendingTelemetry:
     """A copy that is on its way from the device.
 
-    `before`: the rings have only the steps after so many; a checkpoint has brought the others.
+    `before`: the number of steps that a checkpoint has brought. The rings don't have these.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class PendingTelemetry:
         return all(event.query() for event in self._events)
 
     def result(self) -> Telemetry:
-        """The telemetry; waits until it is there."""
+        """The telemetry. Waits until it has arrived."""
         for event in self._events:
             event.synchronize()
         control, steps, *params = self._copies
