@@ -1,1 +1,1 @@
-"""How long a step takes, ours and others', and what it costs in a training run."""
+"""The time of a step, of ours and of others', and its share of a training run."""

@@ -26,7 +26,7 @@ TEST_SHARE = 0.2
 
 
 class DataError(Exception):
-    """What is wrong with a file and, where that is known, in which line and column."""
+    """The fault of a file, with its line and column if they are known."""
 
     def __init__(
         self, problem: str, path: Path, line: int | None = None, column: str | None = None
@@ -47,8 +47,8 @@ class Digits:
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
-    classes: list[int]  # the label that each class has in the file
-    fingerprint: int  # tells one data set from another when a run is resumed
+    classes: list[int]  # the label of each class in the file
+    fingerprint: int  # identifies the data set when a run is resumed
 
     @property
     def side(self) -> int:
@@ -96,7 +96,7 @@ def prepare(pixels: np.ndarray, labels: list[int]) -> Digits:
 def scale(pixels: np.ndarray) -> None:
     """Map the range of all pixels to 0..1, in place."""
     low, high = float(pixels.min()), float(pixels.max())
-    pixels /= 2  # halves: the full range of float32 is wider than float32 can say
+    pixels /= 2  # halves, as the range of all float32 numbers overflows float32
     pixels -= low / 2
     pixels /= (high - low) / 2 or 1
 
@@ -127,7 +127,7 @@ def read_table(file: TextIO, path: Path) -> tuple[np.ndarray, list[int]]:
 
 
 def numbered_rows(file: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Each row, but for blank lines, with the number of the line on which it starts."""
+    """Each row that is not blank, with the number of its first line."""
     reader = csv.reader(file)
     line = 1
     try:
@@ -140,7 +140,7 @@ def numbered_rows(file: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def check_header(header: list[str], path: Path, line: int) -> int:
-    """Where the label column is, in a header whose other columns make a square image."""
+    """The index of the label column. The other columns must make a square image."""
     if header.count("label") != 1:
         problem = f"the header has {header.count('label')} columns named 'label', not 1"
         raise DataError(problem, path, line)
@@ -151,7 +151,7 @@ def check_header(header: list[str], path: Path, line: int) -> int:
 
 
 def read_label(text: str, path: Path, line: int) -> int:
-    """An integer of any size; "3.0" is one, too."""
+    """An integer of any size. "3.0" counts as one."""
     with contextlib.suppress(ValueError):
         return int(text)
     with contextlib.suppress(ValueError):
@@ -161,7 +161,7 @@ def read_label(text: str, path: Path, line: int) -> int:
 
 
 def read_pixels(cells: list[str], names: list[str], path: Path, line: int) -> np.ndarray:
-    """All cells at once; only where that fails, one by one to find the culprit."""
+    """Reads all cells at once. If that fails, it reads one by one to find the wrong cell."""
     with contextlib.suppress(ValueError):
         return to_float32(cells)
     for name, cell in zip(names, cells, strict=True):

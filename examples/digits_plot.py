@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 from digits_run import Run
 from matplotlib.axes import Axes
 
-COLORS = ("#0072b2", "#d55e00")  # blue and vermilion: told apart by every kind of eye
+COLORS = ("#0072b2", "#d55e00")  # blue and vermilion, which all people can tell apart
 
 
 def plot(runs: Mapping[str, Run], path: Path) -> None:
@@ -61,7 +61,7 @@ def draw_norm(axes: Axes, name: str, run: Run, color: str) -> None:
         axes.plot(clipped, heights, ".", color=color, markersize=5, label=label)
 
     skipped = marked(run.steps["skipped"])
-    if skipped:  # with an infinite norm, so that the marks go to the top of the picture
+    if skipped:  # their norm is infinite: put the marks at the top of the picture
         label = f"{name}: skipped ({len(skipped)} steps)"
         top = axes.get_xaxis_transform()
         heights = [0.95] * len(skipped)
@@ -78,5 +78,5 @@ def curve(values: list[float]) -> tuple[range, list[float]]:
 
 
 def visible(value: float) -> float:
-    """What a logarithmic axis cannot show leaves a gap."""
+    """Values that a logarithmic axis can't show become gaps."""
     return value if 0 < value < math.inf else math.nan

@@ -1,4 +1,4 @@
-"""A training run that can stop and go on: its network, its optimizer, its checkpoints.
+"""A training run that can stop and continue: its network, optimizer and checkpoints.
 
 Usage:
     run = Run(load_digits(), Settings(optimizer="fused-adam"), torch.device("cpu"))
@@ -33,12 +33,12 @@ HUGE = 1e30  # the factor of a loss that explodes
 
 
 class RunError(Exception):
-    """Why a run cannot start as it was asked to."""
+    """The reason why a run can't start with these options."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result of a run, and so cannot change when it is resumed."""
+    """The options that decide the result of a run. They can't change when it is resumed."""
 
     data: str | None = None
     optimizer: str = "fused-adam"
@@ -83,10 +83,10 @@ class Run:
         self.device = device
         self.network = make_network(digits.side, len(digits.classes)).to(device)
         self.optimizer = make_optimizer(self.network, settings)
-        self.order = torch.Generator().manual_seed(settings.seed)  # of the training images
-        self.explosions: dict[int, str] = {}  # step: "loss" is huge, or "gradient" infinite
-        self.steps: dict[str, list[float]] = {}  # of each step: loss, grad_norm, skipped, ...
-        self.epochs: list[dict[str, float]] = []  # of each epoch: train_loss, test_loss, ...
+        self.order = torch.Generator().manual_seed(settings.seed)  # shuffles the training images
+        self.explosions: dict[int, str] = {}  # by step: "loss" (huge) or "gradient" (infinite)
+        self.steps: dict[str, list[float]] = {}  # values per step: loss, grad_norm, skipped, ...
+        self.epochs: list[dict[str, float]] = []  # values per epoch: train_loss, test_loss, ...
 
     @property
     def steps_per_epoch(self) -> int:
@@ -115,7 +115,7 @@ class Run:
         )
 
     def take_steps(self, bar: tqdm) -> dict[str, Tensor]:
-        """One epoch of steps. What they measure stays on the device until the epoch ends:
+        """Takes one epoch of steps. Their measurements stay on the device until the epoch ends:
         to read a tensor at each step would make the processor wait for the device each time.
         """
         log: dict[str, list[Tensor]] = {"loss": [], "correct": [], "grad_norm": [], "skipped": []}

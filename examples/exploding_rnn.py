@@ -10,11 +10,11 @@ read letter by letter. The network is a plain RNN of rectified linear units that
 identity (Le, Jaitly and Hinton, 2015, "A simple way to initialize recurrent networks of rectified
 linear units"; they clip). Its gradient goes back through a product of as many matrices as there are
 letters (Pascanu, Mikolov and Bengio, 2013, "On the difficulty of training recurrent neural
-networks"), 128 by default: while its norm is mostly around 1, in the second step it is 400,000.
+networks"), 128 by default. Its norm is mostly around 1, but in the second step it is 400,000.
 
-Without clipping, SGD leaps, and its weights are nan in that step. Adam divides by its average
-of squares, so it doesn't leap; but that average, with betas=(0.9, 0.999), remembers the first steps
-for thousands more, in which hardly anything is learned.
+Without clipping, SGD takes a huge step, and its weights become nan. Adam divides by the root of its
+average of squares, so that its step stays small. But with betas=(0.9, 0.999) the average remembers
+the first steps for thousands of steps, in which the network learns almost nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ with needs("numpy", "scikit-learn", "matplotlib", "tqdm"):
 
 from fusedopt.clip import Percentile, PerTensor, Unit, ZScore
 
-# Every way to train is a line here: its name, and what makes its optimizer.
+# Every way to train has a line here: its name, and the function that makes its optimizer.
 WAYS: dict[str, Callable[[Settings], Way]] = {
     "torch, no clipping": lambda it: torch_unclipped(),
     "torch, clip_grad_norm_": lambda it: torch_clipped(it.max_grad_norm),

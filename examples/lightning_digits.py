@@ -22,7 +22,7 @@ class Classifier(pl.LightningModule):
     def __init__(self, **options) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
-        self.options = options  # of the optimizer
+        self.options = options  # the optimizer's
 
     def training_step(self, batch, _):
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])

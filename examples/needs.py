@@ -1,4 +1,4 @@
-"""A word on a library that is missing, instead of a traceback."""
+"""A message about a missing library, instead of a traceback."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def needs(*packages: str) -> Iterator[None]:
-    """Around imports: where one of them is missing, says how to install all of these packages."""
+    """Wraps imports. If one fails, it says how to install all of these packages."""
     try:
         yield
     except ModuleNotFoundError as error:

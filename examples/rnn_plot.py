@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from digits_plot import curve, marked, visible
 from rnn_run import Run
 
-# Okabe and Ito's colors, told apart by every kind of eye.
+# Okabe and Ito's colors, which people with any kind of color vision can tell apart.
 COLORS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 MOST_LOSS = 6.0  # to guess costs ln 103 = 4.6

@@ -1,4 +1,4 @@
-"""What exploding_rnn.py trains: a text, a network, and the ways to take a step."""
+"""The parts of exploding_rnn.py: a text, a network, and the ways to take a step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Settings:
     LRS: ClassVar[dict[str, float]] = {"adam": 3e-3, "sgd": 0.1}
 
     optimizer: str = "adam"
-    lr: float | None = None  # None: that of LRS
+    lr: float | None = None  # None: the one in LRS
     max_grad_norm: float = 1.0
     steps: int = 200
     length: int = 128
@@ -73,14 +73,14 @@ class Network(nn.Module):
 
 
 class Reading(NamedTuple):
-    """What one step did with its gradients."""
+    """The result of one step: its norm and decision."""
 
     grad_norm: float
     clip_coef: float
     skipped: bool
 
 
-# Makes, for a network and its settings, the optimizer and what is done after `backward()`.
+# Makes the optimizer of a network, and the function to call after `backward()`.
 Way = Callable[[Network, Settings], tuple[torch.optim.Optimizer, Callable[[], Reading]]]
 
 
@@ -115,7 +115,7 @@ def torch_clipped(max_norm: float) -> Way:
 
 
 def fused(**clipping: Any) -> Way:
-    """One of fusedopt's, with these arguments beside those of all."""
+    """An optimizer of fusedopt with these arguments, in addition to the common ones."""
 
     def make(network: Network, settings: Settings) -> Any:
         options = settings.for_optimizer() | {"backend": settings.backend, "telemetry": 64}
@@ -137,9 +137,9 @@ class Run:
     """One way to train, from the same weights and on the same letters as all others.
 
     Attributes:
-        losses: of every step up to that which made a weight inf or nan.
-        readings: of every step.
-        test_loss: at the end, on text that was not trained on.
+        losses: the loss of every step, up to the step that made a weight inf or nan.
+        readings: the reading of every step.
+        test_loss: the loss at the end, on text that was not used for training.
     """
 
     COLUMNS = ("training loss", "test loss", "largest norm", "median norm", "clipped", "skipped")
@@ -155,7 +155,7 @@ class Run:
         self.test_loss = math.nan
 
     def train(self, bar: tqdm) -> None:
-        """All steps. fusedopt's runs are also logged, for `python -m fusedopt plot`."""
+        """Takes all steps. Runs of fusedopt are also logged, for `python -m fusedopt plot`."""
         monitor = None
         if isinstance(self.optimizer, fusedopt.FusedOptimizer):
             self.log.unlink(missing_ok=True)
@@ -172,7 +172,7 @@ class Run:
             self.test_loss = self.network.loss(test[:100]).item()
 
     def is_lost(self) -> bool:
-        """Whether a weight is inf or nan: then every loss is, for good."""
+        """Whether a weight is inf or nan. Then every later loss is too."""
         return not all(weight.isfinite().all() for weight in self.network.parameters())
 
     def step(self) -> None:

@@ -7,7 +7,8 @@ Usage:
 It needs `pip install numpy scikit-learn matplotlib tqdm`. Each epoch ends with a checkpoint in
 --out, from which --resume continues as if the run had never stopped; the run ends with a picture of
 its loss and gradient norm. With --explode, some steps get a huge loss or an infinite gradient. The
-fused optimizer clips the former and skips the latter; torch's, shown next to it, is lost.
+fused optimizer clips the huge loss's gradient and skips the infinite one. torch's optimizer, shown
+next to it, is lost.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ with needs("numpy", "scikit-learn", "matplotlib", "tqdm"):
     from digits_run import FUSED, TORCH, Run, RunError, Settings, load_checkpoint
     from tqdm import tqdm
 
-TABLE = {  # what each epoch notes: the title of its column and the format of its cells
+TABLE = {  # values per epoch: the title of the column, and the format of its cells
     "train_loss": ("train loss", "10.4f"),
     "train_accuracy": ("accuracy", "10.2%"),
     "test_loss": ("test loss", "10.4f"),
@@ -37,7 +38,7 @@ TABLE = {  # what each epoch notes: the title of its column and the format of it
     "skipped": ("skipped", "10d"),
     "seconds": ("seconds", "10.2f"),
 }
-EXPLODE_AT = (0.3, 0.5, 0.7)  # of the whole run, unless --explode names steps
+EXPLODE_AT = (0.3, 0.5, 0.7)  # parts of the whole run, unless --explode names steps
 
 
 def main(argv: Sequence[str] | None = None) -> None:

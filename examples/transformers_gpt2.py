@@ -19,7 +19,7 @@ import fusedopt
 
 TEXT = "".join(pydoc_data.topics.topics.values())
 CHARACTERS = sorted(set(TEXT))
-LENGTH = 64  # of the context
+LENGTH = 64  # of the context, in characters
 
 
 def make_model() -> Any:
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     no_gpu = not torch.cuda.is_available()
     rest: Any = {"report_to": "none", "disable_tqdm": not sys.stderr.isatty(), "use_cpu": no_gpu}
     rest |= {"max_steps": args.steps, "save_steps": args.steps, "logging_steps": 20, "bf16": True}
-    set_seed(0)  # of the weights
+    set_seed(0)  # for the weights
     model = make_model()
     with tempfile.TemporaryDirectory() as folder:
         setup = TrainingArguments(args.output or folder, max_grad_norm=clip, **rest)

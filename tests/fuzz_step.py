@@ -1,4 +1,4 @@
-"""Changes whatever Python code can change between steps, at random, and steps.
+"""Changes anything that Python code can change between steps, at random, and steps.
 
     python tests/fuzz_step.py [--mutations 1000000] [--seed 0] [--trace] [--emulated VARIANT]
 

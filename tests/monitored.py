@@ -1,4 +1,4 @@
-"""Optimizers with telemetry, small enough to look at every row, for tests of its ways out."""
+"""Small optimizers with telemetry, for tests that compare every row of a Monitor's outputs."""
 
 from __future__ import annotations
 

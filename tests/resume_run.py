@@ -1,4 +1,4 @@
-"""Trains one small network for every case, saves after every step, and goes on where it was.
+"""Trains one small network for every case, saves after every step, and continues from there.
 
 python resume_run.py CHECKPOINT STEPS [KILL]: with KILL, a number of events (an optimizer's step, or
 a checkpoint on its way to the disk) after which the process kills itself.

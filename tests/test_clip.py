@@ -1,4 +1,4 @@
-"""The formulas of adaptive limits by hand, equal bits, what is refused."""
+"""Adaptive limits: the formulas by hand, equal bits on all backends, refusals."""
 
 from __future__ import annotations
 

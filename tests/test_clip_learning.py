@@ -1,4 +1,4 @@
-"""What an adaptive limit learns: from which steps, and of which parameters."""
+"""An adaptive limit learns from the right steps, and from the right parameters."""
 
 from __future__ import annotations
 

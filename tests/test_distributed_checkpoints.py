@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint: its state_dicts, and files of it, in one process."""
+"""torch.distributed.checkpoint in one process: its state_dicts and its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums in limbs are exact: rounded once, as math.fsum, in any order and from any parts."""
+"""Sums in limbs are exact: rounded once, as by math.fsum, in any order and from any parts."""
 
 import math
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""What has no gradient is left alone, whatever it is; if it then gets one, it is named."""
+"""A parameter of any kind is left alone without a gradient, and refused by name with one."""
 
 from __future__ import annotations
 

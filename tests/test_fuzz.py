@@ -1,4 +1,4 @@
-"""Whatever changes between steps: the reference's bits, or an error that has changed nothing."""
+"""After any change, a step has the reference's bits, or raises and has changed nothing."""
 
 from __future__ import annotations
 

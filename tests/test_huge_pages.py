@@ -1,4 +1,4 @@
-"""Large states on the CPU lie in huge pages, where the operating system has them."""
+"""Large states on the CPU use huge pages, if the operating system has them."""
 
 from __future__ import annotations
 

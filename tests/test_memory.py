@@ -1,4 +1,4 @@
-"""Memory that tensors share, and memory that is no longer there."""
+"""Tensors that share memory, and tensors whose memory is gone."""
 
 from __future__ import annotations
 

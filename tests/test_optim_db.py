@@ -1,4 +1,4 @@
-"""The inputs with which torch tests its own optimizers: the same results, the same errors."""
+"""torch's own test inputs for its optimizers: the same results, the same errors."""
 
 from __future__ import annotations
 

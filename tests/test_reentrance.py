@@ -1,4 +1,4 @@
-"""Python code and other threads that run while a step looks at its tensors."""
+"""A step is safe from Python code and other threads that run in the middle of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every scheduler of torch drives our optimizers as it drives theirs."""
+"""Every scheduler of torch drives our optimizers as it drives torch's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked for takes effect or is refused by name, wherever it is written."""
+"""A setting takes effect or is refused by name, wherever it is given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""After a resume, steps count on from those of the checkpoint."""
+"""After a resume, the number of steps continues from the checkpoint's."""
 
 from __future__ import annotations
 

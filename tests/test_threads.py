@@ -1,4 +1,4 @@
-"""Several threads of one process, and processes that were forked."""
+"""Steps in several threads of one process, and in forked processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What trainers wrap around an optimizer: all that is set on the wrapper reaches the optimizer."""
+"""Settings on the wrapper that a trainer puts around an optimizer reach the optimizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A check that nothing waits for the device."""
+"""Checks that nothing waits for the device."""
 
 from __future__ import annotations
 
