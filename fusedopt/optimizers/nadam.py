@@ -119,9 +119,9 @@ class FusedNAdam(FusedOptimizer, torch.optim.NAdam):
             `TooManySkipsError`; None never does.
         process_group: the ranks that step together, a ProcessGroup or a DeviceMesh; None: those
             of the parameters' mesh, if they are DTensors.
-        plain: the meaning of parameters that are no DTensors: "replicated" or "own".
+        plain: what parameters that are no DTensors are over these ranks: "replicated" or "own".
 
-    `FusedOptimizer` explains these seven arguments, and which inputs are refused.
+    `FusedOptimizer` says more of these seven, and of what is refused.
     """
 
     rule = NADAM

@@ -123,9 +123,9 @@ class FusedRAdam(FusedOptimizer, torch.optim.RAdam):
             `TooManySkipsError`; None never does.
         process_group: the ranks that step together, a ProcessGroup or a DeviceMesh; None: those
             of the parameters' mesh, if they are DTensors.
-        plain: the meaning of parameters that are no DTensors: "replicated" or "own".
+        plain: what parameters that are no DTensors are over these ranks: "replicated" or "own".
 
-    `FusedOptimizer` explains these seven arguments, and which inputs are refused.
+    `FusedOptimizer` says more of these seven, and of what is refused.
     """
 
     rule = RADAM
