@@ -54,7 +54,7 @@ tsan-options := halt_on_error=1 history_size=0 ignore_noninstrumented_modules=1
 
 cpp := $(wildcard csrc/*.* csrc/*/*.*)
 emulation := $(wildcard tests/emulator/*.*)
-measuring := benchmarks/ceiling.cpp benchmarks/ceiling.cu $(wildcard tests/guard/*.c)
+measuring := benchmarks/ceiling.cpp benchmarks/ceiling.cu tests/front_end.cpp $(wildcard tests/guard/*.c)
 
 .PHONY: help demo test lint format sanitize racecheck bench bench-report peers clean tools
 
