@@ -1,12 +1,12 @@
 """The optimizer step of PyTorch training as one fast, safe operation."""
 
 from fusedopt import clip, reference
-from fusedopt.clip_grad import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 from fusedopt.core.checks import NonFiniteGradientError
 from fusedopt.core.optimizer import FusedOptimizer
 from fusedopt.core.skip_limit import TooManySkipsError
 from fusedopt.distributed import PeerError
-from fusedopt.grad_scaler import GradScaler
+from fusedopt.gradients.clip_grad import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
+from fusedopt.gradients.grad_scaler import GradScaler
 from fusedopt.monitoring import Monitor, NotALogError, RunLog, read_log
 from fusedopt.optimizers.adadelta import FusedAdadelta
 from fusedopt.optimizers.adam import FusedAdam, FusedAdamW

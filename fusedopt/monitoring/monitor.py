@@ -38,8 +38,7 @@ class Monitor:
 
     Rows are copied from the device in the background, many at once. A step doesn't wait for them,
     and they arrive a little late. All rows are written after `flush()` or `close()`, at the end of
-    a `with` block, and when Python exits. A step is written once. Several threads may step, flush
-    and close.
+    a `with` block, and when Python exits. Several threads may step, flush and close.
 
     A notebook's cell can be run again: an open Monitor of the same optimizer that writes to the
     same file or logger is closed, and the new one continues its numbering. A copy of a Monitor, as
