@@ -4,6 +4,7 @@ from fusedopt import clip, reference
 from fusedopt.core.checks import NonFiniteGradientError
 from fusedopt.core.optimizer import FusedOptimizer
 from fusedopt.core.skip_limit import TooManySkipsError
+from fusedopt.core.together import step_together
 from fusedopt.distributed import PeerError
 from fusedopt.gradients.clip_grad import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 from fusedopt.gradients.grad_scaler import GradScaler
@@ -45,4 +46,5 @@ __all__ = [
     "get_total_norm",
     "read_log",
     "reference",
+    "step_together",
 ]

@@ -101,6 +101,9 @@ class FusedOptimizer(Persistence, Stepper):
             "ranks": None,
             "all_replicated": False,
             "is_sharded": False,
+            "part": None,
+            "was_part": False,
+            "together": None,
             "view": LocalView(),
         }
         if not self._knows_ranks():

@@ -209,7 +209,7 @@ class Persistence(Readings):
     def __getstate__(self) -> dict[str, Any]:
         self._follow_names()
         kept = ("_backend", "_rings", "_names")
-        own = {**self._own, "plan": None, "ranks": None, "view": LocalView()}
+        own = {**self._own, "plan": None, "ranks": None, "together": None, "view": LocalView()}
         return {"_own": own, **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

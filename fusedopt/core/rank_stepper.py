@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,12 +18,26 @@ from fusedopt.distributed import (
     LocalView,
     Ranks,
     announce,
+    counted_chunks,
     find_ranks,
     has_dtensors,
     is_dtensor,
 )
 from fusedopt.reference import Group, StepOptions, distinct_params
 from fusedopt.reference.limits import PerTensor, Unit
+
+
+class Common(Protocol):
+    """What a step needs of a message: an `Exchange`, or one optimizer's part of it."""
+
+    counted: list[Tensor]
+
+    @property
+    def found_inf(self) -> Tensor: ...
+
+    def ask(self, skip: bool, is_sharded: bool) -> None: ...
+
+    def __call__(self, chunk_sums: list[Tensor]) -> float: ...
 
 
 class RankStepper(Readings):
@@ -34,8 +48,11 @@ class RankStepper(Readings):
 
     @abstractmethod
     def _step_anew(
-        self, mode: NonFinite, control: Tensor, exchange: Exchange | None = None
+        self, mode: NonFinite, control: Tensor, exchange: Common | None = None
     ) -> StepOptions: ...
+
+    @abstractmethod
+    def _nonfinite_mode(self) -> NonFinite: ...
 
     def _knows_ranks(self) -> bool:
         """Whether the user has said that each rank has parameters of its own."""
@@ -61,32 +78,35 @@ class RankStepper(Readings):
         Raises:
             PeerError: another rank refused the step, or is gone. Nothing has been changed.
         """
-        own, view = self._own, self._own["view"]
+        own = self._own
         exchange = Exchange(own["ranks"], asked)
-        try:
-            with exchange.joined():
-                self._take_grads()
-                if not self._look():
-                    plan = None
-                options = self._step_options(mode)
-                exchange.is_sharded = own["is_sharded"]
-                exchange.asks_for_skip = options.asks_for_skip()
-                options = options._replace(found_inf=exchange.found_inf)
-                exchange.counted = self._counted_chunks()
-                if plan is None or not plan.step(
-                    view.groups,
-                    view.state,
-                    *options.for_kernels(),
-                    control=control,
-                    exchange=exchange,
-                ):
-                    options = self._step_anew(mode, control, exchange)
-        finally:
-            view.end()
+        with exchange.joined():
+            options = self._step_with(exchange, mode, plan, control)
         if not exchange.is_sharded:  # the ranks have agreed on it: from now on each is alone
             own["all_replicated"] = True
             own["plan"] = None
         return options
+
+    def _step_with(
+        self, exchange: Common, mode: NonFinite, plan: Plan | None, control: Tensor
+    ) -> StepOptions:
+        """A step that gets its sum of squares from a message."""
+        try:
+            self._take_grads()
+            if not self._look():
+                plan = None
+            options = self._step_options(mode)
+            exchange.ask(options.asks_for_skip(), self._own["is_sharded"])
+            options = options._replace(found_inf=exchange.found_inf)
+            groups, states, _ = self._seen()
+            exchange.counted = self._counted_chunks()
+            if plan is not None and plan.step(
+                groups, states, *options.for_kernels(), control=control, exchange=exchange
+            ):
+                return options
+            return self._step_anew(mode, control, exchange)
+        finally:
+            self._own["view"].end()
 
     @torch.no_grad()
     def _look(self) -> bool:
@@ -111,16 +131,25 @@ class RankStepper(Readings):
         return view.groups, view.state, view.counters
 
     def _counted_chunks(self) -> list[Tensor]:
-        ranks: Ranks = self._own["ranks"]
-        counts = [ranks.counts(param, group) for group, param in distinct_params(self.param_groups)]
-        return self._own["view"].counted_chunks(counts)
+        ranks: Ranks | None = self._own["ranks"]
+        pairs = distinct_params(self.param_groups)
+        if ranks is None:
+            counts = [group.get("counted", True) for group, _ in pairs]
+        else:
+            counts = [ranks.counts(param, group) for group, param in pairs]
+        params = [param for _, param in distinct_params(self._seen()[0])]
+        return counted_chunks(params, counts)
 
     def _asked(self, mode: NonFinite) -> str:
         """What all ranks must have been asked for alike, in words."""
+        return f"{type(self).__name__}({self._asked_settings(mode)})"
+
+    def _asked_settings(self, mode: NonFinite | None = None) -> str:
         own = self._own
+        mode = mode or self._nonfinite_mode()
         return (
-            f"{type(self).__name__}(max_grad_norm={own['max_grad_norm']}, nonfinite={mode!r}, "
-            f"plain={own['plain']!r}, max_consecutive_skips={self.max_consecutive_skips})"
+            f"max_grad_norm={own['max_grad_norm']}, nonfinite={mode!r}, plain={own['plain']!r}, "
+            f"max_consecutive_skips={self.max_consecutive_skips}"
         )
 
     def _check_layout(self, param: Any, name: str) -> None:

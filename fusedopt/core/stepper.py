@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor
 from fusedopt import reference
 from fusedopt.core import backends, checks, sharding, state
 from fusedopt.core.plan import Plan
-from fusedopt.core.rank_stepper import RankStepper
+from fusedopt.core.rank_stepper import Common, RankStepper
 from fusedopt.core.settings import NonFinite, asks_for_norm
 from fusedopt.core.skip_limit import SkipLimit, TooManySkipsError
-from fusedopt.distributed import Exchange, local_of
+from fusedopt.distributed import local_of
 from fusedopt.reference import Control, StepOptions, norms
 from fusedopt.reference.groups import name_of
 from fusedopt.reference.limits import AdaptiveClip
@@ -34,12 +35,25 @@ class Stepper(RankStepper):
         plan = own["plan"]
         if [*map(len, own["param_groups"])] != own["group_sizes"]:
             plan = None  # a group has a new key, which may be one of ours
+        part = own["part"]
+        if part is None and own["was_part"]:
+            plan = own["plan"] = None  # its ranks were those of several optimizers
+        own["was_part"] = part is not None
+        if part is not None:  # of a step with other optimizers, after which the rest is done
+            options = self._step_with(part, mode, plan, control)
+            part.end = partial(self._end_step, mode, options, control)
+            return
         if plan is None:
             self._find_ranks(self._asked(mode))
         if own["ranks"] is not None:
             options = self._step_over_ranks(mode, plan, control, self._asked(mode))
         else:
             options = self._step_alone(mode, plan, control)
+        self._end_step(mode, options, control)
+
+    def _end_step(self, mode: NonFinite, options: StepOptions, control: Tensor) -> None:
+        """Raises what a skipped step is to raise."""
+        own = self._own
         if mode == "raise" and self._met_nonfinite(options, control):
             raise self._nonfinite_error()
         limit: SkipLimit | None = own["skip_limit"]
@@ -83,7 +97,7 @@ class Stepper(RankStepper):
         )
 
     def _step_anew(
-        self, mode: NonFinite, control: Tensor, exchange: Exchange | None = None
+        self, mode: NonFinite, control: Tensor, exchange: Common | None = None
     ) -> StepOptions:
         """A step by a new plan, or by the reference. Returns the options that it took."""
         plan, new_states = self._prepare()
@@ -95,19 +109,23 @@ class Stepper(RankStepper):
             options = options._replace(found_inf=exchange.found_inf)
             arguments["exchange"] = exchange
             exchange.counted = self._counted_chunks()
-        if plan is None:
-            reference.step(
-                self.rule,
-                groups,
-                states,
-                counters,
-                options,
-                control,
-                self._rings,
-                exchange,
-            )
-        elif not plan.step(groups, states, *options.for_kernels(), **arguments):
-            raise RuntimeError("fusedopt: a new plan doesn't fit its parameters; please report")
+        try:
+            if plan is None:
+                reference.step(
+                    self.rule,
+                    groups,
+                    states,
+                    counters,
+                    options,
+                    control,
+                    self._rings,
+                    exchange,
+                )
+            elif not plan.step(groups, states, *options.for_kernels(), **arguments):
+                raise RuntimeError("fusedopt: a new plan doesn't fit its parameters; please report")
+        except BaseException:  # of a refusal, by another rank as well
+            self._drop_state(new_states)
+            raise
         if new_states:
             self._settle(new_states, mode, control)
         return options
@@ -157,8 +175,8 @@ class Stepper(RankStepper):
     def _only_exact(self) -> str | None:
         """A setting, in words, that torch's own functions can't serve. None: there is none."""
         limit = self.max_grad_norm
-        if self._own["ranks"] is not None:
-            return "steps over several ranks"
+        if self._own["ranks"] is not None or self._own["part"] is not None:
+            return "steps over several ranks or with several optimizers"
         if isinstance(limit, AdaptiveClip):
             return f"max_grad_norm={limit}"
         return None if self._rings is None else f"telemetry={self._rings.size}"

@@ -51,27 +51,26 @@ class Exchange:
     """One step's message. Every rank sends exactly one: its sums, or that it refuses.
 
     Args:
-        ranks: who steps together.
+        ranks: who steps together; None: this rank alone, for several optimizers that do.
         asked: what this rank was asked for, in words; all ranks must have been asked for the same.
 
     Attributes:
         sent: whether this rank has sent its message.
         counted: by device, which chunks this rank adds to the sum: bool, shape (chunks,).
-        asks_for_skip: whether this rank asks all to skip the step.
         is_wide: whether this rank's result is float64; after the message, whether any rank's is.
         is_sharded: whether this rank has what others lack; after the message, whether any has.
         found_inf: after the message, 1 if any rank asks for a skip, else 0: 0-d float32.
     """
 
-    def __init__(self, ranks: Ranks, asked: str) -> None:
+    def __init__(self, ranks: Ranks | None, asked: str) -> None:
         self.sent = False
         self.counted: list[Tensor] = []
-        self.asks_for_skip = False
         self.is_wide = False
         self.is_sharded = False
         self.found_inf = torch.zeros((), dtype=torch.float32)
         self._ranks = ranks
         self._asked = asked
+        self._message = torch.zeros(SIZE, dtype=torch.int64)
 
     def __call__(self, chunk_sums: list[Tensor]) -> float:
         """The sum of squares over all ranks, from the sums of this rank's chunks, by device.
@@ -79,14 +78,27 @@ class Exchange:
         Raises:
             PeerError: a rank refused, or the ranks were asked for different steps.
         """
-        message = torch.zeros(SIZE, dtype=torch.int64)
-        for sums, counted in zip(chunk_sums, self.counted, strict=True):
+        self.collect(chunk_sums, self.counted)
+        return self.total()
+
+    def ask(self, skip: bool, is_sharded: bool) -> None:
+        """Whether this rank wants all to skip the step, and has what others may lack."""
+        self._message[FOUND_INF] += int(skip)
+        self.is_sharded = self.is_sharded or is_sharded
+
+    def collect(self, chunk_sums: list[Tensor], counted: list[Tensor]) -> None:
+        """Adds sums of this rank's chunks to its message."""
+        message = self._message
+        for sums, is_counted in zip(chunk_sums, counted, strict=True):
             sums = sums.detach().cpu()
-            message[:LIMBS] += exact_sum.to_limbs(sums[counted & sums.isfinite()])
+            message[:LIMBS] += exact_sum.to_limbs(sums[is_counted & sums.isfinite()])
             # Also of what is counted elsewhere: a copy that is broken here makes all ranks skip.
             message[NANS] += sums.isnan().sum()
             message[INFS] += sums.isinf().sum()
-        message[FOUND_INF] = int(self.asks_for_skip)
+
+    def total(self) -> float:
+        """Sends the message; returns the sum of squares over all ranks."""
+        message = self._message
         message[WIDE] = int(self.is_wide)
         message[SHARDED] = int(self.is_sharded)
         total = self._send(message)
@@ -107,8 +119,8 @@ class Exchange:
         except PeerError:
             raise
         except RefusalAhead:
-            self.counted = []
-            self([])
+            self._message.zero_()
+            self.total()
             message = "fusedopt: a refusal was announced and not made; please report"
             raise RuntimeError(message) from None
         except Exception as error:
@@ -119,17 +131,22 @@ class Exchange:
 
     def refuse(self, error: Exception) -> None:
         """Joins for a rank that can't step, so that nobody waits for it, and names its error."""
+        if self._ranks is None:
+            return
         message = torch.zeros(SIZE, dtype=torch.int64)
         message[REFUSALS] = 1
         self._send(message)
         self._gather(f"{type(error).__name__}: {error}")
 
     def _gather(self, item: Item) -> list[tuple[int, Item]]:
+        assert self._ranks is not None
         with _answered():
             return self._ranks.gather(item)
 
     def _send(self, message: Tensor) -> list[int]:
         self.sent = True
+        if self._ranks is None:
+            return message.tolist()
         digest = zlib.crc32(self._asked.encode()) & ((1 << _DIGEST_BITS) - 1)
         message[DIGEST], message[DIGEST_SQUARED] = digest, digest * digest
         return add_up(message, self._ranks.groups, self._ranks.device)
@@ -141,7 +158,7 @@ class Exchange:
 
     def _check_asked(self, total: list[int]) -> None:
         """By Cauchy and Schwarz, the two sums fit together only if all digests are equal."""
-        if self._ranks.size * total[DIGEST_SQUARED] == total[DIGEST] ** 2:
+        if self._ranks is None or self._ranks.size * total[DIGEST_SQUARED] == total[DIGEST] ** 2:
             return
         asked = self._gather(self._asked)
         told = "; ".join(f"rank {rank} has {it}" for rank, it in asked)

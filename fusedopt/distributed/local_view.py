@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt.reference import Group, distinct_params
+from fusedopt.reference import Group
 from fusedopt.reference.arithmetic import can_be_updated
 from fusedopt.reference.groups import name_of
 from fusedopt.reference.norms import CHUNK_SIZE
@@ -101,10 +101,6 @@ class LocalView:
         for local in self._sharded:
             local.grad = None
         self._sharded.clear()
-
-    def counted_chunks(self, counts: list[bool]) -> list[Tensor]:
-        """As `counted_chunks`; `counts` is of every parameter once."""
-        return counted_chunks([param for _, param in distinct_params(self.groups)], counts)
 
 
 def counted_chunks(params: list[Tensor], counts: list[bool]) -> list[Tensor]:
