@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import abstractmethod
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from fusedopt.distributed import (
     is_dtensor,
 )
 from fusedopt.reference import Group, StepOptions, distinct_params
-from fusedopt.reference.limits import PerTensor, Unit
+from fusedopt.reference.limits import AdaptiveClip, PerTensor, Unit
 
 
 class Common(Protocol):
@@ -149,8 +150,18 @@ class RankStepper(Readings):
         mode = mode or self._nonfinite_mode()
         return (
             f"max_grad_norm={own['max_grad_norm']}, nonfinite={mode!r}, plain={own['plain']!r}, "
-            f"max_consecutive_skips={self.max_consecutive_skips}"
+            f"max_consecutive_skips={self.max_consecutive_skips}{self._learned()}"
         )
+
+    def _learned(self) -> str:
+        """A checksum of what a limit of the common norm has learned, in words."""
+        limit, state = self.max_grad_norm, self._own["clip_state"]
+        if not isinstance(limit, AdaptiveClip) or limit.part is not None or state is None:
+            return ""
+        if state.numel() == 0 or state[0] == 0:  # no step yet
+            return ""
+        checksum = zlib.crc32(repr(state.tolist()).encode())
+        return f", a limit that has learned from {int(state[0])} steps ({checksum:08x})"
 
     def _check_layout(self, param: Any, name: str) -> None:
         """Refuses a DTensor that no step over ranks can take."""

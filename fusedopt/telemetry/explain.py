@@ -88,7 +88,9 @@ def describe_nonfinite(telemetry: Telemetry, row: int) -> str:
     if not names:
         if telemetry.grad_norm[row].isfinite():
             return "no gradient holds inf or nan; a scaler asked for it (found_inf)"
-        return "no gradient holds inf or nan, but their squares overflow"
+        if any(param.grad_norm[row].isinf() for param in telemetry.params.values()):
+            return "no gradient holds inf or nan, but their squares overflow"
+        return "gradients of another rank hold inf or nan"
     words = []
     for name in names[:NAMED]:
         param = telemetry.params[name]
