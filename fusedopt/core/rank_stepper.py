@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from abc import abstractmethod
 from typing import Any, Protocol
 
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from fusedopt.core import sharding
 from fusedopt.core.checks import NonFiniteGradientError
+from fusedopt.core.learned_limit import LearnedLimit
 from fusedopt.core.plan import Plan
-from fusedopt.core.readings import Readings
 from fusedopt.core.settings import NonFinite
 from fusedopt.distributed import (
     Exchange,
@@ -25,7 +24,7 @@ from fusedopt.distributed import (
     is_dtensor,
 )
 from fusedopt.reference import Group, StepOptions, distinct_params
-from fusedopt.reference.limits import AdaptiveClip, PerTensor, Unit
+from fusedopt.reference.limits import PerTensor, Unit
 
 
 class Common(Protocol):
@@ -41,7 +40,7 @@ class Common(Protocol):
     def __call__(self, chunk_sums: list[Tensor]) -> float: ...
 
 
-class RankStepper(Readings):
+class RankStepper(LearnedLimit):
     """What a step needs beyond one process."""
 
     @abstractmethod
@@ -152,16 +151,6 @@ class RankStepper(Readings):
             f"max_grad_norm={own['max_grad_norm']}, nonfinite={mode!r}, plain={own['plain']!r}, "
             f"max_consecutive_skips={self.max_consecutive_skips}{self._learned()}"
         )
-
-    def _learned(self) -> str:
-        """A checksum of what a limit of the common norm has learned, in words."""
-        limit, state = self.max_grad_norm, self._own["clip_state"]
-        if not isinstance(limit, AdaptiveClip) or limit.part is not None or state is None:
-            return ""
-        if state.numel() == 0 or state[0] == 0:  # no step yet
-            return ""
-        checksum = zlib.crc32(repr(state.tolist()).encode())
-        return f", a limit that has learned from {int(state[0])} steps ({checksum:08x})"
 
     def _check_layout(self, param: Any, name: str) -> None:
         """Refuses a DTensor that no step over ranks can take."""

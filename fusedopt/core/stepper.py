@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from functools import partial
 from typing import Any
 
@@ -227,29 +226,6 @@ class Stepper(RankStepper):
                 continue
             own["sharded"] = own["sharded"] or sharding.sharded_param(param, name)
         sharding.refuse(own["sharded"], *asks_for_norm(own["max_grad_norm"], own["nonfinite"]))
-
-    @torch.inference_mode(False)
-    def _clip_state(self, clip: AdaptiveClip) -> Tensor:
-        """The state of an adaptive limit, on the first parameter's device."""
-        device = self._readings().device
-        num_params = sum(len(group["params"]) for group in self.param_groups)
-        before = self._own["clip_state"]
-        clip_state = clip.resize(before, num_params, device)
-        if clip_state is not before and clip_state.numel() > 0:
-            checks.check_new_state(str(clip), "a step with this max_grad_norm")
-        self._own["clip_state"] = clip_state
-        return clip_state
-
-    def _move_clip_state(self) -> None:
-        """Reorders the state of a limit if parameters have changed places."""
-        limit, clip_state = self.max_grad_norm, self._own["clip_state"]
-        before = self._own["clip_params"]
-        params = [param for _, param in reference.distinct_params(self.param_groups)]
-        if isinstance(limit, AdaptiveClip) and clip_state is not None and before is not None:
-            same = len(before) == len(params) and all(map(operator.is_, before, params))
-            if not same:
-                self._own["clip_state"] = limit.reorder(clip_state, before, params)
-        self._own["clip_params"] = params
 
     def _drop_state(self, params: list[Tensor]) -> None:
         if params:
