@@ -48,7 +48,7 @@ std::vector<OptionInfo> options_of() {
     const double* const begin = reinterpret_cast<const double*>(&h);
     for (const auto& option : Rule::kHyperparameters) {
       const int first = static_cast<int>(&(h.*option.first) - begin);
-      options.push_back({option.name, first, option.count, option.on_host});
+      options.push_back({option.name, first, option.count, option.on_host, option.any_sign});
     }
   }
   return options;

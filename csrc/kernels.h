@@ -29,6 +29,7 @@ struct OptionInfo {
   std::string name;
   int first, count;
   double (*on_host)(double);  // null, or a function that the host applies to the number
+  bool any_sign;              // else a number below 0 is refused
 };
 
 // A rule as a front end sees it.

@@ -59,7 +59,6 @@ BAD_FOR_TORCH = [
     {"betas": (0.9, -0.1)},
     {"betas": (0.9, 1.0)},
     {"alpha": -0.1},
-    {"alpha": "0.9"},
     {"momentum": -0.5},
     {"lr": torch.tensor(0.1), "foreach": True},
     {"lr": torch.tensor([0.1, 0.2])},
@@ -160,3 +159,20 @@ def test_limits_on_a_command_line(case, path, options, limit):
     for value, expected in (("0.5", 0.5), ("null", None)):
         parsed = parser.parse_args([f"--optimizer.max_grad_norm={value}"])
         assert parsed.optimizer.max_grad_norm == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"lr": "1e-3"}, "lr is '1e-3'; expected one number"),  # as YAML reads it
+        ({"lr": None}, "lr is None; expected one number"),
+        ({"weight_decay": 1j}, r"weight_decay is 1j; expected one number"),
+        ({"eps": [1e-8]}, r"eps is \[1e-08\]; expected one number"),
+        ({"betas": 0.9}, "betas is 0.9; expected 2 numbers"),
+        ({"betas": (0.9, "0.99")}, r"betas is \(0.9, '0.99'\); expected 2 numbers"),
+    ],
+    ids=str,
+)
+def test_options_that_are_no_numbers_are_refused_by_name(options, told):
+    with pytest.raises((TypeError, ValueError), match=f"^{told}$"):
+        fusedopt.FusedAdamW([torch.zeros(1)], **options)

@@ -57,6 +57,10 @@ def test_ours_set_later_in_a_param_group_are_refused_by_the_next_step(backend, k
     optimizer.param_groups[1]["name"] = "a user's"
     optimizer.step()
     assert tensors_of(optimizer)["step 0"] == 2
+    del optimizer.param_groups[1]["name"]  # as many keys as before, but another one
+    optimizer.param_groups[1][key] = value
+    with pytest.raises(ValueError, match=f"param group 1 has '{key}'"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("key", OURS)
@@ -177,10 +181,10 @@ def cases_with(options):
     [(case, *it) for it in OUT_OF_RANGE for case in cases_with(it[0])],
     ids=str,
 )
-def test_option_out_of_range(case, options, words):
-    params = make_params([(3,), (4,)])
+def test_option_out_of_range(backend, case, options, words):
+    params = make_params([(3,), (4,)], device=backend.device)
     groups = [{"params": p} for p in params]
-    optimizer = case.cls(groups, backend="reference", **case.kwargs)
+    optimizer = backend.make(case.cls, groups, **case.kwargs)
     set_grads(params, 0)
     optimizer.step()
     before = snapshot(optimizer)
@@ -191,7 +195,7 @@ def test_option_out_of_range(case, options, words):
             optimizer.step()
     optimizer.param_groups[1].update(kept)
     with pytest.raises(ValueError, match=f"param group 2: {words}; expected"):
-        optimizer.add_param_group({"params": [torch.zeros(1)], **options})
+        optimizer.add_param_group({"params": make_params([(1,)]), **options})
     assert_same_bits(tensors_of(optimizer), before)
     assert len(optimizer.param_groups) == 2
     optimizer.step()

@@ -28,6 +28,7 @@ struct Option {
   // Null, or a function that the host applies to the number. libm's functions give other bits on
   // the device.
   double (*on_host)(double) = nullptr;
+  bool any_sign = false;  // else a number below 0 is refused
 };
 
 // A state or a scalar of a parameter, and its first value.

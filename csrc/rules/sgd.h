@@ -15,7 +15,7 @@ struct SGD : RuleDefaults {
   static constexpr Option<Hyperparameters> kHyperparameters[] = {
       {"lr", &Hyperparameters::lr},
       {"momentum", &Hyperparameters::momentum},
-      {"dampening", &Hyperparameters::dampening},
+      {"dampening", &Hyperparameters::dampening, 1, nullptr, /*any_sign=*/true},
       {"weight_decay", &Hyperparameters::weight_decay},
       {"nesterov", &Hyperparameters::nesterov},
       {"maximize", &Hyperparameters::maximize}};

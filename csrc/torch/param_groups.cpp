@@ -70,6 +70,12 @@ void read_numbers(const OptionInfo& option, const py::object& value, double* num
   for (int k = 0; k < option.count; ++k) numbers[k] = to_double(py::object(items[k]).ptr());
 }
 
+// torch's ranges: betas are in [0, 1), all other numbers are not negative. nan is in no range.
+bool in_range(const OptionInfo& option, double number) {
+  if (option.any_sign) return true;
+  return number >= 0 && (option.count == 1 || number < 1);
+}
+
 bool stays_on_device(PyObject* value, c10::Device device) {
   if (device.is_cpu() || !is_tensor(value)) return false;
   const at::Tensor& tensor = THPVariable_Unpack(value);
@@ -134,6 +140,9 @@ Group read_group(const RuleInfo& rule, const std::vector<PyObject*>& names, PyOb
     if (!value) throw py::key_error(option.name);
     if (option.count > 1) {
       read_numbers(option, value, numbers);
+      for (int k = 0; k < option.count; ++k) {
+        if (!in_range(option, numbers[k])) refuse(option, value);
+      }
     } else if (is_list_or_tuple(value.ptr())) {
       refuse(option, value);
     } else if (option.name == "lr" && stays_on_device(value.ptr(), device)) {
@@ -143,6 +152,7 @@ Group read_group(const RuleInfo& rule, const std::vector<PyObject*>& names, PyOb
       numbers[0] = 0;  // states_used() does not depend on it
     } else {
       const double number = to_double(value.ptr());
+      if (!in_range(option, number)) refuse(option, value);
       numbers[0] = option.on_host != nullptr ? option.on_host(number) : number;
     }
   }

@@ -186,20 +186,29 @@ def check_options(
         )
     for key, default in defaults.items():
         if key in _COUNTS or (key not in IMPLEMENTATION and _is_number(default)):
-            _check_numbers(index, key, group[key])
+            _check_numbers(key, group[key], f"param group {index}'s {key}")
 
 
-def _check_numbers(index: int, key: str, value: Any) -> None:
+def check_arguments(options: dict[str, Any], error: Exception) -> None:
+    """Refuses by name an option that is no number, after torch's constructor has raised `error`."""
+    for key, value in options.items():
+        if key not in IMPLEMENTATION:
+            try:
+                _check_numbers(key, value, key)
+            except (TypeError, ValueError) as ours:
+                raise ours from error
+
+
+def _check_numbers(key: str, value: Any, name: str) -> None:
     count = _COUNTS.get(key, 1)
     is_list = not (count == 1 and isinstance(value, Tensor)) and as_tuple(value) is not None
     numbers = (as_tuple(value) or ()) if is_list else (value,)
     for number in numbers:  # before torch reads or prints the number
         if type(number) is Tensor and number.layout == torch.strided:
-            check_memory(number, f"param group {index}'s {key}")
+            check_memory(number, name)
     if is_list != (count > 1) or len(numbers) != count or not all(map(_is_number, numbers)):
         raise (ValueError if is_list or isinstance(value, Tensor) else TypeError)(
-            f"param group {index}'s {key} is {value!r}; expected "
-            f"{'one number' if count == 1 else f'{count} numbers'}"
+            f"{name} is {value!r}; expected {'one number' if count == 1 else f'{count} numbers'}"
         )
 
 

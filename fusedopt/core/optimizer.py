@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, overload
@@ -73,6 +74,14 @@ class FusedOptimizer(Persistence, Stepper):
             refused; the message names it. Nothing has been changed.
     """
 
+    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__init__(params, *args, **kwargs)
+        except TypeError as error:  # torch's words don't name the option
+            given = inspect.signature(super().__init__).bind(params, *args, **kwargs).arguments
+            checks.check_arguments({key: it for key, it in given.items() if key != "params"}, error)
+            raise
+
     def _configure(
         self,
         max_grad_norm: Any,
@@ -94,7 +103,7 @@ class FusedOptimizer(Persistence, Stepper):
             "grad_scale": None,
             "found_inf": None,
             "skips_for_scaler": False,
-            "group_sizes": [],
+            "group_keys": [],
             "sharded": None,
             "process_group": process_group,
             "plain": check_settings.check_plain(plain),

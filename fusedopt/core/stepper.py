@@ -32,7 +32,7 @@ class Stepper(RankStepper):
         mode = self._nonfinite_mode()
         control = self._readings()
         plan = own["plan"]
-        if [*map(len, own["param_groups"])] != own["group_sizes"]:
+        if [*map(tuple, own["param_groups"])] != own["group_keys"]:
             plan = None  # a group has a new key, which may be one of ours
         part = own["part"]
         if part is None and own["was_part"]:
@@ -160,7 +160,7 @@ class Stepper(RankStepper):
             if state.complete(self.rule, group, param, self.state, counters)
         ]
         self._move_clip_state()
-        self._own["group_sizes"] = [*map(len, self.param_groups)]
+        self._own["group_keys"] = [*map(tuple, self.param_groups)]
         try:
             self._look()
             groups, states, counters = self._seen()
