@@ -3,6 +3,7 @@
 from fusedopt import clip, reference
 from fusedopt.core.checks import NonFiniteGradientError
 from fusedopt.core.optimizer import FusedOptimizer
+from fusedopt.core.replicas import ReplicasDifferError
 from fusedopt.core.skip_limit import TooManySkipsError
 from fusedopt.core.together import step_together
 from fusedopt.distributed import PeerError
@@ -37,6 +38,7 @@ __all__ = [
     "ParamTelemetry",
     "PeerError",
     "PendingTelemetry",
+    "ReplicasDifferError",
     "RunLog",
     "Telemetry",
     "TooManySkipsError",

@@ -22,6 +22,7 @@ OURS = {
     "max_consecutive_skips": 3,
     "process_group": "everyone",
     "plain": "own",
+    "check_replicas": 2,
 }
 
 

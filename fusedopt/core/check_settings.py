@@ -16,7 +16,7 @@ NONFINITE_MODES = ("skip", "raise", "propagate")
 BACKENDS = ("cuda", "cpu", "reference")
 OURS = (
     *("max_grad_norm", "nonfinite", "backend", "telemetry", "max_consecutive_skips"),
-    *("process_group", "plain"),
+    *("process_group", "plain", "check_replicas"),
 )
 MAX_TELEMETRY = 2**31 - 1
 
@@ -73,7 +73,7 @@ def check_telemetry(value: Any) -> int | None:
 
 def check_attribute(owner: type, name: str, value: Any) -> None:
     """Refuses to set an attribute without effect, such as a misspelled setting."""
-    if name in ("backend", "process_group", "plain") or (
+    if name in ("backend", "process_group", "plain", "check_replicas") or (
         name == "telemetry" and not callable(value)
     ):
         raise AttributeError(f"{name} is an argument of {owner.__name__}, and can't be set later")

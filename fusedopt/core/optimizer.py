@@ -53,7 +53,12 @@ class FusedOptimizer(Persistence, Stepper):
       and updated, but its gradients are counted on another rank (tied embeddings of pipeline
       stages).
 
-    All but `backend`, `telemetry`, `process_group` and `plain` are attributes and may be changed
+    * `check_replicas` (int > 0, or None): once in so many steps, the ranks that should hold the
+      same gradients compare checksums of their bits: copies of DDP, replicated dimensions of a
+      mesh. If some differ, nothing is changed, and all ranks raise `ReplicasDifferError` with the
+      names of parameters and ranks. It reads the gradients once more, and waits for the device.
+
+    All but `backend`, `telemetry` and these last three are attributes and may be changed
     between steps. `foreach`, `fused` and `capturable` are accepted where the twin has them, and
     change nothing: the step is always fused and capturable.
 
@@ -91,6 +96,7 @@ class FusedOptimizer(Persistence, Stepper):
         max_consecutive_skips: Any,
         process_group: Any,
         plain: Any,
+        check_replicas: Any,
     ) -> None:
         """Sets our own arguments. Call it before torch's __init__, which adds the param groups."""
         self._own = {
@@ -107,6 +113,8 @@ class FusedOptimizer(Persistence, Stepper):
             "sharded": None,
             "process_group": process_group,
             "plain": check_settings.check_plain(plain),
+            "check_replicas": check_settings.check_count("check_replicas", check_replicas),
+            "steps_until_check": check_replicas,
             "ranks": None,
             "all_replicated": False,
             "is_sharded": False,

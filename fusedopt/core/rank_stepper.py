@@ -6,12 +6,14 @@ from abc import abstractmethod
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fusedopt.core import sharding
 from fusedopt.core.checks import NonFiniteGradientError
 from fusedopt.core.learned_limit import LearnedLimit
 from fusedopt.core.plan import Plan
+from fusedopt.core.replicas import check_replicas
 from fusedopt.core.settings import NonFinite
 from fusedopt.distributed import (
     Exchange,
@@ -69,6 +71,19 @@ class RankStepper(LearnedLimit):
             if own["all_replicated"] and not own["is_sharded"]:
                 own["ranks"] = None
         return own["ranks"]
+
+    def _compare_replicas(self) -> None:
+        """Once in `check_replicas` steps, compares gradients with the ranks that have copies."""
+        own = self._own
+        own["steps_until_check"] -= 1
+        if own["steps_until_check"] > 0:
+            return
+        own["steps_until_check"] = own["check_replicas"]
+        ranks = own["ranks"]
+        if ranks is None and dist.is_available() and dist.is_initialized():
+            ranks = Ranks(own["process_group"] or dist.group.WORLD, own["plain"])
+        if ranks is not None and ranks.size > 1:
+            check_replicas(own["param_groups"], ranks, own["plain"])
 
     def _step_over_ranks(
         self, mode: NonFinite, plan: Plan | None, control: Tensor, asked: str
@@ -149,7 +164,8 @@ class RankStepper(LearnedLimit):
         mode = mode or self._nonfinite_mode()
         return (
             f"max_grad_norm={own['max_grad_norm']}, nonfinite={mode!r}, plain={own['plain']!r}, "
-            f"max_consecutive_skips={self.max_consecutive_skips}{self._learned()}"
+            f"max_consecutive_skips={self.max_consecutive_skips}, "
+            f"check_replicas={own['check_replicas']}{self._learned()}"
         )
 
     def _check_layout(self, param: Any, name: str) -> None:

@@ -47,6 +47,7 @@ class Readings(Settings):
             "max_consecutive_skips": self.max_consecutive_skips,
             "process_group": own["process_group"],
             "plain": own["plain"],
+            "check_replicas": own["check_replicas"],
         }
 
     @property

@@ -39,11 +39,15 @@ class Stepper(RankStepper):
             plan = own["plan"] = None  # its ranks were those of several optimizers
         own["was_part"] = part is not None
         if part is not None:  # of a step with other optimizers, after which the rest is done
+            if own["check_replicas"] is not None:
+                self._compare_replicas()
             options = self._step_with(part, mode, plan, control)
             part.end = partial(self._end_step, mode, options, control)
             return
         if plan is None:
             self._find_ranks(self._asked(mode))
+        if own["check_replicas"] is not None:
+            self._compare_replicas()
         if own["ranks"] is not None:
             options = self._step_over_ranks(mode, plan, control, self._asked(mode))
         else:

@@ -13,7 +13,7 @@ from fusedopt.distributed.local_view import (
     whole,
     without_partial,
 )
-from fusedopt.distributed.ranks import Ranks, has_dtensors
+from fusedopt.distributed.ranks import Ranks, has_dtensors, replica_of
 
 __all__ = [
     "Exchange",
@@ -30,6 +30,7 @@ __all__ = [
     "local_of",
     "not_sharded",
     "placed_as",
+    "replica_of",
     "whole",
     "without_partial",
 ]

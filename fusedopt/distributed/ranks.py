@@ -97,6 +97,23 @@ class Ranks:
         return sorted(items, key=lambda it: it[0])
 
 
+def replica_of(param: Any, plain: str) -> tuple[Any, ...] | None:
+    """What ranks have in common that hold the same part of a parameter. None: no other rank does.
+
+    For a DTensor it is this rank's place in the dimensions of the mesh that cut it.
+    """
+    if not is_dtensor(param):
+        return None if plain == "own" else ()
+    mesh = param.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return None
+    places = zip(coordinate, param.placements, strict=True)
+    cuts = tuple(-1 if it.is_replicate() else place for place, it in places)
+    copies = tuple(mesh.mesh.flatten().tolist()) if plain == "own" else ()
+    return cuts, copies
+
+
 def meshes_of(param_groups: list[Group]) -> list[Any]:
     """The meshes of the parameters that are DTensors, in the order of the parameters."""
     params: list[Any] = [param for _, param in distinct_params(param_groups)]

@@ -96,8 +96,10 @@ class FusedAdadelta(FusedOptimizer, torch.optim.Adadelta):
         process_group: the ranks that step together, a ProcessGroup or a DeviceMesh; None: those
             of the parameters' mesh, if they are DTensors.
         plain: what parameters that are no DTensors are over these ranks: "replicated" or "own".
+        check_replicas: in how many steps the ranks compare once the gradients that they should have
+            in common, or None.
 
-    `FusedOptimizer` says more of these seven, and of what is refused.
+    `FusedOptimizer` says more of these eight, and of what is refused.
     """
 
     rule = ADADELTA
@@ -121,6 +123,7 @@ class FusedAdadelta(FusedOptimizer, torch.optim.Adadelta):
         max_consecutive_skips: int | None = None,
         process_group: ProcessGroup | DeviceMesh | None = None,
         plain: Plain = "replicated",
+        check_replicas: int | None = None,
     ) -> None:
         self._configure(
             max_grad_norm,
@@ -130,6 +133,7 @@ class FusedAdadelta(FusedOptimizer, torch.optim.Adadelta):
             max_consecutive_skips,
             process_group,
             plain,
+            check_replicas,
         )
         super().__init__(
             params,

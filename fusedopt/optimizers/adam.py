@@ -114,8 +114,10 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
         process_group: the ranks that step together, a ProcessGroup or a DeviceMesh; None: those
             of the parameters' mesh, if they are DTensors.
         plain: what parameters that are no DTensors are over these ranks: "replicated" or "own".
+        check_replicas: in how many steps the ranks compare once the gradients that they should have
+            in common, or None.
 
-    `FusedOptimizer` says more of these seven, and of what is refused.
+    `FusedOptimizer` says more of these eight, and of what is refused.
     """
 
     rule = ADAM
@@ -142,6 +144,7 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
         max_consecutive_skips: int | None = None,
         process_group: ProcessGroup | DeviceMesh | None = None,
         plain: Plain = "replicated",
+        check_replicas: int | None = None,
     ) -> None:
         self._configure(
             max_grad_norm,
@@ -151,6 +154,7 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
             max_consecutive_skips,
             process_group,
             plain,
+            check_replicas,
         )
         super().__init__(
             params,
@@ -196,8 +200,10 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
         process_group: the ranks that step together, a ProcessGroup or a DeviceMesh; None: those
             of the parameters' mesh, if they are DTensors.
         plain: what parameters that are no DTensors are over these ranks: "replicated" or "own".
+        check_replicas: in how many steps the ranks compare once the gradients that they should have
+            in common, or None.
 
-    `FusedOptimizer` says more of these seven, and of what is refused.
+    `FusedOptimizer` says more of these eight, and of what is refused.
     """
 
     rule = ADAM
@@ -223,6 +229,7 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
         max_consecutive_skips: int | None = None,
         process_group: ProcessGroup | DeviceMesh | None = None,
         plain: Plain = "replicated",
+        check_replicas: int | None = None,
     ) -> None:
         self._configure(
             max_grad_norm,
@@ -232,6 +239,7 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
             max_consecutive_skips,
             process_group,
             plain,
+            check_replicas,
         )
         super().__init__(
             params,
