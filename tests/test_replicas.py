@@ -82,8 +82,19 @@ def what_is_no_copy(rank):
         opt.step()
 
 
+def what_the_step_refuses(rank):
+    """A gradient that can't be read is for the step to name."""
+    params = [torch.nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    for param in params:
+        param.grad = torch.ones(4)
+    params[0].grad = params[0].grad.to_sparse()
+    opt = fusedopt.FusedSGD(params, lr=0.1, check_replicas=1)
+    with pytest.raises(RuntimeError, match=r"parameter 0 .* is sparse"):
+        opt.step()
+
+
 def copies(rank):
-    for body in (forgotten_no_sync, mesh_of_copies, what_is_no_copy):
+    for body in (forgotten_no_sync, mesh_of_copies, what_is_no_copy, what_the_step_refuses):
         body(rank)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt.core import checks
 from fusedopt.distributed import Ranks, is_dtensor, is_placed_as, local_of, replica_of
 from fusedopt.reference import Group
 from fusedopt.reference.groups import named_params
@@ -46,14 +47,10 @@ def check_replicas(param_groups: list[Group], ranks: Ranks, plain: str) -> None:
     Raises:
         ReplicasDifferError: on all ranks alike.
     """
-    try:
-        own = _checksums(param_groups, plain)
-    except (TypeError, KeyError, RuntimeError):
-        own = {}  # the step refuses it, with the names that belong to it
     first: Checksums = {}
     names: dict[str, None] = {}
     found: set[int] = set()
-    for rank, checksums in ranks.gather(own):
+    for rank, checksums in ranks.gather(_checksums(param_groups, plain)):
         for replica, checksum in checksums.items():
             if first.setdefault(replica, checksum) != checksum:
                 names[str(replica[0])] = None
@@ -74,11 +71,22 @@ def _checksums(param_groups: list[Group], plain: str) -> Checksums:
         key = (name, len(pairs), tuple(param.shape), *replica)
         if grad is None:
             checksums[key] = None
-        elif not is_dtensor(grad) or is_placed_as(param, grad):
+        elif _is_whole(param, grad):
             measured.append((key, _sum_of_bits(local_of(grad))))
     for (key, _), value in zip(measured, _to_host([it for _, it in measured]), strict=True):
         checksums[key] = value
     return checksums
+
+
+def _is_whole(param: Any, grad: Any) -> bool:
+    """Whether it is a gradient that can be compared. What can't be read, the step refuses."""
+    if is_dtensor(grad) and not (is_dtensor(param) and is_placed_as(param, grad)):
+        return False
+    try:
+        checks.check_readable(local_of(grad), "a gradient")
+    except (TypeError, RuntimeError):
+        return False
+    return not grad.is_meta
 
 
 def _sum_of_bits(grad: Tensor) -> Tensor:
