@@ -322,6 +322,7 @@ def test_parts_of_flat_parameters_are_refused_where_a_norm_is_asked_for(two_rank
     model = make_model()
     setattr(model[0].bias, mark, True)
     words = r"'0.bias' \(parameter 1 of param group 0\) is a part of FullyShardedDataParallel's"
+    words += r".* process_group=, and give plain='own'"
     assert_refused_where_a_norm_is_asked_for(
         lambda **options: fusedopt.FusedAdam(model.named_parameters(), **options), words
     )
@@ -355,7 +356,9 @@ def test_zero_redundancy_optimizer_is_refused_where_a_norm_is_asked_for(two_rank
 
     assert zero_redundancy_optimizer.__name__ == ZeroRedundancyOptimizer.__module__
     assert_refused_where_a_norm_is_asked_for(
-        make, "ZeroRedundancyOptimizer gives each rank its own"
+        make,
+        "ZeroRedundancyOptimizer gives each rank its own parameters. Clip all of the model's "
+        "gradients with fusedopt.clip_grad_norm_ before the step. As it is",
     )
 
 

@@ -144,9 +144,7 @@ def _check_whole(tensors: list[Tensor]) -> None:
     for index, tensor in enumerate(tensors):
         part = sharding.sharded_param(tensor, f"parameter {index}")
         if part is not None:
-            raise RuntimeError(
-                f"{part}; or expected process_group=, the ranks that clip together, and plain='own'"
-            )
+            raise RuntimeError(f"{part}: as it is, each rank would clip by a norm of its own")
 
 
 def _with_grad(tensor: Any, grad: Any) -> Any:

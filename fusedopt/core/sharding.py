@@ -25,7 +25,7 @@ def sharding_caller() -> str | None:
         return None
     return (
         f"{name} gives each rank its own parameters. Clip all of the model's gradients "
-        "with fusedopt.clip_grad_norm_ before the step"
+        "with fusedopt.clip_grad_norm_ before the step"  # it takes no process_group= for us
     )
 
 
@@ -34,8 +34,8 @@ def sharded_param(param: Tensor, name: str) -> str | None:
     if not is_flat_part(param):
         return None
     return (
-        f"{name} is a part of FullyShardedDataParallel's, and each rank has its own. Clip with "
-        "FullyShardedDataParallel.clip_grad_norm_ before the step"
+        f"{name} is a part of FullyShardedDataParallel's, and each rank has its own. Name the "
+        "ranks that step together, process_group=, and give plain='own'"
     )
 
 
@@ -50,9 +50,9 @@ def refuse(sharded: str | None, *asked: str) -> None:
     if sharded is not None and asked:
         raise RuntimeError(
             f"{' and '.join(asked)} can't be had: {sharded}. As it is, a rank would clip by its "
-            "own norm and skip by itself, which leaves a half-updated model; expected "
-            "process_group=, the ranks that step together, with plain='own', or neither "
-            "max_grad_norm nor nonfinite nor fusedopt.GradScaler, without which the update is right"
+            "own norm and skip by itself, which leaves a half-updated model; expected that, or "
+            "neither max_grad_norm nor nonfinite nor fusedopt.GradScaler, without which the update "
+            "is right"
         )
 
 
