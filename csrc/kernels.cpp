@@ -75,7 +75,7 @@ void check(const RuleInfo& rule, const StepParams& step, const Device& device) {
   const auto expect = [&](bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(rule.name + ": the step was laid out for " + what);
   };
-  const size_t pointers = 1 + rule.states.size() + rule.scalars.size();
+  const size_t pointers = 2 + rule.states.size() + rule.scalars.size();
   expect(step.num_pointers == static_cast<int64_t>(pointers) &&
              step.num_hyperparameters == rule.num_hyperparameters,
          "another rule");

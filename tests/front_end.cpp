@@ -34,11 +34,13 @@ Needs needs_of(const RuleInfo& rule) {
 
 // The group, followed by its hyperparameters: lr is 0.5, and all others are 0.
 std::vector<double> make_groups(const RuleInfo& rule) {
-  std::vector<double> groups(2 + rule.num_hyperparameters);
+  constexpr int kFirst = sizeof(Group) / sizeof(double);
+  std::vector<double> groups(kFirst + rule.num_hyperparameters);
   for (const OptionInfo& it : rule.options) {
-    if (it.name == "lr") groups[2 + it.first] = 0.5;
+    if (it.name == "lr") groups[kFirst + it.first] = 0.5;
   }
-  reinterpret_cast<Group*>(groups.data())->states_used = rule.states_used(groups.data() + 2);
+  Group* const group = reinterpret_cast<Group*>(groups.data());
+  group->states_used = rule.states_used(groups.data() + kFirst);
   return groups;
 }
 

@@ -7,6 +7,7 @@
 
 #include "core/dispatch.h"
 #include "core/params.h"
+#include "math/random.h"
 
 namespace fusedopt {
 
@@ -43,19 +44,26 @@ template <class Rule>
 struct Prepared {
   typename Rule::template Coefficients<double> coefficients;
   double grad_factor;
+  uint64_t seed;  // with the step, for stochastic rounding
+  uint64_t step;
 };
 
-// The addresses of a tensor's arrays and scalars.
+// The addresses of a tensor's arrays and scalars, in this order: the parameter, the states, the
+// scalars, the rest of an exact parameter.
 template <class Rule>
 class Pointers {
  public:
-  static constexpr int kCount = 1 + num_states<Rule> + num_scalars<Rule>;
+  static constexpr int kCount = 2 + num_states<Rule> + num_scalars<Rule>;
 
   FUSEDOPT_INLINE Pointers(const StepParams& step, int64_t tensor)
       : first_(step.pointers + tensor * kCount) {}
 
-  FUSEDOPT_INLINE void* param() const { return first_[0]; }
-  FUSEDOPT_INLINE void* state(int k) const { return first_[1 + k]; }  // null where not used
+  FUSEDOPT_INLINE Array param(const TensorShape& shape) const {
+    return {first_[0], first_[kCount - 1], shape.param, kParamShift};
+  }
+  FUSEDOPT_INLINE Array state(const TensorShape& shape, int k) const {  // null where not used
+    return {first_[1 + k], nullptr, shape.states[k], kStateShift};
+  }
   FUSEDOPT_INLINE float* scalar(int k) const {
     return static_cast<float*>(first_[1 + num_states<Rule> + k]);
   }
@@ -76,7 +84,15 @@ FUSEDOPT_INLINE Prepared<Rule> prepare(const StepParams& step, int64_t group, fl
   if constexpr (Rule::kHasMaximize) {
     if (h.maximize != 0) grad_factor = -grad_factor;
   }
-  return {Rule::coefficients(h, scalars), grad_factor};
+  const uint64_t steps = num_scalars<Rule> > 0 ? static_cast<uint64_t>(scalars[0]) : 0;
+  return {Rule::coefficients(h, scalars), grad_factor, step.groups[group].seed, steps};
+}
+
+// The random bits of a chunk's elements in this step.
+template <class Rule>
+FUSEDOPT_INLINE RandomBits random_bits(const Prepared<Rule>& prepared, const TensorShape& shape,
+                                       Chunk chunk) {
+  return {prepared.seed, prepared.step, shape.number, shape.first_element + chunk.begin()};
 }
 
 // Advances the scalars of a tensor. Call it after all of its elements are updated.

@@ -46,15 +46,12 @@ void check_sizes(size_t index, const TensorInfo& tensor, const Needs& needs) {
 
 void check_storages(size_t index, const TensorInfo& tensor, const Needs& needs) {
   if (bytes_of(tensor.param) == 0) refuse(index, "has a storage that no kernel knows");
-  if (!can_stand_beside(tensor.param, tensor.grad)) {
+  if (!can_be_grad(tensor.param, tensor.grad)) {
     refuse(index, "has a gradient of a storage that its kernels don't take");
   }
   for (int k = 0; k < needs.num_states; ++k) {
-    if (!can_stand_beside(tensor.param, tensor.states[k])) {
+    if (!can_be_state(tensor.param, tensor.states[k])) {
       refuse(index, "has a state of a storage that its kernels don't take");
-    }
-    if (needs.on_cuda && tensor.states[k] != tensor.states[0]) {
-      refuse(index, "has states of several storages, and the CUDA kernels take one for all");
     }
   }
 }
@@ -105,8 +102,8 @@ Layout::Part Layout::add(int64_t bytes) {
 
 void Layout::make_chunks(const std::vector<TensorInfo>& tensors) {
   for (const TensorInfo& tensor : tensors) {
-    TensorShape shape{
-        tensor.numel, num_chunks(), tensor.group, tensor.number, tensor.param, tensor.grad, {}};
+    TensorShape shape{tensor.numel,         num_chunks(), tensor.group, tensor.number,
+                      tensor.first_element, tensor.param, tensor.grad,  {}};
     std::copy(std::begin(tensor.states), std::end(tensor.states), shape.states);
     rows_.push_back({tensor.row_size, num_rows_});
     num_rows_ += tensor.numel / tensor.row_size;
@@ -150,6 +147,7 @@ std::vector<char> Layout::tables(const std::vector<TensorPointers>& pointers) co
     *next++ = it.param;
     next = std::copy_n(it.states, needs_.num_states, next);
     next = std::copy_n(it.scalars, needs_.num_scalars, next);
+    *next++ = it.rest;
   }
   if (row_table_.bytes > 0) copy_table(rows_, bytes.data() + row_table_.at);
   copy_table(chunks_, bytes.data() + chunk_table_.at);

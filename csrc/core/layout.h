@@ -16,7 +16,8 @@ struct TensorInfo {
   int64_t numel;
   int64_t row_size;  // elements that one index of the first dimension selects
   uint32_t group;
-  uint32_t number;  // index among the tensors of all devices
+  uint32_t number;        // index among the tensors of all devices
+  int64_t first_element;  // see TensorShape
   Storage param, grad, states[kMaxStates];
 };
 
@@ -25,6 +26,7 @@ struct TensorPointers {
   void* param;
   void* states[kMaxStates];     // in the order of the rule's kStates; null where not used
   float* scalars[kMaxScalars];  // in the order of the rule's kScalars; the first is often `step`
+  void* rest;                   // of an exact parameter; else null
 };
 
 // The features that an optimizer's steps will use. They decide which parts the workspace has.
@@ -85,7 +87,7 @@ class FUSEDOPT_API Layout {
   Part add(int64_t bytes);
   void make_chunks(const std::vector<TensorInfo>& tensors);
   void make_spans();
-  int num_pointers() const { return 1 + needs_.num_states + needs_.num_scalars; }
+  int num_pointers() const { return 2 + needs_.num_states + needs_.num_scalars; }
 
   std::vector<TensorShape> shapes_;
   std::vector<TensorRows> rows_;

@@ -35,10 +35,20 @@ struct TensorShape {
   int64_t numel;
   int64_t first_chunk;  // index among the chunks of all tensors of its device
   uint32_t group;
-  uint32_t number;  // index among the tensors of all devices
+  uint32_t number;        // index among the tensors of all devices
+  int64_t first_element;  // the index of element 0 in the whole tensor, if this is a part of it
   Storage param, grad, states[kMaxStates];
 };
-static_assert(sizeof(TensorShape) == 32, "the table on the device is to cost 32 bytes per tensor");
+static_assert(sizeof(TensorShape) == 40, "the table on the device is to cost 40 bytes per tensor");
+
+// Whether an array of the tensor is rounded at random.
+FUSEDOPT_INLINE bool is_stochastic(const TensorShape& shape) {
+  bool result = is_stochastic(shape.param);
+  for (const Storage state : shape.states) {
+    result = result || is_stochastic(state);
+  }
+  return result;
+}
 
 // The rows of a tensor. One index of the first dimension selects one row.
 struct TensorRows {
@@ -70,8 +80,9 @@ struct Group {
   const void* lr;        // null, or the address of a learning rate on the device
   Storage lr_storage;    // float32 or float64
   uint32_t states_used;  // bit k: the rule's kStates[k] is used
+  uint64_t seed;         // of stochastic rounding
 };
-static_assert(sizeof(Group) == 2 * sizeof(double), "a table of groups is one of doubles");
+static_assert(sizeof(Group) == 3 * sizeof(double), "a table of groups is one of doubles");
 
 // Sums of squares over a segment, or over a part of a segment.
 struct SegmentSums {
@@ -90,7 +101,7 @@ struct Telemetry {
 struct StepParams {
   // Tables that are the same at every step.
   const TensorShape* shapes;
-  void* const* pointers;   // per tensor: the parameter, the rule's states, the rule's scalars
+  void* const* pointers;   // per tensor: see core/coefficients.h, Pointers
   const TensorRows* rows;  // one per tensor, for limits of rows; else null
   const Chunk* chunks;
   const Span* spans;  // CPU only

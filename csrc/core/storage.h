@@ -9,8 +9,41 @@
 
 namespace fusedopt {
 
-enum class Storage : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+// A stochastic array is rounded at random: see math/random.h. The elements of an exact array have
+// 16 more bits in a second array, which make a float32 of each: see math/split.h.
+enum class Storage : uint8_t {
+  kFloat32,
+  kFloat64,
+  kBFloat16,
+  kFloat16,
+  kBFloat16Stochastic,
+  kFloat16Stochastic,
+  kBFloat16Exact,
+  kFloat16Exact
+};
 
+FUSEDOPT_INLINE constexpr bool is_float16(Storage storage) {
+  return storage == Storage::kFloat16 || storage == Storage::kFloat16Stochastic ||
+         storage == Storage::kFloat16Exact;
+}
+FUSEDOPT_INLINE constexpr bool is_stochastic(Storage storage) {
+  return storage == Storage::kBFloat16Stochastic || storage == Storage::kFloat16Stochastic;
+}
+FUSEDOPT_INLINE constexpr bool is_exact(Storage storage) {
+  return storage == Storage::kBFloat16Exact || storage == Storage::kFloat16Exact;
+}
+
+// An array of a tensor.
+struct Array {
+  void* data;
+  void* rest;  // of an exact array: int16, one per element; else null
+  Storage storage;
+  int random_shift;  // stochastic rounding takes 16 of an element's 32 random bits, from here on
+};
+// One random number serves the states and the parameter.
+inline constexpr int kStateShift = 0, kParamShift = 16;
+
+// Of an element in an array's main memory.
 FUSEDOPT_INLINE constexpr int64_t bytes_of(Storage storage) {
   switch (storage) {
     case Storage::kFloat32:
@@ -19,6 +52,10 @@ FUSEDOPT_INLINE constexpr int64_t bytes_of(Storage storage) {
       return 8;
     case Storage::kBFloat16:
     case Storage::kFloat16:
+    case Storage::kBFloat16Stochastic:
+    case Storage::kFloat16Stochastic:
+    case Storage::kBFloat16Exact:
+    case Storage::kFloat16Exact:
       return 2;
   }
   return 0;  // no storage
@@ -37,8 +74,8 @@ struct Tag {
 template <class tag>
 using type_of = typename tag::type;
 
-// Calls body(Tag<scalar_t>{}) with the type of this storage. A backend that selects the 16-bit
-// format at run time passes one type for both formats.
+// Calls body(Tag<scalar_t>{}) with the type of this storage's main memory. A backend that selects
+// the 16-bit format at run time passes one type for both formats.
 template <class bfloat16_t = bfloat16, class float16_t = float16, class Body>
 FUSEDOPT_INLINE auto visit_storage(Storage storage, Body&& body) {
   switch (storage) {
@@ -47,16 +84,20 @@ FUSEDOPT_INLINE auto visit_storage(Storage storage, Body&& body) {
     case Storage::kFloat64:
       return body(Tag<double>{});
     case Storage::kFloat16:
+    case Storage::kFloat16Stochastic:
+    case Storage::kFloat16Exact:
       if constexpr (!std::is_same_v<bfloat16_t, float16_t>) return body(Tag<float16_t>{});
       [[fallthrough]];
     case Storage::kBFloat16:
+    case Storage::kBFloat16Stochastic:
+    case Storage::kBFloat16Exact:
       return body(Tag<bfloat16_t>{});
   }
   __builtin_unreachable();  // Layout refuses other values
 }
 
-// The same for a gradient or a state of a parameter of type param_t. Such an array is stored as
-// param_t, or as the type that the parameter is computed in.
+// The same for the gradient of a parameter of type param_t. It is stored as param_t, or as the type
+// that the parameter is computed in.
 template <class param_t, class Body>
 FUSEDOPT_INLINE auto visit_storage_beside(Storage storage, Body&& body) {
   if constexpr (!std::is_same_v<param_t, opmath_t<param_t>>) {
@@ -65,9 +106,17 @@ FUSEDOPT_INLINE auto visit_storage_beside(Storage storage, Body&& body) {
   return body(Tag<param_t>{});
 }
 
-// Whether visit_storage_beside() has a type for it.
-FUSEDOPT_INLINE bool can_stand_beside(Storage param, Storage storage) {
-  return storage == param || storage == computed_in(param);
+// Whether visit_storage_beside() has a type for a gradient.
+FUSEDOPT_INLINE bool can_be_grad(Storage param, Storage grad) {
+  if (grad == computed_in(param)) return true;
+  return (grad == Storage::kBFloat16 || grad == Storage::kFloat16) &&
+         computed_in(param) == Storage::kFloat32 && bytes_of(param) == bytes_of(grad) &&
+         is_float16(param) == is_float16(grad);
+}
+
+// Whether a state can be of this storage. Only parameters have a rest.
+FUSEDOPT_INLINE bool can_be_state(Storage param, Storage state) {
+  return computed_in(state) == computed_in(param) && !is_exact(state);
 }
 
 }  // namespace fusedopt

@@ -1,5 +1,7 @@
 #include "cpu/rows.h"
 
+#include "math/split.h"
+
 namespace fusedopt::cpu {
 
 namespace {
@@ -20,20 +22,80 @@ struct Narrow {
   }
 };
 
-}  // namespace
-
-void widen_row(Isa isa, const void* from, Storage storage, int64_t count, float* to) {
-  if (storage == Storage::kBFloat16) {
-    return run_best<Widen<bfloat16>>(isa, static_cast<const bfloat16*>(from), count, to);
+template <class scalar_t>
+struct NarrowAtRandom {
+  static FUSEDOPT_INLINE void run(const float* from, int64_t first, int64_t count, scalar_t* to,
+                                  const RandomBits random, int shift) {
+    const int32_t begin = static_cast<int32_t>(first), size = static_cast<int32_t>(count);
+#pragma GCC ivdep
+    for (int32_t i = 0; i < size; ++i) {
+      const uint32_t bits = random.of(begin + i) >> shift & 0xffffu;
+      to[i].bits = static_cast<uint16_t>(narrow_at_random<scalar_t>(from[i], bits));
+    }
   }
-  run_best<Widen<float16>>(isa, static_cast<const float16*>(from), count, to);
+};
+
+template <class scalar_t>
+struct Join {
+  static FUSEDOPT_INLINE void run(const scalar_t* from, const int16_t* rest, int64_t count,
+                                  float* to) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) to[i] = join<scalar_t>(from[i].bits, rest[i]);
+  }
+};
+
+template <class scalar_t>
+struct Split {
+  static FUSEDOPT_INLINE void run(const float* from, int64_t count, scalar_t* to, int16_t* rest) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) {
+      const Parts parts = split<scalar_t>(from[i]);
+      to[i].bits = static_cast<uint16_t>(parts.number);
+      rest[i] = static_cast<int16_t>(parts.rest);
+    }
+  }
+};
+
+template <class scalar_t>
+scalar_t* elements(const Array& array, int64_t first) {
+  return static_cast<scalar_t*>(array.data) + first;
 }
 
-void narrow_row(Isa isa, const float* from, int64_t count, void* to, Storage storage) {
-  if (storage == Storage::kBFloat16) {
-    return run_best<Narrow<bfloat16>>(isa, from, count, static_cast<bfloat16*>(to));
-  }
-  run_best<Narrow<float16>>(isa, from, count, static_cast<float16*>(to));
+int16_t* rest(const Array& array, int64_t first) {
+  return static_cast<int16_t*>(array.rest) + first;
+}
+
+}  // namespace
+
+void load_row(Isa isa, const Array& array, int64_t first, int64_t count, float* to) {
+  visit_storage(array.storage, [&](auto stored) {
+    using scalar_t = type_of<decltype(stored)>;
+    if constexpr (sizeof(scalar_t) == 2) {
+      const scalar_t* const from = elements<scalar_t>(array, first);
+      if (is_exact(array.storage)) {
+        return run_best<Join<scalar_t>>(isa, from, rest(array, first), count, to);
+      }
+      run_best<Widen<scalar_t>>(isa, from, count, to);
+    }
+  });
+}
+
+void store_row(Isa isa, const float* from, int64_t first, int64_t count, const Array& array,
+               const RandomBits& random) {
+  visit_storage(array.storage, [&](auto stored) {
+    using scalar_t = type_of<decltype(stored)>;
+    if constexpr (sizeof(scalar_t) == 2) {
+      scalar_t* const to = elements<scalar_t>(array, first);
+      if (is_exact(array.storage)) {
+        return run_best<Split<scalar_t>>(isa, from, count, to, rest(array, first));
+      }
+      if (is_stochastic(array.storage)) {
+        return run_best<NarrowAtRandom<scalar_t>>(isa, from, first, count, to, random,
+                                                  array.random_shift);
+      }
+      run_best<Narrow<scalar_t>>(isa, from, count, to);
+    }
+  });
 }
 
 }  // namespace fusedopt::cpu

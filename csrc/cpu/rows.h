@@ -6,6 +6,7 @@
 
 #include "core/storage.h"
 #include "cpu/isa.h"
+#include "math/random.h"
 
 namespace fusedopt::cpu {
 
@@ -13,36 +14,42 @@ namespace fusedopt::cpu {
 template <class T>
 inline constexpr int64_t kRow = 4096 / sizeof(T);
 
-// Convert `count` elements from a 16-bit storage to float32, and back.
-void widen_row(Isa isa, const void* from, Storage storage, int64_t count, float* to);
-void narrow_row(Isa isa, const float* from, int64_t count, void* to, Storage storage);
+// Convert the elements first, first + 1, ... of an array that is not stored as float32 or float64.
+void load_row(Isa isa, const Array& array, int64_t first, int64_t count, float* to);
+void store_row(Isa isa, const float* from, int64_t first, int64_t count, const Array& array,
+               const RandomBits& random);
+
+// A gradient is only read.
+inline Array grads_of(const void* data, Storage storage) {
+  return {const_cast<void*>(data), nullptr, storage, 0};
+}
 
 // One array of a chunk. If its elements are stored as T, load() returns a pointer into the array.
 // Otherwise load() returns a converted copy, and store() writes it back.
 template <class T>
 class Rows {
  public:
-  // Selects the array `data` of a tensor, and the chunk that begins at `first_element`.
-  void begin(const void* data, Storage storage, int64_t first_element) {
-    storage_ = storage;
-    in_place_ = storage == kStorage;
-    const int64_t size = in_place_ ? sizeof(T) : bytes_of(storage);
-    data_ = static_cast<char*>(const_cast<void*>(data)) + first_element * size;
+  // Selects an array of a tensor, and the chunk that begins at `first_element` and has these random
+  // bits.
+  void begin(const Array& array, int64_t first_element, const RandomBits& random = {}) {
+    array_ = array;
+    in_place_ = array.storage == kStorage;
+    array_.data = static_cast<char*>(array.data) + first_element * bytes_of(array.storage);
+    if (is_exact(array.storage)) array_.rest = static_cast<int16_t*>(array.rest) + first_element;
+    random_ = random;
   }
 
   bool in_place() const { return in_place_; }
 
   T* load(Isa isa, int64_t first, int64_t count) {
-    if (in_place_) return reinterpret_cast<T*>(data_) + first;
-    if constexpr (kConverts) {
-      widen_row(isa, data_ + first * bytes_of(storage_), storage_, count, row_);
-    }
+    if (in_place_) return static_cast<T*>(array_.data) + first;
+    if constexpr (kConverts) load_row(isa, array_, first, count, row_);
     return row_;
   }
 
   void store(Isa isa, int64_t first, int64_t count) {
     if constexpr (kConverts) {
-      if (!in_place_) narrow_row(isa, row_, count, data_ + first * bytes_of(storage_), storage_);
+      if (!in_place_) store_row(isa, row_, first, count, array_, random_);
     }
   }
 
@@ -50,8 +57,8 @@ class Rows {
   static constexpr bool kConverts = sizeof(T) == sizeof(float);
   static constexpr Storage kStorage = kConverts ? Storage::kFloat32 : Storage::kFloat64;
 
-  char* data_ = nullptr;
-  Storage storage_ = Storage::kFloat32;
+  Array array_{};
+  RandomBits random_;
   bool in_place_ = true;
   alignas(64) T row_[kRow<T>];
 };

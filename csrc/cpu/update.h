@@ -73,6 +73,7 @@ struct AddToNorm {
 template <class Rule, class T>
 struct Work {
   Rows<T> params, grads, states[state_slots<Rule>];
+  Prepared<Rule> prepared;
   typename Rule::template Coefficients<T> coefficients;
   T grad_factor;
 
@@ -85,7 +86,7 @@ struct Work {
     group_ = group;
     memcpy(scalars_, scalars, sizeof(scalars));
     factor_ = factor;
-    const Prepared<Rule> prepared = prepare<Rule>(step, group, scalars, factor);
+    prepared = prepare<Rule>(step, group, scalars, factor);
     coefficients = rounded<Rule, T>(prepared.coefficients);
     grad_factor = static_cast<T>(prepared.grad_factor);
   }
@@ -147,18 +148,20 @@ class ChunkUpdater {
   void update_as(Work<Rule, T>& work, Chunk chunk, int64_t index) {
     const TensorShape& shape = step_.shapes[chunk.tensor];
     const Pointers<Rule> pointers(step_, chunk.tensor);
-    work.params.begin(pointers.param(), shape.param, chunk.begin());
     const auto factor = coefs_.shared_factor(index);
     if (factor.has_value()) {
       work.prepare_for(step_, chunk.tensor, *factor);
-      work.grads.begin(step_.grads[chunk.tensor], shape.grad, chunk.begin());
+      work.grads.begin(grads_of(step_.grads[chunk.tensor], shape.grad), chunk.begin());
     } else {
       work.prepare_for(step_, chunk.tensor, 1.0);
-      work.grads.begin(coefs_.scaled_grads(index), computed_in(shape.param), 0);
+      work.grads.begin(grads_of(coefs_.scaled_grads(index), computed_in(shape.param)), 0);
     }
+    const RandomBits random =
+        is_stochastic(shape) ? random_bits<Rule>(work.prepared, shape, chunk) : RandomBits();
+    work.params.begin(pointers.param(shape), chunk.begin(), random);
     visit_variant<Rule>(step_.groups[shape.group].states_used, [&](auto used) {
       work.template for_each_state<used()>(
-          [&](int k) { work.states[k].begin(pointers.state(k), shape.states[k], chunk.begin()); });
+          [&](int k) { work.states[k].begin(pointers.state(shape, k), chunk.begin(), random); });
       update_and_measure<used()>(work, shape, index, chunk.size(shape.numel), factor.has_value());
     });
   }

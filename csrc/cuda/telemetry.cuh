@@ -14,9 +14,10 @@ struct GradMeasures {
   double norm, largest;
 };
 
-template <class Norm, class grad_t, int kVector>
+template <class Norm, class grad_t, int kVector,
+          class NormLanes = Lanes<Norm, kVector, opmath_t<grad_t>>>
 struct GradMeter {
-  Lanes<Norm, kVector, opmath_t<grad_t>> lanes;
+  NormLanes lanes;
   magnitude_bits<grad_t> largest = 0;
 
   __device__ void add(const Vector<grad_t, kVector>& grads, Format format, bool telemetry) {
@@ -119,11 +120,10 @@ struct alignas(kVectorBytes) UpdateLanes {
   unsigned char bytes[2 * kRowBytes / sizeof(raw16) * sizeof(opmath_t<raw16>)];
 };
 
-// The lanes for a parameter that is stored as param_t.
-template <class param_t>
+// The lanes for a parameter that is computed in T, and that takes kParamBytes per element.
+template <class T, int kParamBytes>
 struct LanesOf {
-  using T = opmath_t<param_t>;
-  static constexpr int kRow = kRowBytes / sizeof(param_t);
+  static constexpr int kRow = kRowBytes / kParamBytes;
   static_assert(2 * kRow * sizeof(T) <= sizeof(UpdateLanes), "two rows of lanes");
   T* const params;
   T* const updates;
@@ -133,7 +133,7 @@ struct LanesOf {
 
   // Each thread clears the lanes of its own vector.
   __device__ void clear() const {
-    constexpr int kVector = vector_size<param_t>;
+    constexpr int kVector = kVectorBytes / kParamBytes;
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
       params[threadIdx.x * kVector + k] = updates[threadIdx.x * kVector + k] = 0;
@@ -142,9 +142,9 @@ struct LanesOf {
 
   // Adds the elements first, first + kStride, ... that are below `size`: `before` the update, and
   // `after` it.
-  template <int kStride, int kCount>
-  __device__ void add(int first, int size, const Vector<param_t, kCount>& before,
-                      const Vector<param_t, kCount>& after, Format format) const {
+  template <int kStride, class stored_t, int kCount>
+  __device__ void add(int first, int size, const Vector<stored_t, kCount>& before,
+                      const Vector<stored_t, kCount>& after, Format format) const {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       const int i = first + k * kStride;
@@ -180,8 +180,10 @@ __device__ inline void leave_update_measures(const StepParams& step, int64_t ind
   const TensorShape& shape = step.shapes[chunk.tensor];
   ChunkMeasures& measures = step.chunk_measures[index];
   __syncthreads();
-  visit_array(shape.param,
-              [&](auto param) { LanesOf<type_of<decltype(param)>>(lanes).leave_totals(measures); });
+  visit_array(shape.param, [&](auto param) {
+    using param_t = type_of<decltype(param)>;
+    LanesOf<opmath_t<param_t>, sizeof(param_t)>(lanes).leave_totals(measures);
+  });
 }
 
 }  // namespace fusedopt::cuda

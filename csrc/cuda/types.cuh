@@ -24,8 +24,7 @@ namespace cuda {
 struct Format {
   bool is_bfloat16;
 
-  __device__ explicit Format(const TensorShape& shape)
-      : is_bfloat16(shape.param == Storage::kBFloat16) {}
+  __device__ explicit Format(const TensorShape& shape) : is_bfloat16(!is_float16(shape.param)) {}
 
   // Calls body(bfloat16{}) or body(float16{}) if scalar_t is raw16, else body(scalar_t{}). The body
   // converts several elements, so that the format is tested once for all of them.
@@ -51,31 +50,10 @@ struct Format {
   }
 };
 
-template <class Param, class Grad, class State>
-struct Types {
-  using param_t = Param;
-  using grad_t = Grad;
-  using state_t = State;
-  using compute_t = opmath_t<Param>;
-};
-
 // Calls body(Tag<scalar_t>{}) for an array's storage.
 template <class Body>
 __device__ __forceinline__ void visit_array(Storage storage, Body&& body) {
   visit_storage<raw16, raw16>(storage, body);
-}
-
-// Calls body(Types<...>{}) for a tensor's arrays. All of its states have the storage of the first.
-template <class Body>
-__device__ __forceinline__ void visit_types(const TensorShape& shape, Body&& body) {
-  visit_array(shape.param, [&](auto param) {
-    using param_t = type_of<decltype(param)>;
-    visit_storage_beside<param_t>(shape.grad, [&](auto grad) {
-      visit_storage_beside<param_t>(shape.states[0], [&](auto state) {
-        body(Types<param_t, type_of<decltype(grad)>, type_of<decltype(state)>>{});
-      });
-    });
-  });
 }
 
 }  // namespace cuda

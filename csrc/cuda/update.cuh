@@ -8,6 +8,7 @@
 #include "core/finish.h"
 #include "cuda/arguments.cuh"
 #include "cuda/block.cuh"
+#include "cuda/mixed.cuh"
 #include "cuda/segments.cuh"
 #include "cuda/telemetry.cuh"
 #include "cuda/vector.cuh"
@@ -16,21 +17,51 @@
 
 namespace fusedopt::cuda {
 
+// The last tensor's coefficients. A block keeps them between chunks, as most tensors share the same
+// coefficients.
+template <class Rule>
+struct CoefficientCache {
+  uint32_t group;
+  float scalars[kMaxScalars], advanced[kMaxScalars];  // before the step, and after
+  double grad_factor;
+  Prepared<Rule> prepared;
+  RandomBits random;  // of the chunk
+
+  // Thread 0 calls it, between two barriers.
+  __device__ void prepare_for(const StepParams& step, Chunk chunk, double factor) {
+    const TensorShape& shape = step.shapes[chunk.tensor];
+    const Pointers<Rule> pointers(step, chunk.tensor);
+    float now[kMaxScalars] = {};
+    pointers.load_scalars(now);
+    bool same = shape.group == group && factor == grad_factor;
+    for (int k = 0; k < num_scalars<Rule>; ++k) same = same && now[k] == scalars[k];
+    if (!same) {
+      group = shape.group;
+      grad_factor = factor;
+      for (int k = 0; k < num_scalars<Rule>; ++k) scalars[k] = now[k];
+      prepared = prepare<Rule>(step, group, now, factor);
+      for (int k = 0; k < num_scalars<Rule>; ++k) advanced[k] = now[k];
+    }
+    if (is_stochastic(shape)) random = random_bits<Rule>(prepared, shape, chunk);
+    if (!BlockWorkers::has_advanced(shape)) return;
+    for (int k = 0; k < num_scalars<Rule>; ++k) *pointers.scalar(k) = advanced[k];
+  }
+};
+
 // One chunk's update: the loops around a rule.
 template <class Rule, class types>
 class ChunkUpdate {
   using T = typename types::compute_t;
-  using param_t = typename types::param_t;
-  using grad_t = typename types::grad_t;
-  using state_t = typename types::state_t;
+  using stored_t = typename types::stored_t;
   using Coefficients = typename Rule::template Coefficients<T>;
   static constexpr int kStates = num_states<Rule>;
-  static constexpr int kVector = vector_size<param_t>;
+  static constexpr int kVector = kVectorBytes / types::kParamBytes;
   static constexpr int kRow = kThreads * kVector;
 
  public:
-  __device__ ChunkUpdate(const StepParams& step, Chunk chunk, const Prepared<Rule>& prepared,
-                         const ChunkSegments& segments, UpdateLanes& lanes)
+  __device__ ChunkUpdate(const StepParams& step, Chunk chunk, const CoefficientCache<Rule>& cache,
+                         const ChunkSegments& segments, UpdateLanes& lanes, float* norm_lanes,
+                         MixedPointers& pointers)
       : segments_(segments),
         // always_used() is a constant, so that the compiler removes the tests for these states.
         used_(step.groups[step.shapes[chunk.tensor].group].states_used | always_used<Rule>()),
@@ -39,15 +70,19 @@ class ChunkUpdate {
         telemetry_(step.chunk_measures != nullptr),
         is_uniform_(segments.is_uniform(step.shapes[chunk.tensor])),
         format_(step.shapes[chunk.tensor]),
-        coefficients_(rounded<Rule, T>(prepared.coefficients)),
-        grad_factor_(static_cast<T>(prepared.grad_factor)),
-        arrays_(Pointers<Rule>(step, chunk.tensor), step.grads[chunk.tensor], chunk, used_),
-        squares_(lanes) {}
+        coefficients_(rounded<Rule, T>(cache.prepared.coefficients)),
+        grad_factor_(static_cast<T>(cache.prepared.grad_factor)),
+        random_(cache.random),
+        arrays_(Pointers<Rule>(step, chunk.tensor), step.grads[chunk.tensor],
+                step.shapes[chunk.tensor], chunk, used_, pointers),
+        squares_(lanes),
+        norm_lanes_(norm_lanes) {}
 
   // Updates the chunk. If no pass has measured the gradients before, it returns this thread's
   // measurements of them. With telemetry, it adds squares to the lanes.
   __device__ __forceinline__ GradMeasures run() {
-    GradMeter<SumOfSquares, grad_t, kVector> meter;
+    if constexpr (types::is_mixed) __syncthreads();  // thread 0 has written the pointers
+    Meter meter{NormLanes(norm_lanes_)};
     if (telemetry_) squares_.clear();
     const int done = update_vectors(meter);
     if (measures_) measure_rest(done, meter);
@@ -57,25 +92,36 @@ class ChunkUpdate {
   }
 
  private:
+  using NormLanes = typename types::template norm_lanes<SumOfSquares, kVector>;
+  using Meter = GradMeter<SumOfSquares, stored_t, kVector, NormLanes>;
+
   // Some elements of all arrays, in registers.
   template <int kCount>
   struct Elements {
-    Vector<param_t, kCount> param;
-    Vector<grad_t, kCount> grad;
-    Vector<state_t, kCount> state[state_slots<Rule>];
+    Vector<stored_t, kCount> param;
+    Vector<stored_t, kCount> grad;
+    Vector<stored_t, kCount> state[state_slots<Rule>];
   };
 
   struct Arrays {
-    Slice<param_t> param;
-    Slice<grad_t> grad;
-    Slice<state_t> state[state_slots<Rule>];
+    typename types::param_slice param;
+    typename types::slice grad;
+    typename types::slice state[state_slots<Rule>];
     unsigned used;  // bit k: state[k] is used
 
-    __device__ Arrays(const Pointers<Rule>& tensor, const void* grad, Chunk chunk, unsigned used)
-        : param(tensor.param(), chunk.begin()), grad(grad, chunk.begin()), used(used) {
-#pragma unroll
-      for (int k = 0; k < kStates; ++k) state[k] = {tensor.state(k), chunk.begin()};
-    }
+    __device__ Arrays(const Pointers<Rule>& tensor, const void* grads, const TensorShape& shape,
+                      Chunk chunk, unsigned used, MixedPointers& shared)
+        : Arrays(tensor, grads, shape, chunk, used, shared,
+                 std::make_index_sequence<state_slots<Rule>>{}) {}
+
+    template <size_t... k>
+    __device__ Arrays(const Pointers<Rule>& tensor, const void* grads, const TensorShape& shape,
+                      Chunk chunk, unsigned used, MixedPointers& shared, std::index_sequence<k...>)
+        : param(tensor.param(shape), chunk.begin(), shape, 0, shared),
+          grad(Array{const_cast<void*>(grads), nullptr, shape.grad, 0}, chunk.begin(), shape, 1,
+               shared),
+          state{{tensor.state(shape, k), chunk.begin(), shape, 2 + static_cast<int>(k), shared}...},
+          used(used) {}
 
     __device__ bool has(int k) const { return (used >> k & 1) != 0; }
 
@@ -109,18 +155,40 @@ class ChunkUpdate {
         if (has(k)) store(state[k], elements.state[k]);
       }
     }
+
+    template <int kCount>
+    __device__ __forceinline__ void widen(Elements<kCount>& elements) const {
+      param.widen(elements.param);
+      grad.widen(elements.grad);
+#pragma unroll
+      for (int k = 0; k < kStates; ++k) {
+        if (has(k)) state[k].widen(elements.state[k]);
+      }
+    }
+
+    // The elements first, first + kStride, ... of the chunk.
+    template <int kStride, int kCount>
+    __device__ __forceinline__ void narrow(int first, const RandomBits& random,
+                                           Elements<kCount>& elements) const {
+      param.template narrow<kStride>(first, random, elements.param);
+#pragma unroll
+      for (int k = 0; k < kStates; ++k) {
+        if (has(k)) state[k].template narrow<kStride>(first, random, elements.state[k]);
+      }
+    }
   };
 
   // Updates whole rows, if all arrays are aligned. Returns the first element that is left.
-  __device__ __forceinline__ int update_vectors(GradMeter<SumOfSquares, grad_t, kVector>& meter) {
+  __device__ __forceinline__ int update_vectors(Meter& meter) {
     constexpr int kBytes = sizeof(Elements<kVector>) + kVector * sizeof(double);
     // Rows that are loaded before the first is used. The limit keeps the kernel below 128
-    // registers; float64 gets one row, as its divisions and roots need registers themselves.
-    constexpr int kRowsInFlight = kBytes <= 144 && sizeof(T) == sizeof(float) ? 2 : 1;
-    const int aligned_size = arrays_.aligned() && is_uniform_ ? size_ : 0;
+    // registers. float64 and mixed formats get one row: their arithmetic needs registers itself.
+    constexpr int kRowsInFlight =
+        kBytes <= 144 && sizeof(T) == sizeof(float) && !types::is_mixed ? 2 : 1;
+    if (!arrays_.aligned() || !is_uniform_) return 0;
     int done = 0;
 #pragma unroll 1
-    for (; done + kRowsInFlight * kRow <= aligned_size; done += kRowsInFlight * kRow) {
+    for (; done + kRowsInFlight * kRow <= size_; done += kRowsInFlight * kRow) {
       Elements<kVector> rows[kRowsInFlight];
       const int first = done + threadIdx.x * kVector;
 #pragma unroll
@@ -130,12 +198,14 @@ class ChunkUpdate {
       }
 #pragma unroll
       for (int i = 0; i < kRowsInFlight; ++i) {
+        arrays_.widen(rows[i]);
         if (measures_) meter.add(rows[i].grad, format_, telemetry_);
         update(rows[i], [&](T grad, int) { return grad * grad_factor_; }, kAllStates);
+        arrays_.template narrow<1>(first + i * kRow, random_, rows[i]);
         if (telemetry_) {  // load the parameter again, from the cache: no register is left for it
-          squares_.template add<1>(first + i * kRow, size_,
-                                   arrays_.param.template load<kVector>(first + i * kRow),
-                                   rows[i].param, format_);
+          const auto before = arrays_.param.template load<kVector>(first + i * kRow);
+          squares_.template add<1>(first + i * kRow, size_, arrays_.param.widened(before),
+                                   arrays_.param.widened(rows[i].param), format_);
         }
         arrays_.store(rows[i], [&](auto array, auto& it) { array.store(first + i * kRow, it); });
       }
@@ -143,11 +213,11 @@ class ChunkUpdate {
     return done;
   }
 
-  __device__ __forceinline__ void measure_rest(int done,
-                                               GradMeter<SumOfSquares, grad_t, kVector>& meter) {
+  __device__ __forceinline__ void measure_rest(int done, Meter& meter) {
 #pragma unroll 1
     for (int first = done + threadIdx.x * kVector; first < size_; first += kRow) {
-      meter.add(arrays_.grad.template load_some<kVector>(first, size_), format_, telemetry_);
+      const auto grads = arrays_.grad.template load_some<kVector>(first, size_);
+      meter.add(arrays_.grad.widened(grads), format_, telemetry_);
     }
   }
 
@@ -159,13 +229,15 @@ class ChunkUpdate {
     for (int first = done + threadIdx.x; first < size_; first += kCount * kThreads) {
       Elements<kCount> singles = arrays_.template load<kCount>(
           [&](auto array) { return array.template load_each<kCount, kThreads>(first, size_); });
+      arrays_.widen(singles);
       update(
           singles, [&](T grad, int k) { return scaled_grad(grad, first + k * kThreads); },
           kAllStates);
+      arrays_.template narrow<kThreads>(first, random_, singles);
       if (telemetry_) {
-        squares_.template add<kThreads>(
-            first, size_, arrays_.param.template load_each<kCount, kThreads>(first, size_),
-            singles.param, format_);
+        const auto before = arrays_.param.template load_each<kCount, kThreads>(first, size_);
+        squares_.template add<kThreads>(first, size_, arrays_.param.widened(before),
+                                        arrays_.param.widened(singles.param), format_);
       }
       arrays_.store(singles, [&](auto array, auto& it) {
         array.template store_each<kCount, kThreads>(first, size_, it);
@@ -184,11 +256,12 @@ class ChunkUpdate {
   template <int kCount, class Scale, size_t... k>
   __device__ __forceinline__ void update(Elements<kCount>& elements, Scale scale,
                                          std::index_sequence<k...>) const {
-    constexpr int kTogether = 2;  // one instruction rounds 2 values to 16 bits
+    // One instruction rounds 2 values to 16 bits.
+    constexpr int kTogether = sizeof(stored_t) == sizeof(raw16) ? 2 : 1;
 #pragma unroll
     for (int begin = 0; begin < kCount; begin += kTogether) {
       T param[kTogether], grad[kTogether], state[state_slots<Rule>][kTogether];
-      format_.template visit<param_t>([&](auto half) {
+      format_.template visit<stored_t>([&](auto half) {
         widen<decltype(half)>(elements.param, begin, param);
         widen<decltype(half)>(elements.grad, begin, grad);
         (widen<decltype(half)>(elements.state[k], begin, state[k]), ...);
@@ -198,7 +271,7 @@ class ChunkUpdate {
         update_element<Rule>(used_, coefficients_, scale(grad[i], begin + i), param[i],
                              state[k][i]...);
       }
-      format_.template visit<param_t>([&](auto half) {
+      format_.template visit<stored_t>([&](auto half) {
         narrow<decltype(half)>(param, begin, elements.param);
         (narrow<decltype(half)>(state[k], begin, elements.state[k]), ...);
       });
@@ -214,37 +287,10 @@ class ChunkUpdate {
   const Format format_;
   const Coefficients coefficients_;
   const T grad_factor_;
+  const RandomBits& random_;  // in shared memory, as no register is left for it
   const Arrays arrays_;
-  const LanesOf<param_t> squares_;
-};
-
-// The last tensor's coefficients. A block keeps them between chunks, as most tensors share the same
-// coefficients.
-template <class Rule>
-struct CoefficientCache {
-  uint32_t group;
-  float scalars[kMaxScalars], advanced[kMaxScalars];  // before the step, and after
-  double grad_factor;
-  Prepared<Rule> prepared;
-
-  // Thread 0 calls it, between two barriers.
-  __device__ void prepare_for(const StepParams& step, uint32_t tensor, double factor) {
-    const TensorShape& shape = step.shapes[tensor];
-    const Pointers<Rule> pointers(step, tensor);
-    float now[kMaxScalars] = {};
-    pointers.load_scalars(now);
-    bool same = shape.group == group && factor == grad_factor;
-    for (int k = 0; k < num_scalars<Rule>; ++k) same = same && now[k] == scalars[k];
-    if (!same) {
-      group = shape.group;
-      grad_factor = factor;
-      for (int k = 0; k < num_scalars<Rule>; ++k) scalars[k] = now[k];
-      prepared = prepare<Rule>(step, group, now, factor);
-      for (int k = 0; k < num_scalars<Rule>; ++k) advanced[k] = now[k];
-    }
-    if (!BlockWorkers::has_advanced(shape)) return;
-    for (int k = 0; k < num_scalars<Rule>; ++k) *pointers.scalar(k) = advanced[k];
-  }
+  const LanesOf<T, types::kParamBytes> squares_;
+  float* const norm_lanes_;  // in shared memory
 };
 
 template <class Rule>
@@ -252,39 +298,51 @@ struct Shared {
   Decision decision;
   ChunkSegments segments;
   UpdateLanes lanes;
-  double values[2];  // for BlockWorkers
+  float norm_lanes[kRowBytes / sizeof(raw16)];  // see SharedLanes
+  double values[2];                             // for BlockWorkers
+  // No register keeps these while a chunk is updated.
+  int index;  // of the chunk
+  const void* const* grads;
+  const Group* groups;
+  MixedPointers pointers;
   // Raw storage: __shared__ objects can't have constructors.
   alignas(8) unsigned char cache[sizeof(CoefficientCache<Rule>)];
 };
 
-// Updates a chunk. Also measures its gradients, if no pass has measured them before.
+// Updates a chunk. Also measures its gradients, if no pass has measured them before. Returns the
+// index again.
 template <class Rule>
-__device__ __forceinline__ void update_chunk(const StepParams& step, int index,
-                                             CoefficientCache<Rule>& cache, Shared<Rule>& shared) {
+__device__ __forceinline__ int update_chunk(StepParams& step, int index,
+                                            CoefficientCache<Rule>& cache, Shared<Rule>& shared) {
   const Chunk chunk = step.chunks[index];
   const bool measures = !step.options.measure;
   const bool telemetry = step.chunk_measures != nullptr;
   if (step.grads[chunk.tensor] == nullptr) {
     if (measures && threadIdx.x == 0) step.chunk_sums[index] = 0;
-    return;
+    return index;
   }
   __syncthreads();
   if (step.chunk_coefs != nullptr)
     SegmentCoefs(step, shared.decision, index).leave(shared.segments);
   if (threadIdx.x == 0) {
+    shared.index = index;
     const ChunkSegments& segments = shared.segments;
     const bool uniform = segments.is_uniform(step.shapes[chunk.tensor]);
-    cache.prepare_for(step, chunk.tensor, uniform ? segments.factor : 1.0);
+    cache.prepare_for(step, chunk, uniform ? segments.factor : 1.0);
   }
   __syncthreads();
   GradMeasures mine{};
   visit_types(step.shapes[chunk.tensor], [&](auto types) {
-    ChunkUpdate<Rule, decltype(types)> update(step, chunk, cache.prepared, shared.segments,
-                                              shared.lanes);
+    ChunkUpdate<Rule, decltype(types)> update(step, chunk, cache, shared.segments, shared.lanes,
+                                              shared.norm_lanes, shared.pointers);
     mine = update.run();
   });
+  index = shared.index;
+  step.grads = shared.grads;
+  step.groups = shared.groups;
   if (measures) leave_grad_measures<SumOfSquares>(step, index, mine, telemetry);
   if (telemetry) leave_update_measures(step, index, shared.lanes);
+  return index;
 }
 
 template <class Rule>
@@ -292,17 +350,19 @@ __global__ void __launch_bounds__(kThreads, 2)
     update_kernel(const __grid_constant__ Arguments<kInlinedArgs> arguments) {
   __shared__ Shared<Rule> shared;
   auto& cache = *reinterpret_cast<CoefficientCache<Rule>*>(shared.cache);
-  const StepParams step = arguments.on_device();
+  StepParams step = arguments.on_device();
   if (threadIdx.x == 0) {
     shared.decision = decide(step.options, step.options.measure ? step.control->sum_of_squares : 0);
     shared.segments.begin(shared.decision);
+    shared.grads = step.grads;
+    shared.groups = step.groups;
     cache.group = UINT32_MAX;
   }
   __syncthreads();
   // In reverse order: the gradients that the norm pass has read last are still in the cache.
   for (int i = static_cast<int>(step.num_chunks) - 1 - static_cast<int>(blockIdx.x);
-       i >= 0 && !shared.decision.skip; i -= static_cast<int>(gridDim.x)) {
-    update_chunk(step, i, cache, shared);
+       i >= 0 && !shared.decision.skip;) {
+    i = update_chunk(step, i, cache, shared) - static_cast<int>(gridDim.x);
   }
   if (is_last_block(&step.tickets[1])) {
     finish<Rule>(step, shared.decision, BlockWorkers{shared.values});

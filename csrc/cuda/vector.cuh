@@ -6,6 +6,7 @@
 #include "cuda/block.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/types.cuh"
+#include "math/random.h"
 
 namespace fusedopt::cuda {
 
@@ -24,6 +25,8 @@ struct alignas(sizeof(scalar_t) * kVector < kVectorBytes ? sizeof(scalar_t) * kV
   scalar_t at[kVector];
 };
 
+struct MixedPointers;
+
 // The elements of one array that belong to a chunk.
 template <class scalar_t>
 struct Slice {
@@ -32,6 +35,8 @@ struct Slice {
   Slice() = default;
   __device__ Slice(const void* first_of_tensor, int64_t begin)
       : data(const_cast<scalar_t*>(static_cast<const scalar_t*>(first_of_tensor)) + begin) {}
+  __device__ Slice(const Array& array, int64_t begin, const TensorShape&, int, MixedPointers&)
+      : Slice(array.data, begin) {}
 
   template <int kVector>
   __device__ bool aligned() const {
@@ -72,6 +77,17 @@ struct Slice {
       if (i < size) store_global(data + i, values.at[k]);
     }
   }
+
+  // A MixedSlice converts here. The elements of a Slice are converted two at a time, where they are
+  // used.
+  template <int kCount>
+  __device__ void widen(Vector<scalar_t, kCount>&) const {}
+  template <int kCount>
+  __device__ const Vector<scalar_t, kCount>& widened(const Vector<scalar_t, kCount>& values) const {
+    return values;
+  }
+  template <int kStride, int kCount>
+  __device__ void narrow(int, const RandomBits&, Vector<scalar_t, kCount>&) const {}
 };
 
 // Convert the elements begin, begin + 1, ... of a vector to the type that they are computed in, and
@@ -109,6 +125,8 @@ __device__ void narrow(const opmath_t<scalar_t> (&from)[kCount], int begin,
 template <class Norm, int kVector, class T>
 struct Lanes {
   T at[kVector] = {};
+
+  __device__ explicit Lanes(float* = nullptr) {}
 
   template <class grad_t>
   __device__ void add(const Vector<grad_t, kVector>& grads, Format format) {

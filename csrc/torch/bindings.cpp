@@ -60,6 +60,23 @@ py::dict constants() {
   return result;
 }
 
+// By group: (exact, stochastic parameters, names of stochastic states, seed).
+using FormatTuples = std::vector<std::tuple<bool, bool, std::vector<std::string>, uint64_t>>;
+
+std::vector<GroupFormat> formats_of(const RuleInfo& rule, const FormatTuples& tuples) {
+  std::vector<GroupFormat> result;
+  for (const auto& [exact, stochastic_param, names, seed] : tuples) {
+    GroupFormat format{exact, stochastic_param, 0, seed};
+    for (const std::string& name : names) {
+      for (size_t k = 0; k < rule.states.size(); ++k) {
+        if (name == rule.states[k].name) format.stochastic_states |= 1u << k;
+      }
+    }
+    result.push_back(format);
+  }
+  return result;
+}
+
 // Checks a tensor that Python passes to a step. Python code may pass anything.
 void check(const char* name, const at::Tensor& tensor, bool fits) {
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
@@ -135,10 +152,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   // Local, so that a second build (the emulated one, for tests) can live beside this one.
   py::class_<Plan>(m, "Plan", py::module_local())
-      .def(py::init<const std::string&, const std::string&, const py::object&, const py::object&,
-                    const py::dict&, const std::vector<at::Tensor>&>(),
+      .def(py::init([](const std::string& rule, const std::string& backend,
+                       const py::object& param_groups, const py::object& state,
+                       const py::dict& counters, const std::vector<at::Tensor>& rings,
+                       const FormatTuples& formats) {
+             return std::make_unique<Plan>(rule, backend, param_groups, state, counters, rings,
+                                           formats_of(find_rule(rule), formats));
+           }),
            py::arg("rule"), py::arg("backend"), py::arg("param_groups"), py::arg("state"),
-           py::arg("counters"), py::arg("rings"))
+           py::arg("counters"), py::arg("rings"), py::arg("formats") = FormatTuples())
       .def("nonfinite", &Plan::nonfinite)
       .def("shared_memory", &Plan::shared_memory)
       .def(

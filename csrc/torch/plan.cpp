@@ -17,6 +17,8 @@ namespace fusedopt {
 
 namespace {
 
+constexpr const char* kRestName = "param_rest";  // in a parameter's state
+
 const at::Tensor& unpack(PyObject* object) { return THPVariable_Unpack(object); }
 
 bool runs_on_cuda(c10::Device device, const std::string& backend) {
@@ -27,6 +29,19 @@ bool runs_on_cuda(c10::Device device, const std::string& backend) {
 bool kernels_take(const at::Tensor& param, const std::string& backend) {
   return is_plain(param.unsafeGetTensorImpl()) && has_kernels(param.scalar_type()) &&
          (runs_on_cuda(param.device(), backend) || (param.is_cpu() && backend != "cuda"));
+}
+
+Storage param_storage(at::ScalarType dtype, const GroupFormat& format) {
+  if (dtype == at::kBFloat16 && format.exact) return Storage::kBFloat16Exact;
+  if (dtype == at::kHalf && format.exact) return Storage::kFloat16Exact;
+  if (dtype == at::kBFloat16 && format.stochastic_param) return Storage::kBFloat16Stochastic;
+  return to_storage(dtype);
+}
+
+// Of a state, if it has 16 bits.
+Storage rounded_at_random(at::ScalarType dtype) {
+  if (dtype == at::kBFloat16) return Storage::kBFloat16Stochastic;
+  return dtype == at::kHalf ? Storage::kFloat16Stochastic : to_storage(dtype);
 }
 
 // The device on which the kernels can read a group's lr from a tensor.
@@ -48,8 +63,9 @@ void check_ring(const at::Tensor& ring, c10::Device device, at::IntArrayRef colu
 }  // namespace
 
 Plan::Plan(const std::string& rule, const std::string& backend, const py::object& param_groups,
-           const py::object& state, const py::dict& counters, const std::vector<at::Tensor>& rings)
-    : rule_(find_rule(rule)) {
+           const py::object& state, const py::dict& counters, const std::vector<at::Tensor>& rings,
+           std::vector<GroupFormat> formats)
+    : rule_(find_rule(rule)), formats_(std::move(formats)) {
   for (const OptionInfo& it : rule_.options) {
     names_.push_back(PyUnicode_InternFromString(it.name.c_str()));
   }
@@ -65,6 +81,7 @@ Plan::Plan(const std::string& rule, const std::string& backend, const py::object
     states_used_.push_back(group.states_used);
   }
   groups_.clear();
+  formats_.resize(lists.size());
   const py::object states = as_dict(state);
   const NoPythonDispatch no_python;
 
@@ -95,7 +112,8 @@ Plan::Plan(const std::string& rule, const std::string& backend, const py::object
   for (PlanParam& plan_param : params_) {
     const int states = __builtin_popcount(states_used_[plan_param.group]);
     plan_param.complete = plan_param.has_kernels &&
-                          plan_param.items == static_cast<int>(rule_.scalars.size()) + states;
+                          plan_param.items == static_cast<int>(rule_.scalars.size()) + states +
+                                                  (is_exact(info_of(plan_param).param) ? 1 : 0);
     // If its memory is too small, the guard fits no storage, and the first gradient needs a new
     // plan.
     if (plan_param.complete && !take_param(plan_param)) plan_param.guard.storage = nullptr;
@@ -168,9 +186,9 @@ void Plan::lay_out(PlanParam& plan_param, const at::Tensor& param) {
     plan_param.dense_strides = at::infer_dense_strides(param.sizes(), param.strides());
   }
   info.numel = param.numel();
-  info.param = to_storage(plan_param.dtype);
+  info.param = param_storage(plan_param.dtype, formats_[plan_param.group]);
   info.grad = to_storage(plan_param.grad_dtype);
-  for (Storage& state : info.states) state = info.param;
+  for (Storage& state : info.states) state = to_storage(plan_param.dtype);
   plan_param.grad_bytes = param.numel() * c10::elementSize(plan_param.grad_dtype);
   const int64_t rows = param.dim() > 1 ? std::max<int64_t>(1, param.size(0)) : 1;
   info.row_size = std::max<int64_t>(1, param.numel() / rows);
@@ -204,21 +222,24 @@ void Plan::add_state(PlanParam& plan_param, PyObject* state) {
       item.is_tensor = true;
       add_item(plan_param, item, value);
     }
+    if (std::strcmp(name, kRestName) == 0 && is_exact(info_of(plan_param).param)) {
+      item.is_tensor = item.is_rest = true;
+      add_item(plan_param, item, value);
+    }
   }
 }
 
 // Ignores an item that no step can use, as if it did not exist.
 void Plan::add_item(PlanParam& plan_param, StateItem& item, PyObject* value) {
   if (!item.takes(value, plan_param)) return;
-  if (item.is_tensor) {
-    // The kernels read all states of a parameter in one storage.
-    const auto& known = pointers_of(plan_param).states;
-    const bool is_first =
-        std::none_of(std::begin(known), std::end(known), [](void* it) { return it != nullptr; });
+  if (item.is_tensor && !item.is_rest) {
+    const GroupFormat& format = formats_[plan_param.group];
+    const at::ScalarType dtype = unpack(value).scalar_type();
+    const bool at_random = (format.stochastic_states >> item.index & 1) != 0;
+    const Storage storage = at_random ? rounded_at_random(dtype) : to_storage(dtype);
     TensorInfo& info = info_of(plan_param);
-    const Storage storage = to_storage(unpack(value).scalar_type());
-    if (is_first) std::fill(std::begin(info.states), std::end(info.states), storage);
-    if (info.states[item.index] != storage) return;
+    if (!can_be_state(info.param, storage)) return;
+    info.states[item.index] = storage;
   }
   use_item(plan_param, item, value);
   ++plan_param.items;
@@ -243,7 +264,8 @@ void Plan::find_written() {
     for (int i = entry.first_item; i < entry.last_item; ++i) {
       StateItem& item = items_[i];
       if (item.guard.object == nullptr || !params_[entry.param].complete) continue;
-      const char* const name = (item.is_tensor ? rule_.states : rule_.scalars)[item.index].name;
+      const auto& names = item.is_tensor ? rule_.states : rule_.scalars;
+      const char* const name = item.is_rest ? kRestName : names[item.index].name;
       item.written = static_cast<int>(written_.size());
       written_.push_back({entry.param, name, region_of(item, params_[entry.param])});
     }

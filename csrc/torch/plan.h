@@ -55,11 +55,20 @@ inline at::ScalarType grad_dtype_for(at::ScalarType param, at::ScalarType grad) 
   return param == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// How the arrays of a group are stored, as fusedopt/core/formats.py has resolved its options.
+struct GroupFormat {
+  bool exact = false;              // 16-bit parameters have a rest
+  bool stochastic_param = false;   // bfloat16 parameters are rounded at random
+  unsigned stochastic_states = 0;  // bit k: of the rule's kStates[k], if it is bfloat16
+  uint64_t seed = 0;
+};
+
 // One item of a parameter's state: a scalar such as `step`, or a tensor shaped as the parameter.
 struct StateItem {
   PyObject* key;
   TensorGuard guard;       // empty: the item is a user's, and may change freely
   bool is_tensor = false;  // else a scalar
+  bool is_rest = false;    // a tensor: the rest of an exact parameter
   int index = 0;           // index among the rule's states, or its scalars
   int written = -1;        // index in Plan::written_; -1: not there
 
@@ -75,9 +84,11 @@ class Plan {
  public:
   // `counters` maps a parameter to the scalar that its rule keeps outside of the state, if there is
   // one. `rings` are telemetry's: the ring of the steps, then one per device. It is empty without
-  // telemetry.
+  // telemetry. `formats` has one
+  // entry per group; it is empty if all arrays are stored as their dtypes say.
   Plan(const std::string& rule, const std::string& backend, const py::object& param_groups,
-       const py::object& state, const py::dict& counters, const std::vector<at::Tensor>& rings);
+       const py::object& state, const py::dict& counters, const std::vector<at::Tensor>& rings,
+       std::vector<GroupFormat> formats);
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
@@ -178,6 +189,7 @@ class Plan {
   std::vector<std::vector<int>>
       listed_;                         // per group: indices into params_, in the order of its list
   std::vector<uint32_t> states_used_;  // per group
+  std::vector<GroupFormat> formats_;   // per group
   std::vector<PlanParam> params_;      // each parameter once
   std::vector<StateEntry> state_entries_;
   uint64_t state_version_ = 0;    // of optimizer.state, when its entries were read

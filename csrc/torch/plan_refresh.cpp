@@ -82,9 +82,9 @@ bool StateItem::takes(PyObject* object, const PlanParam& plan_param) const {
     return false;
   }
   const at::ScalarType dtype = unpack(object).scalar_type();
-  const bool fits =
-      is_tensor ? has_kernels(dtype) && has_layout(impl, plan_param.sizes, plan_param.dense_strides)
-                : dtype == at::kFloat && impl->dim() == 0;
+  const bool fits = is_tensor ? (is_rest ? dtype == at::kShort : has_kernels(dtype)) &&
+                                    has_layout(impl, plan_param.sizes, plan_param.dense_strides)
+                              : dtype == at::kFloat && impl->dim() == 0;
   return fits && fits_its_storage(impl);
 }
 
@@ -98,6 +98,7 @@ bool Plan::read_groups(const py::object& param_groups) {
         group = read_group(rule_, names_, groups_.group(g), device_tensors.device,
                            device_tensors.hyperparameters(g));
         if (group.states_used != states_used_[g]) return false;
+        group.seed = formats_[g].seed;
       }
     }
   } catch (python_error& error) {
@@ -303,7 +304,9 @@ void Plan::use_item(const PlanParam& plan_param, StateItem& item, PyObject* valu
   TensorPointers& pointers = pointers_of(plan_param);
   void* const data = unpack(value).mutable_data_ptr();
   item.guard = TensorGuard::of(value);
-  if (item.is_tensor) {
+  if (item.is_rest) {
+    pointers.rest = data;
+  } else if (item.is_tensor) {
     pointers.states[item.index] = data;
   } else {
     pointers.scalars[item.index] = static_cast<float*>(data);

@@ -1,0 +1,308 @@
+// Arrays whose format is selected at run time, for tensors that mix several formats.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/vector.cuh"
+#include "math/random.h"
+#include "math/split.h"
+
+namespace fusedopt::cuda {
+
+// The storages of all of a tensor's arrays in one register: 4 bits each.
+enum : uint32_t { kIsWide = 1, kIsFloat16 = 2, kIsStochastic = 4, kIsExact = 8 };
+
+__device__ inline uint32_t packed(Storage storage) {
+  return (storage == Storage::kFloat32 ? kIsWide : 0) | (is_float16(storage) ? kIsFloat16 : 0) |
+         (is_stochastic(storage) ? kIsStochastic : 0) | (is_exact(storage) ? kIsExact : 0);
+}
+
+// The parameter's storage, the gradient's, and those of the states.
+__device__ inline uint32_t packed(const TensorShape& shape) {
+  uint32_t result = packed(shape.param) | packed(shape.grad) << 4;
+#pragma unroll
+  for (int k = 0; k < kMaxStates; ++k) result |= packed(shape.states[k]) << (8 + 4 * k);
+  return result;
+}
+
+// The addresses of a chunk's arrays, in shared memory: in the order of packed(), then the rest of
+// an exact parameter.
+inline constexpr int kMixedArrays = 2 + kMaxStates;
+struct MixedPointers {
+  char* volatile at[kMixedArrays + 1];
+};
+
+// As Slice. A vector holds the bits of its elements as they are stored, between load() and widen()
+// and again after narrow(): 32-bit elements, or 16-bit elements in its first half, and their rest
+// in its second half. `may_be_exact` is false for gradients and states.
+template <bool may_be_exact, int kRandomShift>
+struct MixedSlice {
+  char* volatile* const pointers;  // in shared memory: no registers keep them between accesses
+  const uint32_t storages;
+  const int index;  // among these
+
+  // All threads of a block call it. Thread 0 writes the pointers.
+  __device__ MixedSlice(const Array& array, int64_t begin, const TensorShape& shape, int index,
+                        MixedPointers& shared)
+      : pointers(shared.at), storages(packed(shape)), index(index) {
+    if (threadIdx.x != 0) return;
+    pointers[index] = static_cast<char*>(array.data) + begin * bytes_of(array.storage);
+    if (may_be_exact) pointers[kMixedArrays] = static_cast<char*>(array.rest) + begin * kHalf;
+  }
+
+  template <int kVector>
+  __device__ bool aligned() const {
+    const int bytes = kVector * (is_wide() ? kWord : kHalf);
+    const auto fits = [&](const char* address) {
+      return reinterpret_cast<uintptr_t>(address) % (bytes < kVectorBytes ? bytes : kVectorBytes) ==
+             0;
+    };
+    return fits(data()) && (!exact() || fits(rest()));
+  }
+
+  template <int kVector>
+  __device__ Vector<float, kVector> load(int first) const {
+    if (is_wide()) {
+      return load_global(reinterpret_cast<const Vector<float, kVector>*>(data() + first * kWord));
+    }
+    Vector<float, kVector> words{};
+    load_half(data() + first * kHalf, 0, words);
+    if (exact()) load_half(rest() + first * kHalf, kVector / 2, words);
+    return words;
+  }
+  template <int kVector>
+  __device__ void store(int first, const Vector<float, kVector>& words) const {
+    if (is_wide()) {
+      return store_global(reinterpret_cast<Vector<float, kVector>*>(data() + first * kWord), words);
+    }
+    store_half(words, 0, data() + first * kHalf);
+    if (exact()) store_half(words, kVector / 2, rest() + first * kHalf);
+  }
+
+  template <int kVector>
+  __device__ Vector<float, kVector> load_some(int first, int size) const {
+    if (first + kVector <= size && aligned<kVector>()) return load<kVector>(first);
+    return load_each<kVector, 1>(first, size);
+  }
+
+  template <int kCount, int kStride>
+  __device__ Vector<float, kCount> load_each(int first, int size) const {
+    uint32_t words[kCount] = {};
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const int i = first + k * kStride;
+      if (i >= size) continue;
+      if (is_wide()) {
+        words[k] = load_global(reinterpret_cast<const uint32_t*>(data()) + i);
+        continue;
+      }
+      const int shift = k % 2 * 16;
+      words[k / 2] |= static_cast<uint32_t>(half(data(), i)) << shift;
+      if (exact()) words[kCount / 2 + k / 2] |= static_cast<uint32_t>(half(rest(), i)) << shift;
+    }
+    Vector<float, kCount> result;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) result.at[k] = bit_cast<float>(words[k]);
+    return result;
+  }
+  template <int kCount, int kStride>
+  __device__ void store_each(int first, int size, const Vector<float, kCount>& words) const {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const int i = first + k * kStride;
+      if (i >= size) continue;
+      if (is_wide()) {
+        store_global(reinterpret_cast<float*>(data()) + i, words.at[k]);
+        continue;
+      }
+      const int shift = k % 2 * 16;
+      set_half(data(), i, bit_cast<uint32_t>(words.at[k / 2]) >> shift);
+      if (exact()) set_half(rest(), i, bit_cast<uint32_t>(words.at[kCount / 2 + k / 2]) >> shift);
+    }
+  }
+
+  // From stored bits to float32.
+  template <int kCount>
+  __device__ __forceinline__ void widen(Vector<float, kCount>& words) const {
+    if (is_wide()) return;
+    visit_half([&](auto format) {
+      using half_t = decltype(format);
+      // From the last element on: a word is converted after those elements that it holds.
+      if (!exact()) {
+#pragma unroll
+        for (int k = kCount - 1; k >= 0; --k) {
+          words.at[k] = fusedopt::widen(half_t{half_of(words.at[k / 2], k)});
+        }
+        return;
+      }
+      float values[kCount];
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        const uint32_t low = half_of(words.at[kCount / 2 + k / 2], k);
+        values[k] = join<half_t>(half_of(words.at[k / 2], k), static_cast<int16_t>(low));
+      }
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) words.at[k] = values[k];
+    });
+  }
+  template <int kCount>
+  __device__ __forceinline__ Vector<float, kCount> widened(Vector<float, kCount> words) const {
+    widen(words);
+    return words;
+  }
+
+  // From float32 to stored bits, of the elements first, first + kStride, ... of a chunk.
+  template <int kStride, int kCount>
+  __device__ __forceinline__ void narrow(int first, const RandomBits& random,
+                                         Vector<float, kCount>& values) const {
+    if (is_wide()) return;
+    visit_half([&](auto format) {
+      using half_t = decltype(format);
+      if (is(kIsStochastic | kIsExact)) {
+        // Both cut bits off, after adding random bits or half a unit.
+        uint32_t rests[kCount / 2];
+#pragma unroll
+        for (int k = 0; k < kCount; k += 2) {
+          uint32_t numbers = 0;
+          rests[k / 2] = 0;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const uint32_t bits = extended<half_t>::from(values.at[k + i]);
+            const uint32_t added =
+                exact() ? kHalfUnit
+                        : random.of(first + (k + i) * kStride) >> kRandomShift & 0xffffu;
+            numbers |= (bits + added) >> 16 << 16 * i;
+            rests[k / 2] |= (bits & 0xffffu) << 16 * i;
+          }
+          values.at[k / 2] = bit_cast<float>(numbers);
+        }
+        if (exact()) {
+#pragma unroll
+          for (int k = 0; k < kCount / 2; ++k) {
+            values.at[kCount / 2 + k] = bit_cast<float>(rests[k]);
+          }
+        }
+        return;
+      }
+#pragma unroll
+      for (int k = 0; k < kCount; k += 2) {
+        values.at[k / 2] = bit_cast<float>(narrow_pair<half_t>(values.at[k], values.at[k + 1]));
+      }
+    });
+  }
+
+ private:
+  static constexpr int kWord = 4, kHalf = 2;  // bytes
+
+  __device__ char* data() const { return pointers[index]; }
+  __device__ char* rest() const { return pointers[kMixedArrays]; }
+
+  __device__ bool is(uint32_t bit) const { return (storages & bit << 4 * index) != 0; }
+  __device__ bool is_wide() const { return is(kIsWide); }
+  __device__ bool exact() const {
+    if constexpr (!may_be_exact) return false;
+    return is(kIsExact);
+  }
+
+  template <class Body>
+  __device__ __forceinline__ void visit_half(Body&& body) const {
+    if (is(kIsFloat16)) {
+      body(float16{});
+    } else {
+      body(bfloat16{});
+    }
+  }
+
+  __device__ static uint16_t half_of(float word, int k) {
+    return static_cast<uint16_t>(bit_cast<uint32_t>(word) >> k % 2 * 16);
+  }
+  __device__ static uint16_t half(const char* from, int i) {
+    return load_global(reinterpret_cast<const uint16_t*>(from) + i);
+  }
+  __device__ static void set_half(char* to, int i, uint32_t bits) {
+    store_global(reinterpret_cast<uint16_t*>(to) + i, static_cast<uint16_t>(bits));
+  }
+
+  template <int kVector>
+  __device__ static void load_half(const char* from, int begin, Vector<float, kVector>& words) {
+    const auto half = load_global(reinterpret_cast<const Vector<float, kVector / 2>*>(from));
+#pragma unroll
+    for (int k = 0; k < kVector / 2; ++k) words.at[begin + k] = half.at[k];
+  }
+  template <int kVector>
+  __device__ static void store_half(const Vector<float, kVector>& words, int begin, char* to) {
+    Vector<float, kVector / 2> half;
+#pragma unroll
+    for (int k = 0; k < kVector / 2; ++k) half.at[k] = words.at[begin + k];
+    store_global(reinterpret_cast<Vector<float, kVector / 2>*>(to), half);
+  }
+};
+
+// As Lanes, in shared memory: an update of mixed formats has no registers left for them. A thread
+// uses its own lanes only.
+template <class Norm, int kVector>
+struct SharedLanes {
+  float* const first;  // lane k is first[k * kThreads]
+
+  __device__ explicit SharedLanes(float* lanes) : first(lanes + threadIdx.x) {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) first[k * kThreads] = 0;
+  }
+
+  __device__ void add(const Vector<float, kVector>& grads, Format) {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      first[k * kThreads] = Norm::combine(first[k * kThreads], Norm::term(grads.at[k]));
+    }
+  }
+
+  __device__ double fold() const {
+    double lanes[kVector];
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) lanes[k] = first[k * kThreads];
+    return cuda::fold<Norm>(lanes);
+  }
+};
+
+// The types of a chunk's arrays that are all stored as scalar_t.
+template <class scalar_t>
+struct Uniform {
+  using stored_t = scalar_t;  // of an element in a Vector
+  using compute_t = opmath_t<scalar_t>;
+  using param_slice = Slice<scalar_t>;
+  using slice = Slice<scalar_t>;
+  template <class Norm, int kVector>
+  using norm_lanes = Lanes<Norm, kVector, compute_t>;
+  static constexpr int kParamBytes = sizeof(scalar_t);
+  static constexpr bool is_mixed = false;
+};
+
+// The same for arrays of several formats that are computed in float32.
+template <int kBytes>
+struct Mixed {
+  using stored_t = float;
+  using compute_t = float;
+  using param_slice = MixedSlice<kBytes == sizeof(raw16), kParamShift>;
+  using slice = MixedSlice<false, kStateShift>;
+  template <class Norm, int kVector>
+  using norm_lanes = SharedLanes<Norm, kVector>;
+  static constexpr int kParamBytes = kBytes;
+  static constexpr bool is_mixed = true;
+};
+
+// Calls body(Uniform<...>{}) or body(Mixed<...>{}) for a tensor's arrays.
+template <class Body>
+__device__ __forceinline__ void visit_types(const TensorShape& shape, Body&& body) {
+  bool is_uniform = shape.grad == shape.param;
+#pragma unroll
+  for (const Storage state : shape.states) is_uniform = is_uniform && state == shape.param;
+  visit_array(shape.param, [&](auto param) {
+    using param_t = type_of<decltype(param)>;
+    if constexpr (sizeof(opmath_t<param_t>) == sizeof(float)) {
+      if (!is_uniform) return body(Mixed<sizeof(param_t)>{});
+    }
+    body(Uniform<param_t>{});
+  });
+}
+
+}  // namespace fusedopt::cuda
