@@ -9,6 +9,7 @@ from fusedopt.core.together import step_together
 from fusedopt.distributed import PeerError
 from fusedopt.gradients.clip_grad import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 from fusedopt.gradients.grad_scaler import GradScaler
+from fusedopt.masters import master_weights
 from fusedopt.monitoring import Monitor, NotALogError, RunLog, read_log
 from fusedopt.optimizers.adadelta import FusedAdadelta
 from fusedopt.optimizers.adam import FusedAdam, FusedAdamW
@@ -46,6 +47,7 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grads_with_norm_",
     "get_total_norm",
+    "master_weights",
     "read_log",
     "reference",
     "step_together",

@@ -112,7 +112,7 @@ def optimizer_of(case, tensors, **kwargs):
     return case.cls(groups, backend="cuda", **case.kwargs, **kwargs)
 
 
-@pytest.mark.parametrize("tensors", [1, 3, 400])
+@pytest.mark.parametrize("tensors", [1, 3, 300])
 @pytest.mark.parametrize("case", CLASSES, ids=str)
 def test_a_step_launches_two_kernels_however_many_tensors(launches, case, tensors):
     """Before the first step, one more kernel carries the tables."""
@@ -121,7 +121,7 @@ def test_a_step_launches_two_kernels_however_many_tensors(launches, case, tensor
         assert [launches(optimizer.step) for _ in range(3)] == [3, 2, 2]
 
 
-@pytest.mark.parametrize("tensors", [1, 3, 400])
+@pytest.mark.parametrize("tensors", [1, 3, 300])
 @pytest.mark.parametrize("case", CLASSES, ids=str)
 def test_one_kernel_where_nothing_depends_on_the_norm(launches, case, tensors):
     optimizer = optimizer_of(case, tensors)
@@ -215,6 +215,24 @@ def test_adam_moves_32_bytes_for_each_float32(traffic):
     assert sum(map(sum, traffic(optimizer.step))) == 32 * count
     optimizer, count, _ = filled(CLASSES[0], torch.float32)
     assert sum(map(sum, traffic(optimizer.step))) == 28 * count
+
+
+FORMAT_BYTES = [  # per element: of a step, and of a clipped one
+    (torch.float32, {"state_dtype": torch.bfloat16}, 20, 24),
+    (torch.bfloat16, {"state_dtype": torch.float32}, 22, 24),
+    (torch.bfloat16, {"rounding": "stochastic"}, 14, 16),
+    (torch.bfloat16, {"master_weights": "exact"}, 18, 20),
+    (torch.bfloat16, {"master_weights": "exact", "state_dtype": torch.float32}, 26, 28),
+    (torch.float16, {"master_weights": "exact", "state_dtype": torch.bfloat16}, 18, 20),
+]
+
+
+@pytest.mark.parametrize(("dtype", "formats", "step", "clipped"), FORMAT_BYTES)
+def test_bytes_of_formats(traffic, dtype, formats, step, clipped):
+    """docs/precision.md has them."""
+    for limit, expected in ((None, step), (1.0, clipped)):
+        optimizer, count, _ = filled(CLASSES[0], dtype, max_grad_norm=limit, **formats)
+        assert sum(map(sum, traffic(optimizer.step))) == expected * count
 
 
 def test_a_skipped_step_only_measures(traffic):

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from fusedopt import reference
 from fusedopt.core import agreement, extension, fallback
+from fusedopt.core.check_formats import warn_once_of_naive_params
 from fusedopt.core.plan import Plan
 from fusedopt.reference import Group, Rule
 from fusedopt.reference.arithmetic import is_subclass
+from fusedopt.reference.formats import formats_of
 
 _warned: set[str] = set()
 
@@ -99,12 +101,17 @@ def new_plan(
     rings: list[Tensor],
 ) -> Plan | None:
     """A plan for steps; None for the reference."""
+    warn_once_of_naive_params(param_groups)
     if backend == TORCH:
         return fallback.TorchPlan(rule, param_groups, state, counters)
     if backend == REFERENCE or _C is None:
         return None
     agreement.check_rule(rule, _C.constants)
-    return _C.Plan(rule.name, backend or "", param_groups, state, counters, rings)
+    formats = [formats_of(group) for group in param_groups]
+    if all(it.are_default for it in formats):
+        return _C.Plan(rule.name, backend or "", param_groups, state, counters, rings)
+    asked = [it.for_kernels(rule) for it in formats]
+    return _C.Plan(rule.name, backend or "", param_groups, state, counters, rings, asked)
 
 
 def clip_grads(

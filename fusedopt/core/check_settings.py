@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fusedopt.distributed.ranks import PLAIN
+from fusedopt.reference.formats import FORMAT_OPTIONS
 from fusedopt.reference.limits import LIMITS, AdaptiveClip
 
 NONFINITE_MODES = ("skip", "raise", "propagate")
@@ -73,13 +74,18 @@ def check_telemetry(value: Any) -> int | None:
 
 def check_attribute(owner: type, name: str, value: Any) -> None:
     """Refuses to set an attribute without effect, such as a misspelled setting."""
+    if name in FORMAT_OPTIONS:
+        raise AttributeError(
+            f"{name} is an argument of {owner.__name__}, and can't be set later; expected it in a "
+            "param group"
+        )
     if name in ("backend", "process_group", "plain", "check_replicas") or (
         name == "telemetry" and not callable(value)
     ):
         raise AttributeError(f"{name} is an argument of {owner.__name__}, and can't be set later")
     if hasattr(owner, name):
         return
-    close = difflib.get_close_matches(name, OURS, 1, cutoff=0.8)
+    close = difflib.get_close_matches(name, (*OURS, *FORMAT_OPTIONS), 1, cutoff=0.8)
     if close:
         raise AttributeError(f"{owner.__name__} has no {name}; did you mean {close[0]}?")
 

@@ -2,8 +2,8 @@
 
 Loading differs from torch's in four ways. A state keeps its dtype if a step can use it; torch
 rounds it to its parameter's dtype. A tensor of the checkpoint is copied if writing to it would be
-wrong (see `takeover`). Names count before places (see `arrange`). The flags of `IMPLEMENTATION` are
-not loaded.
+wrong (see `takeover`). Names count before places (see `arrange`). The flags of `IMPLEMENTATION` and
+the formats of `FORMAT_OPTIONS` are not loaded.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ from fusedopt.core.state import (
     is_in_place,
     is_new,
     is_scalar_in_place,
+    names_of,
     scalar_like,
     tensor_like,
 )
 from fusedopt.distributed import check_placements, local_of
 from fusedopt.reference import Group, Rule
 from fusedopt.reference.arithmetic import compute_dtype
+from fusedopt.reference.formats import FORMAT_OPTIONS, formats_of
 from fusedopt.reference.groups import name_of
+from fusedopt.reference.rule import REST
 
 MAX_COUNT = 2**24  # a float32 can't count further
 
@@ -121,12 +124,13 @@ def load_groups(groups: list[Group], names: Names, checkpoint: Checkpoint) -> li
 
 
 def _load_group(group: Group, saved: Group) -> Group:
-    not_loaded = ("params", "param_names", *IMPLEMENTATION)
+    kept = (*IMPLEMENTATION, *FORMAT_OPTIONS)
+    not_loaded = ("params", "param_names", *kept)
     options = {key: value for key, value in saved.items() if key not in not_loaded}
-    implementation = {key: group[key] for key in IMPLEMENTATION if key in group}
+    own = {key: group[key] for key in kept if key in group}
     params = group["params"]
     params = params if isinstance(params, list | tuple) else list(params)  # a view has no copy
-    return {"params": params, **deepcopy(options), **implementation}
+    return {"params": params, **deepcopy(options), **own}
 
 
 @dataclass(frozen=True)
@@ -214,9 +218,12 @@ def _entries(
 def _checked(rule: Rule, group: Group, param: Tensor, saved: dict[Any, Any], name: str) -> _Entry:
     # Without a shape or data yet: the first step looks at its state.
     waits = torch.nn.parameter.is_lazy(param) or checks.is_left_alone(local_of(param))
-    own = () if waits or is_new(saved) else (*rule.scalars, *rule.states(group))
+    own = () if waits or is_new(saved) else names_of(rule, group, local_of(param))
+    own = tuple(key for key in own if key != REST or saved.get(REST) is not None)
+    if REST not in own and not waits:
+        saved.pop(REST, None)  # of a master that this optimizer doesn't keep
     if own:
-        check_placements(rule.states(group), param, saved, name)
+        check_placements([it for it in own if it not in rule.scalars], param, saved, name)
         local = {key: local_of(value) for key, value in saved.items()}
         checks.check_state(rule, group, local_of(param), local, name)
         _check_values(rule, group, local, name)
@@ -255,8 +262,10 @@ def _params_and_grads(groups: list[Group]) -> Iterator[Tensor]:
 def _load_param_state(rule: Rule, entry: _Entry, shared: Container[int]) -> dict[str, Any]:
     """`shared`: the ids of this rank's tensors that need no copy."""
     param = entry.param
-    dtypes = {entry.saved[key].dtype for key in entry.own if key not in rule.scalars}
+    tensors = [key for key in entry.own if key not in rule.scalars and key != REST]
+    dtypes = {entry.saved[key].dtype for key in tensors}
     computed = compute_dtype(param.dtype)
+    asked = formats_of(entry.group).state_dtype
     usable = len(dtypes) == 1 and dtypes <= {param.dtype, computed}
     loaded = {}
     for key, value in entry.saved.items():  # in the saved order
@@ -267,7 +276,8 @@ def _load_param_state(rule: Rule, entry: _Entry, shared: Container[int]) -> dict
             taken = id(value) in shared and is_scalar_in_place(value, param)
             loaded[key] = value if taken else scalar_like(param, value)
         else:
-            dtype = value.dtype if usable else computed
+            dtype = asked or (value.dtype if usable else computed)
+            dtype = torch.int16 if key == REST else dtype
             taken = id(local_of(value)) in shared and value.dtype == dtype
             taken = taken and is_in_place(local_of(value), local_of(param))
             loaded[key] = value if taken else tensor_like(param, value, dtype)

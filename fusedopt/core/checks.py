@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from fusedopt.core.backends import device_type_of
+from fusedopt.core.check_formats import check_formats, check_rest
 from fusedopt.core.check_settings import OURS
 from fusedopt.core.plan import Plan
 from fusedopt.reference import Group, Rule
 from fusedopt.reference.arithmetic import DTYPES, can_be_updated, compute_dtype, is_subclass
+from fusedopt.reference.formats import formats_of
 from fusedopt.reference.groups import name_of
 from fusedopt.reference.limits import Unit
 
@@ -174,6 +176,7 @@ def check_options(
             f"param group {index} has {', '.join(map(repr, ours))}, which one group can't have for "
             f"itself; expected it as an argument of the optimizer, or as its attribute"
         )
+    check_formats(f"param group {index}'s ", group)
     if missing := [key for key in defaults if key not in group]:
         raise ValueError(
             f"param group {index} has no {', '.join(map(repr, missing))}, only "
@@ -272,6 +275,8 @@ def check_state(rule: Rule, group: Group, param: Tensor, state: dict[str, Any], 
                 f"{tuple(param.shape)}"
             )
         check_memory(value, f"state {key!r} of {name}")
+    if formats_of(group).has_rest(param):
+        check_rest(param, state, name)
 
 
 def check_scalar(value: Any, name: str, counts: bool) -> None:
@@ -294,6 +299,8 @@ def check_state_dtypes(
     rule: Rule, group: Group, param: Tensor, state: dict[str, Any], name: str
 ) -> None:
     """Refuses a state of a dtype that no kernel takes. (Loading converts such a state.)"""
+    if formats_of(group).state_dtype is not None:
+        return  # converts it
     dtypes = {param.dtype, compute_dtype(param.dtype)}
     for key in rule.states(group):
         if state[key].dtype not in dtypes:

@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo
 
 from fusedopt.core import backends, check_settings, checks, sharding
 from fusedopt.core.callers import asks_for_state
+from fusedopt.core.check_formats import check_formats
 from fusedopt.core.names import ParamNames
 from fusedopt.core.persistence import Persistence
 from fusedopt.core.provisional_state import ProvisionalState
@@ -57,12 +58,22 @@ class FusedOptimizer(Persistence, Stepper):
       same gradients compare checksums of their bits: copies of DDP, replicated dimensions of a
       mesh. If some differ, nothing is changed, and all ranks raise `ReplicasDifferError` with the
       names of parameters and ranks. It reads the gradients once more, and waits for the device.
+    * `master_weights`: "exact" keeps, for every 16-bit parameter, the bits that are missing to a
+      float32 in `state["param_rest"]` (int16), and trains as float32 does. None: no master.
+    * `state_dtype`: `torch.float32` or `torch.bfloat16` for the states; None: the parameter's.
+    * `rounding`: how 16-bit arrays are rounded. None: second moments at random if one of these
+      options is set, all else to nearest; "nearest"; "stochastic": bfloat16 weights without a
+      master at random, too.
+    * `seed` (int, or None): of the random rounding.
 
-    All but `backend`, `telemetry` and these last three are attributes and may be changed
-    between steps. `foreach`, `fused` and `capturable` are accepted where the twin has them, and
-    change nothing: the step is always fused and capturable.
+    The last four may differ by param group. A group has those that were set. They are not taken
+    from a checkpoint.
 
-    These settings hold for all param groups. A param group that has one of them is refused.
+    All but `backend`, `telemetry`, `process_group`, `plain`, `check_replicas` and these four are
+    attributes and may be changed between steps. `foreach`, `fused` and `capturable` are accepted where the twin has
+    them, and change nothing: the step is always fused and capturable.
+
+    The others hold for all param groups. In a group they are refused.
 
     Parameters are float32, float64, bfloat16 or float16, of any shape and strides, on CPU and CUDA,
     in any mix. 16-bit parameters are computed in float32 and rounded once. Frozen parameters may be
@@ -97,6 +108,7 @@ class FusedOptimizer(Persistence, Stepper):
         process_group: Any,
         plain: Any,
         check_replicas: Any,
+        **formats: Any,
     ) -> None:
         """Sets our own arguments. Call it before torch's __init__, which adds the param groups."""
         self._own = {
@@ -111,6 +123,8 @@ class FusedOptimizer(Persistence, Stepper):
             "skips_for_scaler": False,
             "group_keys": [],
             "sharded": None,
+            "formats": {key: value for key, value in formats.items() if value is not None},
+            "seen_formats": [],
             "process_group": process_group,
             "plain": check_settings.check_plain(plain),
             "check_replicas": check_settings.check_count("check_replicas", check_replicas),
@@ -123,6 +137,7 @@ class FusedOptimizer(Persistence, Stepper):
             "together": None,
             "view": LocalView(),
         }
+        check_formats("", self._own["formats"])
         if not self._knows_ranks():
             self._own["sharded"] = sharding.sharding_caller()
         self._names = ParamNames()
@@ -167,6 +182,9 @@ class FusedOptimizer(Persistence, Stepper):
         sharded = self._own["sharded"]
         self._plan = None
         checks.normalize_options(self.defaults)
+        if isinstance(param_group, dict):
+            for key, value in self._own["formats"].items():
+                param_group.setdefault(key, value)
         super().add_param_group(param_group)
         self._follow_names()
         try:

@@ -15,7 +15,7 @@ from fusedopt.core.names import ParamNames, check_named
 from fusedopt.core.provisional_state import ProvisionalState
 from fusedopt.core.readings import Readings
 from fusedopt.core.settings import TORCHS
-from fusedopt.core.state import is_new, make_complete
+from fusedopt.core.state import is_new, make_complete, take_counts, with_counts
 from fusedopt.distributed import LocalView, local_of
 from fusedopt.reference import Control, Group, distinct_params
 from fusedopt.reference.groups import name_of
@@ -110,6 +110,7 @@ class Persistence(Readings):
     def _state_dict(self) -> dict[str, Any]:
         self._follow_names()
         used = self._provisional_state.used(self.rule, self.state)
+        used = with_counts(self.rule, self.param_groups, used, self._provisional_state.counters)
         state_dict = checkpoint.save(self.param_groups, used)
         if isinstance(limit := self.max_grad_norm, AdaptiveClip):
             learned = limit_state.save(
@@ -169,11 +170,13 @@ class Persistence(Readings):
         for index, group in enumerate(groups):
             checks.check_options(index, group, self.defaults, self._settings())
         states = checkpoint.load_state(self.rule, groups, read)
+        counts = take_counts(self.rule, groups, states)
         loaded = self._twin()
         # torch's classes expect a `step` in every state: hide states with only a user's items.
         begun = {k: it for k, it in states.items() if isinstance(k, Tensor) and not is_new(it)}
         loaded.__setstate__({"state": begun, "param_groups": groups})
         loaded._own["state"] = states
+        loaded._own["provisional_state"].counters.update(counts)
         loaded._own |= {**self._loaded_count(states), **self._loaded_limit(groups, read)}
         attributes = loaded.__dict__
         own = _changed(self._own, attributes.pop("_own"))

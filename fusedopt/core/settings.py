@@ -19,6 +19,8 @@ from fusedopt.reference.limits import AdaptiveClip, Unit
 TORCHS = ("state", "param_groups", "defaults")  # checkpoints and users replace these
 NonFinite = Literal["skip", "raise", "propagate"]
 Plain = Literal["replicated", "own"]
+MasterWeights = Literal["exact"]
+Rounding = Literal["nearest", "stochastic"]
 
 
 class ScalerValue(Shared[Tensor | None]):

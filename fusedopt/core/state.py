@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from fusedopt.core.backends import zeros_like
-from fusedopt.reference import Group, Rule, all_state_names
+from fusedopt.reference import Group, Rule, all_state_names, distinct_params
+from fusedopt.reference.formats import formats_of
+from fusedopt.reference.rule import REST
 
 States = dict[Tensor, dict[str, Any]]
 
@@ -31,6 +33,12 @@ def is_new(state: object) -> bool:
     return isinstance(state, Mapping) and all(state.get(name) is None for name in all_state_names())
 
 
+def names_of(rule: Rule, group: Group, param: Tensor) -> tuple[str, ...]:
+    """The names of all that a parameter's state has."""
+    rest = (REST,) if formats_of(group).has_rest(param) else ()
+    return (*rule.scalars, *rule.states(group), *rest)
+
+
 def complete(
     rule: Rule, group: Group, param: Tensor, states: States, counters: dict[Tensor, Tensor]
 ) -> bool:
@@ -48,25 +56,64 @@ def make_complete(
     """As `complete`, whether the parameter has a gradient or not."""
     state = states.get(param)
     new = is_new(state)
+    formats = formats_of(group)
+    # Random bits need the count of a parameter that has no other state.
+    counted = param in counters and formats.rounds_param(param) and not rule.states(group)
     if rule.hidden_step:
-        known = 0 if new else counters.get(param, 1)
+        known = 0 if new and not counted else counters.get(param, 1)
         counters[param] = _scalar_in_place(known, param)
     if new:
+        dtype = formats.dtype_of_state(param)
         new_state = {
             **{name: _scalar_in_place(value, param) for name, value in rule.scalars.items()},
-            **{name: zeros_like(param) for name in rule.states(group)},
+            **{name: zeros_like(param, dtype) for name in rule.states(group)},
+            **({REST: zeros_like(param, torch.int16)} if formats.has_rest(param) else {}),
         }
         if new_state:  # in a dict, as the kernels read only dicts; users' items stay
             if not isinstance(state, dict):
                 states[param] = dict(state or {})
             states[param].update(new_state)
-        return True
+        return not counted
     assert state is not None
     for name in rule.scalars:
         state[name] = _scalar_in_place(state[name], param)
     for name in rule.states(group):
-        state[name] = _tensor_in_place(state[name], param)
+        state[name] = _tensor_in_place(state[name], param, formats.state_dtype)
+    if not formats.has_rest(param):
+        state.pop(REST, None)
+    elif state.get(REST) is None:
+        state[REST] = zeros_like(param, torch.int16)
+    else:
+        state[REST] = _tensor_in_place(state[REST], param, None)
     return False
+
+
+def with_counts(
+    rule: Rule, param_groups: list[Group], states: States, counters: dict[Tensor, Tensor]
+) -> States:
+    """The states as a checkpoint has them: with the counts that random bits need.
+
+    torch's SGD keeps no count. Ours is saved as "step" where weights are rounded at random.
+    """
+    if not rule.hidden_step:
+        return states
+    counts = {
+        param: counters[param]
+        for group, param in distinct_params(param_groups)
+        if param in counters and formats_of(group).rounds_param(param)
+    }
+    return {**states, **{p: {**states.get(p, {}), "step": it} for p, it in counts.items()}}
+
+
+def take_counts(rule: Rule, param_groups: list[Group], states: States) -> dict[Tensor, Tensor]:
+    """Takes out of loaded states what `with_counts` has put into them."""
+    if not rule.hidden_step:
+        return {}
+    return {
+        param: _scalar_in_place(states[param].pop("step"), param)
+        for group, param in distinct_params(param_groups)
+        if param in states and "step" in states[param] and formats_of(group).rounds_param(param)
+    }
 
 
 def _scalar_in_place(value: Any, param: Tensor) -> Tensor:
@@ -86,9 +133,11 @@ def is_scalar_in_place(value: Any, param: Tensor) -> bool:
     )
 
 
-def _tensor_in_place(value: Tensor, param: Tensor) -> Tensor:
-    """The value on the parameter's device and with its layout. The dtype stays."""
-    return value if is_in_place(value, param) else tensor_like(param, value, value.dtype)
+def _tensor_in_place(value: Tensor, param: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """On the parameter's device and laid out like it; without a dtype it keeps its own."""
+    if is_in_place(value, param) and dtype in (None, value.dtype):
+        return value
+    return tensor_like(param, value, dtype or value.dtype)
 
 
 def is_in_place(value: Tensor, param: Tensor) -> bool:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from fusedopt import reference
-from fusedopt.core import backends, checks, sharding, state
+from fusedopt.core import backends, check_formats, checks, sharding, state
 from fusedopt.core.plan import Plan
 from fusedopt.core.rank_stepper import Common, RankStepper
 from fusedopt.core.settings import NonFinite, asks_for_norm
 from fusedopt.core.skip_limit import SkipLimit, TooManySkipsError
 from fusedopt.distributed import local_of
 from fusedopt.reference import Control, StepOptions, norms
+from fusedopt.reference.formats import set_formats
 from fusedopt.reference.groups import name_of
 from fusedopt.reference.limits import AdaptiveClip
 from fusedopt.telemetry import PARAM_COLUMNS, STEP_COLUMNS, explain
@@ -34,6 +35,8 @@ class Stepper(RankStepper):
         plan = own["plan"]
         if [*map(tuple, own["param_groups"])] != own["group_keys"]:
             plan = None  # a group has a new key, which may be one of ours
+        if own["seen_formats"] and own["seen_formats"] != set_formats(own["param_groups"]):
+            plan = None
         part = own["part"]
         if part is None and own["was_part"]:
             plan = own["plan"] = None  # its ranks were those of several optimizers
@@ -165,6 +168,7 @@ class Stepper(RankStepper):
         ]
         self._move_clip_state()
         self._own["group_keys"] = [*map(tuple, self.param_groups)]
+        self._own["seen_formats"] = set_formats(self.param_groups)
         try:
             self._look()
             groups, states, counters = self._seen()
@@ -182,6 +186,8 @@ class Stepper(RankStepper):
             return "steps over several ranks or with several optimizers"
         if isinstance(limit, AdaptiveClip):
             return f"max_grad_norm={limit}"
+        if not all(it.are_default for it in set_formats(self.param_groups)):
+            return "master_weights, state_dtype or rounding"
         return None if self._rings is None else f"telemetry={self._rings.size}"
 
     def _make_rings(self) -> list[Tensor]:
@@ -215,7 +221,7 @@ class Stepper(RankStepper):
                 if not state.is_new(states.get(param)):
                     checks.check_state(self.rule, group, param, states[param], name)
                     checks.check_state_dtypes(self.rule, group, param, states[param], name)
-                elif self.rule.scalars or self.rule.states(group):
+                elif state.names_of(self.rule, group, param):
                     checks.check_new_state(name, "a step with its gradient")
 
     def _check_group(self, index: int) -> None:
@@ -225,6 +231,7 @@ class Stepper(RankStepper):
             name = name_of(self.param_groups, index, position)
             self._check_layout(param, name)
             checks.check_param(local_of(param), name, self._backend)
+            check_formats.check_param_formats(group, param, name)
             checks.check_rows(self.max_grad_norm, local_of(param), name)
             if self._knows_ranks():
                 continue

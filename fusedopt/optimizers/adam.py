@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from fusedopt.clip import AdaptiveClip
 from fusedopt.core.optimizer import Backend, FusedOptimizer
-from fusedopt.core.settings import NonFinite, Plain
+from fusedopt.core.settings import MasterWeights, NonFinite, Plain, Rounding
 from fusedopt.optimizers.moments import moment_options, update_moments
 from fusedopt.reference import Group, Rule, Twin, count_step
 from fusedopt.reference.arithmetic import power, sqrt
@@ -116,8 +116,13 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
         plain: what parameters that are no DTensors are over these ranks: "replicated" or "own".
         check_replicas: in how many steps the ranks compare once the gradients that they should have
             in common, or None.
+        master_weights: "exact" trains 16-bit parameters as float32, with the missing bits in the
+            state; None: there is no master.
+        state_dtype: torch.float32 or torch.bfloat16; None: the states have the parameter's.
+        rounding: "nearest", "stochastic", or None: of second moments at random, else to nearest.
+        seed: of the random rounding.
 
-    `FusedOptimizer` says more of these eight, and of what is refused.
+    `FusedOptimizer` says more of these twelve, and of what is refused.
     """
 
     rule = ADAM
@@ -145,6 +150,10 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
         process_group: ProcessGroup | DeviceMesh | None = None,
         plain: Plain = "replicated",
         check_replicas: int | None = None,
+        master_weights: MasterWeights | None = None,
+        state_dtype: torch.dtype | None = None,
+        rounding: Rounding | None = None,
+        seed: int | None = None,
     ) -> None:
         self._configure(
             max_grad_norm,
@@ -155,6 +164,10 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
             process_group,
             plain,
             check_replicas,
+            master_weights=master_weights,
+            state_dtype=state_dtype,
+            rounding=rounding,
+            seed=seed,
         )
         super().__init__(
             params,
@@ -202,8 +215,13 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
         plain: what parameters that are no DTensors are over these ranks: "replicated" or "own".
         check_replicas: in how many steps the ranks compare once the gradients that they should have
             in common, or None.
+        master_weights: "exact" trains 16-bit parameters as float32, with the missing bits in the
+            state; None: there is no master.
+        state_dtype: torch.float32 or torch.bfloat16; None: the states have the parameter's.
+        rounding: "nearest", "stochastic", or None: of second moments at random, else to nearest.
+        seed: of the random rounding.
 
-    `FusedOptimizer` says more of these eight, and of what is refused.
+    `FusedOptimizer` says more of these twelve, and of what is refused.
     """
 
     rule = ADAM
@@ -230,6 +248,10 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
         process_group: ProcessGroup | DeviceMesh | None = None,
         plain: Plain = "replicated",
         check_replicas: int | None = None,
+        master_weights: MasterWeights | None = None,
+        state_dtype: torch.dtype | None = None,
+        rounding: Rounding | None = None,
+        seed: int | None = None,
     ) -> None:
         self._configure(
             max_grad_norm,
@@ -240,6 +262,10 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
             process_group,
             plain,
             check_replicas,
+            master_weights=master_weights,
+            state_dtype=state_dtype,
+            rounding=rounding,
+            seed=seed,
         )
         super().__init__(
             params,

@@ -11,7 +11,7 @@ from torch.optim.rmsprop import rmsprop
 
 from fusedopt.clip import AdaptiveClip
 from fusedopt.core.optimizer import Backend, FusedOptimizer
-from fusedopt.core.settings import NonFinite, Plain
+from fusedopt.core.settings import MasterWeights, NonFinite, Plain, Rounding
 from fusedopt.reference import Group, Rule, Twin, count_step
 from fusedopt.reference.arithmetic import sqrt
 from fusedopt.reference.rule import column, with_l2
@@ -121,8 +121,13 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
         plain: what parameters that are no DTensors are over these ranks: "replicated" or "own".
         check_replicas: in how many steps the ranks compare once the gradients that they should have
             in common, or None.
+        master_weights: "exact" trains 16-bit parameters as float32, with the missing bits in the
+            state; None: there is no master.
+        state_dtype: torch.float32 or torch.bfloat16; None: the states have the parameter's.
+        rounding: "nearest", "stochastic", or None: of second moments at random, else to nearest.
+        seed: of the random rounding.
 
-    `FusedOptimizer` says more of these eight, and of what is refused.
+    `FusedOptimizer` says more of these twelve, and of what is refused.
     """
 
     rule = RMSPROP
@@ -149,6 +154,10 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
         process_group: ProcessGroup | DeviceMesh | None = None,
         plain: Plain = "replicated",
         check_replicas: int | None = None,
+        master_weights: MasterWeights | None = None,
+        state_dtype: torch.dtype | None = None,
+        rounding: Rounding | None = None,
+        seed: int | None = None,
     ) -> None:
         self._configure(
             max_grad_norm,
@@ -159,6 +168,10 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
             process_group,
             plain,
             check_replicas,
+            master_weights=master_weights,
+            state_dtype=state_dtype,
+            rounding=rounding,
+            seed=seed,
         )
         super().__init__(
             params,

@@ -34,11 +34,14 @@ def column(states: list[dict[str, Tensor]], name: str) -> list[Tensor]:
     return [state[name] for state in states]
 
 
-_state_names: dict[str, None] = {}  # of every rule that exists; a dict keeps their order
+REST = "param_rest"  # in a parameter's state: the bits that its master has beside it
+
+# Of every rule that exists; a dict keeps their order.
+_state_names: dict[str, None] = {REST: None}
 
 
 def all_state_names() -> Collection[str]:
-    """The names of the states, scalars too, of every rule that has been made so far."""
+    """The names of what a parameter's state may have, of every rule that has been made so far."""
     return _state_names.keys()
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fusedopt.reference import norms
+from fusedopt.reference import formats, norms
 from fusedopt.reference.arithmetic import can_be_updated, cast_grad, compute_dtype, scaled
 from fusedopt.reference.coefficients import Decision, least, smaller
 from fusedopt.reference.decision import Control, StepOptions, decide
@@ -49,20 +49,16 @@ def step(
         total = exchange(norms.chunk_sums_by_device(measured))
         options = options._replace(measure=True)
     decision = decide(options, total if options.measure else 0.0)
-    before = (
-        None
-        if rings is None
-        else [param if param.grad is None else param.clone() for _, param in pairs]
-    )
+    before = None if rings is None else _values(pairs, state)
     coefs = []
     if not decision.skip:
         coefs = [coef_of(options, index, param, decision) for index, (_, param) in enumerate(pairs)]
-    for (group, param), coef in zip(pairs, coefs, strict=False):
+    for index, ((group, param), coef) in enumerate(zip(pairs, coefs, strict=False)):
         if param.grad is not None:
             kept = dict(state.get(param) or {})
             if rule.hidden_step:
                 kept[rule.counter] = counters[param]
-            update(rule, group, param, kept, coef * decision.inv_scale)
+            update(rule, group, param, kept, coef * decision.inv_scale, index)
     if not options.measure:
         decision = decide(options, total)
     if options.clip is not None and not decision.skip:
@@ -72,8 +68,19 @@ def step(
         for coef in coefs:
             decision = decision._replace(clip_coef=smaller(least(coef), decision.clip_coef))
     if rings is not None and before is not None:
-        record(rings, int(control[Control.STEPS]), param_groups, before, decision)
+        after = _values(pairs, state)
+        record(rings, int(control[Control.STEPS]), param_groups, before, after, decision)
     write_readings(control, total, decision)
+
+
+def _values(
+    pairs: list[tuple[Group, Tensor]], state: dict[Tensor, dict[str, Tensor]]
+) -> list[Tensor]:
+    """Copies of the parameters that have gradients, or of their masters; the others as they are."""
+    return [
+        param if param.grad is None else formats.param_values(group, param, state.get(param))
+        for group, param in pairs
+    ]
 
 
 def write_readings(control: Tensor, sum_of_squares: float, decision: Decision) -> None:
@@ -100,7 +107,12 @@ def coef_of(options: StepOptions, index: int, param: Tensor, decision: Decision)
 
 
 def record(
-    rings: Rings, steps: int, param_groups: list[Group], before: list[Tensor], decision: Decision
+    rings: Rings,
+    steps: int,
+    param_groups: list[Group],
+    before: list[Tensor],
+    after: list[Tensor],
+    decision: Decision,
 ) -> None:
     """Writes telemetry: the row of the step, and the row of every parameter."""
     row = steps % rings.size
@@ -108,16 +120,20 @@ def record(
     readings = (decision.grad_norm, decision.clip_coef, float(decision.skip), *lrs)
     rings.steps[row] = rings.steps.new_tensor(readings)
     column = dict.fromkeys(rings.params, 0)
-    for (_, param), old in zip(distinct_params(param_groups), before, strict=True):
+    params = distinct_params(param_groups)
+    for (_, param), old, new in zip(params, before, after, strict=True):
         if param.device not in rings.params:  # on the meta device, and left alone
             continue
         ring = rings.params[param.device]
-        ring[row, column[param.device]] = measures(param, old, decision)
+        ring[row, column[param.device]] = measures(param, old, new, decision)
         column[param.device] += 1
 
 
-def measures(param: Tensor, before: Tensor, decision: Decision) -> Tensor:
-    """A parameter's row of telemetry (`telemetry.PARAM_COLUMNS`): float64, shape (6,)."""
+def measures(param: Tensor, before: Tensor, after: Tensor, decision: Decision) -> Tensor:
+    """A parameter's row of telemetry (`telemetry.PARAM_COLUMNS`): float64, shape (6,).
+
+    `before` and `after` the step: the parameter, or its master.
+    """
     if param.grad is None:
         return torch.full((6,), math.nan, dtype=torch.float64, device=param.device)
     grad = cast_grad(param.grad, param)
@@ -128,11 +144,8 @@ def measures(param: Tensor, before: Tensor, decision: Decision) -> Tensor:
     if decision.skip:
         update_norm, param_norm = zero, zero * math.nan
     else:
-        dtype = compute_dtype(param.dtype)
-        update_norm = norms.norm_of_chunks(
-            norms.sums_in_single(param.to(dtype) - before.to(dtype), param)
-        )
-        param_norm = norms.norm_of_chunks(norms.sums_in_single(before.to(dtype), param))
+        update_norm = norms.norm_of_chunks(norms.sums_in_single(after - before, param))
+        param_norm = norms.norm_of_chunks(norms.sums_in_single(before, param))
     return torch.stack(
         [
             norms.grad_norm(grad, param) * decision.inv_scale,
@@ -161,8 +174,12 @@ def update(
     param: Tensor,
     state: dict[str, Tensor],
     grad_factor: float | Tensor,
+    number: int = 0,
 ) -> None:
-    """Applies the rule to one parameter, and changes it and its states in place."""
+    """Applies the rule to one parameter, and changes it and its states in place.
+
+    `number`: the parameter's index among all of the optimizer's.
+    """
     assert param.grad is not None
     dtype = compute_dtype(param.dtype)
     names = {*rule.scalars, rule.counter}
@@ -171,11 +188,14 @@ def update(
     new_param, new_states = rule.update(
         _with_floats(group),
         scalars,
-        param.to(dtype),
+        formats.param_values(group, param, state),
         -grad if group["maximize"] else grad,
         {name: state[name].to(dtype) for name in rule.states(group)},
     )
-    # Rounded first: copy_ takes it wrong into another dtype whose memory holds the negative.
-    param.copy_(new_param.to(param.dtype))
-    for name, value in {**new_states, **scalars}.items():
+    seed = formats.formats_of(group).seed or 0
+    random = formats.RandomBits(seed, int(scalars[rule.counter]), number)
+    formats.store_param(group, param, state, new_param, random)
+    for name, value in new_states.items():
+        formats.store_state(group, name, param, state[name], value, random)
+    for name, value in scalars.items():
         state[name].copy_(value)

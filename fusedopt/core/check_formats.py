@@ -1,0 +1,110 @@
+"""Refuses formats that no step can store arrays in; warns of 16-bit parameters without masters."""
+
+from __future__ import annotations
+
+import logging
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt.reference import Group
+from fusedopt.reference.formats import HALF_DTYPES, Formats, formats_of
+from fusedopt.reference.rule import REST
+
+MASTER_WEIGHTS = ("exact",)
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+ROUNDINGS = ("nearest", "stochastic")
+
+log = logging.getLogger("fusedopt")
+_has_warned = False
+
+
+def check_formats(where: str, group: Group) -> None:
+    """Refuses values of `FORMAT_OPTIONS` that mean nothing. `where`: "" or "param group 0's "."""
+    formats = formats_of(group)
+    for name, choices in (
+        ("master_weights", MASTER_WEIGHTS),
+        ("state_dtype", STATE_DTYPES),
+        ("rounding", ROUNDINGS),
+    ):
+        value = getattr(formats, name)
+        if not (value is None or any(type(value) is type(it) and value == it for it in choices)):
+            expected = ", ".join(map(repr, choices))
+            raise ValueError(
+                f"Invalid {where}{name} value: {value!r}; expected one of {expected} or None"
+            )
+    seed = formats.seed
+    if seed is None:
+        return
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise TypeError(f"{where}seed is a {type(seed).__name__}; expected an int or None")
+    if not 0 <= int(seed) < 2**64:
+        raise ValueError(
+            f"Invalid {where}seed value: {seed}; expected an int >= 0 and < 2**64, or None"
+        )
+
+
+def check_param_formats(group: Group, param: Tensor, name: str) -> None:
+    """Refuses a parameter that can't be stored as its group asks for."""
+    formats = formats_of(group)
+    is_frozen = param.grad is None and not param.requires_grad
+    if formats.are_default or is_frozen:
+        return
+    asked = ", ".join(_asked(formats))
+    if param.dtype == torch.float64:
+        raise TypeError(
+            f"{name} is torch.float64, and its group has {asked}; expected float32, bfloat16 or "
+            "float16, or a group of its own with None for these options"
+        )
+    stochastic = formats.rounding == "stochastic" and not formats.has_rest(param)
+    if stochastic and param.dtype == torch.float16:
+        raise TypeError(
+            f"{name} is torch.float16, and rounding='stochastic' rounds weights at random, which "
+            "is for bfloat16; expected master_weights='exact', or rounding=None"
+        )
+
+
+def check_rest(param: Tensor, state: dict[str, Any], name: str) -> None:
+    """Refuses a `param_rest` that no step has left."""
+    rest = state.get(REST)
+    if rest is None:
+        return
+    found = rest.dtype if isinstance(rest, Tensor) else f"a {type(rest).__name__}"
+    if found != torch.int16:
+        raise TypeError(f"state {REST!r} of {name} is {found}; expected torch.int16")
+    if rest.shape != param.shape:
+        raise RuntimeError(
+            f"state {REST!r} of {name} has shape {tuple(rest.shape)}; expected the parameter's "
+            f"{tuple(param.shape)}"
+        )
+
+
+def warn_once_of_naive_params(param_groups: list[Group]) -> None:
+    """Logs, once in a process, what training 16-bit parameters without masters costs."""
+    global _has_warned
+    if _has_warned or not any(map(_has_naive_params, param_groups)):
+        return
+    _has_warned = True
+    log.warning(
+        "16-bit parameters are trained without master weights: most updates are smaller than "
+        "half a unit of a weight's last bit, and are lost. master_weights='exact' keeps the bits "
+        "that are missing to float32, with 2 more bytes per parameter. "
+        "logging.getLogger('fusedopt').setLevel('ERROR') silences this"
+    )
+
+
+def _has_naive_params(group: Group) -> bool:
+    formats = formats_of(group)
+    return any(
+        param.grad is not None
+        and param.dtype in HALF_DTYPES
+        and not formats.has_rest(param)
+        and not formats.rounds_param(param)
+        for param in group["params"]
+    )
+
+
+def _asked(formats: Formats) -> list[str]:
+    return [f"{key}={value!r}" for key, value in formats._asdict().items() if value is not None]

@@ -1,0 +1,37 @@
+"""The float32 weights that an optimizer trains, by the names of its parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedopt.core.optimizer import FusedOptimizer
+from fusedopt.reference.formats import param_values
+from fusedopt.reference.groups import distinct_params, named_params
+
+
+@torch.no_grad()
+def master_weights(optimizer: FusedOptimizer) -> dict[str, Tensor]:
+    """Copies of the weights that an optimizer trains: of the masters, where parameters have some.
+
+    Args:
+        optimizer: any of fusedopt's.
+
+    Returns:
+        By the parameter's name, or else its place ("parameter 0 of param group 0"), a tensor of the
+        parameter's shape on its device: float32, or float64 for a float64 parameter.
+
+    Raises:
+        TypeError: the optimizer is another library's.
+    """
+    if not isinstance(optimizer, FusedOptimizer):
+        raise TypeError(
+            f"master_weights was given a {type(optimizer).__name__}; expected one of fusedopt's "
+            "optimizers"
+        )
+    optimizer._follow_names()
+    groups = {id(param): group for group, param in distinct_params(optimizer.param_groups)}
+    return {
+        name: param_values(groups[id(param)], param, optimizer.state.get(param))
+        for param, name in named_params(optimizer.param_groups)
+    }

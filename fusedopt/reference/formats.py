@@ -1,0 +1,206 @@
+"""The formats that a param group asks for: master weights, states of fewer bits, random rounding.
+
+A group without any of `FORMAT_OPTIONS` stores every array in its dtype, rounded to nearest.
+
+* A float32 master of a 16-bit parameter is the parameter and, in `state["param_rest"]`, 16 more
+  bits. `split` and `join` are exact for bfloat16. For float16 they are exact from 2^-17 to 65536; a
+  smaller number is rounded to a multiple of 2^-40.
+* Stochastic rounding to 16 bits adds 16 random bits below the last bit and cuts them off. The bits
+  are a function of the seed, the parameter's step, its number among all parameters, and the
+  element's index in memory: there is no state.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedopt.reference.arithmetic import compute_dtype
+from fusedopt.reference.groups import Group
+from fusedopt.reference.rule import REST, Rule
+
+FORMAT_OPTIONS = ("master_weights", "state_dtype", "rounding", "seed")
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+# Averages of squares, and the like: rounded to nearest, one that falls slowly would never fall.
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "square_avg", "acc_delta", "exp_inf"})
+STATE_SHIFT, PARAM_SHIFT = 0, 16  # where the 16 of an element's 32 random bits begin
+KEY_BITS = 14  # elements with the same index >> KEY_BITS share a key
+
+_M32, _M64 = 2**32 - 1, 2**64 - 1
+
+
+class Formats(NamedTuple):
+    """What a param group asks for."""
+
+    master_weights: str | None = None
+    state_dtype: torch.dtype | None = None
+    rounding: str | None = None
+    seed: int | None = None
+
+    @property
+    def are_default(self) -> bool:
+        """Whether every array is stored in its dtype, rounded to nearest."""
+        return self[:3] == (None, None, None)
+
+    def has_rest(self, param: Tensor) -> bool:
+        """Whether a parameter's master has bits in `state["param_rest"]`."""
+        return self.master_weights == "exact" and param.dtype in HALF_DTYPES
+
+    def rounds_param(self, param: Tensor) -> bool:
+        """Whether a parameter itself is rounded at random."""
+        is_stochastic = self.rounding == "stochastic" and param.dtype == torch.bfloat16
+        return is_stochastic and not self.has_rest(param)
+
+    def rounds_state(self, name: str) -> bool:
+        """Whether a state, if it has 16 bits, is rounded at random."""
+        return name in SECOND_MOMENTS and not self.are_default and self.rounding != "nearest"
+
+    def dtype_of_state(self, param: Tensor) -> torch.dtype:
+        """The dtype of a new state."""
+        return self.state_dtype or param.dtype
+
+    def for_kernels(self, rule: Rule) -> tuple[bool, bool, list[str], int]:
+        """The formats as a compiled backend takes them."""
+        stochastic = [name for name in rule.tensors if self.rounds_state(name)]
+        exact = self.master_weights == "exact"
+        return exact, self.rounding == "stochastic", stochastic, self.seed or 0
+
+
+def formats_of(group: Group) -> Formats:
+    return Formats(*map(group.get, FORMAT_OPTIONS))
+
+
+def set_formats(param_groups: list[Group]) -> list[Formats]:
+    """The formats of every group; an empty list if no group has an option of formats."""
+    if not any(key in group for group in param_groups for key in FORMAT_OPTIONS):
+        return []
+    return [formats_of(group) for group in param_groups]
+
+
+class RandomBits(NamedTuple):
+    """The random bits of a parameter's elements in one step."""
+
+    seed: int
+    step: int
+    number: int  # of the parameter, among all of the optimizer's
+
+    def of(self, param: Tensor, shift: int) -> Tensor:
+        """16 random bits for every element: int64, shaped as the parameter."""
+        bits = torch.empty_like(param, dtype=torch.int64, memory_format=torch.preserve_format)
+        flat = bits.as_strided((param.numel(),), (1,))
+        index = torch.arange(param.numel(), device=param.device)
+        keys = [self._key(i) for i in range(1 + (param.numel() >> KEY_BITS))]
+        key = torch.tensor(keys, device=param.device)[index >> KEY_BITS]
+        flat.copy_(lowbias32((index * 0x9E3779B1 + key) & _M32) >> shift & 0xFFFF)
+        return bits
+
+    def _key(self, index: int) -> int:
+        of_tensor = splitmix64(splitmix64(splitmix64(self.seed) ^ self.step) ^ self.number)
+        return splitmix64(of_tensor ^ index) & _M32
+
+
+def splitmix64(x: int) -> int:
+    """Steele, Lea and Flood, 2014, "Fast splittable pseudorandom number generators"."""
+    x = (x + 0x9E3779B97F4A7C15) & _M64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _M64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _M64
+    return x ^ (x >> 31)
+
+
+def lowbias32(x: Tensor) -> Tensor:
+    """Wellons, 2018, "Prospecting for hash functions"; of integers below 2^32 in int64."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _M32
+    x = ((x ^ (x >> 15)) * (0x846CA68B - 2**32)) & _M32
+    return x ^ (x >> 16)
+
+
+def split(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A float32 as the nearest number of a 16-bit dtype, ties away from zero, and int16: the rest.
+
+    Rounded to nearest even, 32,640 numbers could not be restored.
+    """
+    bits = extended(values, dtype)
+    return _from_bits(bits + 0x8000 >> 16, dtype), bits.to(torch.int16)
+
+
+def join(number: Tensor, rest: Tensor) -> Tensor:
+    """The float32 of two parts.
+
+    Somebody may have changed the 16-bit number since the split. If it is 0 or inf now, the rest may
+    not fit it; then the number counts alone.
+    """
+    bits = (number.detach().view(torch.int16).to(torch.int64) << 16) + rest
+    values = _from_extended(bits & _M32, number.dtype)
+    return torch.where(values.isnan(), number.detach().to(torch.float32), values)
+
+
+def extended(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 in a 16-bit dtype with 16 more bits of mantissa: its 32 bits, in int64.
+
+    bfloat16 with 16 more bits is float32. float16 with 16 more bits has 5 bits of exponent and 26
+    of mantissa.
+    """
+    bits = values.view(torch.int32).to(torch.int64) & _M32
+    if dtype == torch.bfloat16:
+        return bits.masked_fill(values.isnan(), 0x7FC00000)
+    sign, magnitude = bits & 0x80000000, values.abs()
+    subnormal = (magnitude.double() * 2.0**40).nan_to_num(0, 0, 0).round().to(torch.int64)
+    normal = (bits & 0x7FFFFFFF) - (112 << 23) << 3
+    result = torch.where(magnitude < 2.0**-14, subnormal, normal)
+    result = result.masked_fill(magnitude >= 2.0**16, 0x7C000000)
+    return result.masked_fill(values.isnan(), 0x7E000000) | sign
+
+
+def _from_extended(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.bfloat16:
+        return _from_bits(bits, torch.float32)
+    sign, magnitude = bits & 0x80000000, bits & 0x7FFFFFFF
+    subnormal = (magnitude.double() * 2.0**-40).to(torch.float32)
+    normal = _from_bits((magnitude >> 3) + (112 << 23), torch.float32)
+    values = torch.where(magnitude < 1 << 26, subnormal, normal)
+    values = values.masked_fill(magnitude == 0x7C000000, torch.inf)
+    values = values.masked_fill(magnitude > 0x7C000000, torch.nan)
+    return torch.where(sign > 0, -values, values)
+
+
+def _from_bits(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    integer = torch.int16 if dtype in HALF_DTYPES else torch.int32
+    return bits.to(integer).view(dtype)
+
+
+def rounded_at_random(values: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
+    """float32 rounded to a 16-bit dtype. `random`: 16 bits for every element."""
+    return _from_bits(extended(values, dtype) + random >> 16, dtype)
+
+
+def param_values(group: Group, param: Tensor, state: dict[str, Any] | None) -> Tensor:
+    """A parameter, or its master if it has one, in the dtype that it is computed in."""
+    if formats_of(group).has_rest(param) and state and state.get(REST) is not None:
+        return join(param, state[REST])
+    return param.detach().to(compute_dtype(param.dtype), copy=True)
+
+
+def store_param(
+    group: Group, param: Tensor, state: dict[str, Tensor], values: Tensor, random: RandomBits
+) -> None:
+    """Writes new values to a parameter, and to its rest if it has a master."""
+    formats = formats_of(group)
+    if formats.has_rest(param):
+        number, rest = split(values, param.dtype)
+        state[REST].copy_(rest)
+    elif formats.rounds_param(param):
+        number = rounded_at_random(values, param.dtype, random.of(param, PARAM_SHIFT))
+    else:
+        number = values.to(param.dtype)
+    param.copy_(number)  # of the same dtype: copy_ takes it wrong into another, negative one
+
+
+def store_state(
+    group: Group, name: str, param: Tensor, state: Tensor, values: Tensor, random: RandomBits
+) -> None:
+    """Writes new values to a state."""
+    if state.dtype in HALF_DTYPES and formats_of(group).rounds_state(name):
+        values = rounded_at_random(values, state.dtype, random.of(param, STATE_SHIFT))
+    state.copy_(values)
