@@ -70,8 +70,8 @@ class FusedOptimizer(Persistence, Stepper):
     from a checkpoint.
 
     All but `backend`, `telemetry`, `process_group`, `plain`, `check_replicas` and these four are
-    attributes and may be changed between steps. `foreach`, `fused` and `capturable` are accepted where the twin has
-    them, and change nothing: the step is always fused and capturable.
+    attributes and may be changed between steps. `foreach`, `fused` and `capturable` are accepted
+    where the twin has them, and change nothing: the step is always fused and capturable.
 
     The others hold for all param groups. In a group they are refused.
 
