@@ -1,23 +1,23 @@
-# Needs Python with venv and its headers, a C++ compiler and make; the rest comes into .venv.
+# You need Python with venv and its headers, a C++ compiler and make. The rest is installed in .venv.
 ## make demo       train on handwritten digits
 ## make test       run every test
 ## make lint       check style and types
-## make format     bring the style in order
+## make format     correct the style
 ## make sanitize   run the CUDA kernels, emulated on the CPU, under ASan and UBSan
 ## make racecheck  the same under ThreadSanitizer: no data races
-## make bench      compare the step's speed with torch's and others'; BENCH=... for pytest
-## make peers      install the others: DeepSpeed, bitsandbytes, optimi, torchao
-## make bench-report   draw the charts, write the tables, from benchmarks/results
+## make bench      compare the step's speed with torch's and other libraries'; BENCH=... for pytest
+## make peers      install the other libraries: DeepSpeed, bitsandbytes, optimi, torchao
+## make bench-report   draw charts and write tables from benchmarks/results
 ## make clean      remove everything that was built, and .venv
 ##
 ## PYTHON=path     use this interpreter and its torch, and install nothing
-## TORCH=...       another torch for .venv, as pip install takes it
-## FUSEDOPT_CUDA=  0 leaves the CUDA kernels out, 1 builds them without a GPU too. By default they
-##                 are built where nvcc and a GPU are; for `make test`, wherever nvcc is
+## TORCH=...       install another torch in .venv, in pip's notation
+## FUSEDOPT_CUDA=  0 leaves the CUDA kernels out, 1 builds them without a GPU too. By default the
+##                 build needs nvcc and a GPU for them; `make test` needs only nvcc
 
 TORCH ?= torch==2.13.0
 
-# Tests compile and check the CUDA kernels without a GPU too. What they have built serves the rest.
+# Tests compile and check the CUDA kernels without a GPU too. Later targets use the same build.
 nvcc := $(or $(wildcard $(or $(CUDA_HOME),$(CUDA_PATH),/usr/local/cuda)/bin/nvcc),$(shell command -v nvcc))
 ifeq ($(FUSEDOPT_CUDA),)
   ifneq ($(and $(nvcc),$(or $(filter test,$(MAKECMDGOALS)),$(wildcard build/with-cuda))),)
@@ -39,17 +39,18 @@ else
   lint-tools := .venv/lint
 endif
 
-# Built anew for another interpreter, another torch, or with another choice of CUDA kernels.
+# The build is repeated for another interpreter, torch, or choice of CUDA kernels.
 key := $(shell echo '$(abspath $(python)) $(torch) $(FUSEDOPT_CUDA) $(TORCH_CUDA_ARCH_LIST)' \
   | cksum | cut -d' ' -f1)
 extension := build/extension-$(key)
 emulator := build/emulator-$(key)
-# Passive: the tests' processes share the cores, and a thread that waits is not to spin.
+# Passive: a waiting thread doesn't spin, as the tests' processes share the cores.
 pytest := OMP_WAIT_POLICY=passive $(python) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-# Where addresses are drawn from all of the memory, ThreadSanitizer finds no room of its own.
+# ThreadSanitizer finds no room for its own memory if the system randomizes addresses widely.
 unrandomized = $(shell setarch -R true 2>/dev/null && echo setarch -R)
-# Without the history of each of its many threads; torch isn't compiled for it.
+# history_size=0: the shortest history for each of the many threads.
+# ignore_noninstrumented_modules: torch is not compiled for ThreadSanitizer.
 tsan-options := halt_on_error=1 history_size=0 ignore_noninstrumented_modules=1
 
 cpp := $(wildcard csrc/*.* csrc/*/*.*)
@@ -79,7 +80,7 @@ format: $(lint-tools)
 	$(bin)/ruff format
 	$(bin)/clang-format -i $(filter-out %.py,$(cpp)) $(filter-out %.py,$(emulation)) $(measuring)
 
-# What a sanitizer says as it ends a test's process, pytest would keep to itself.
+# pytest would hide the messages of a sanitizer that ends a test's process: they go to a file.
 sanitize: $(tools)
 	rm -f build/emulator/_C_sanitized.* build/sanitize.*
 	$(python) tests/emulator/build.py sanitized
@@ -97,7 +98,7 @@ racecheck: $(tools)
 	FUSEDOPT_TEST_SANITIZED=racecheck \
 	$(pytest) -m racecheck -k emulated || { cat build/racecheck.* 2>/dev/null; exit 1; }
 
-# Quiet: pytest-benchmark's own tables repeat what is shown. BENCH=--save keeps the samples.
+# Quiet: pytest-benchmark's own tables would repeat the output. BENCH=--save keeps the samples.
 bench: $(extension)
 	$(python) -m pytest benchmarks --benchmark-only --benchmark-quiet -rs $(BENCH)
 
@@ -112,7 +113,8 @@ clean:
 	rm -rf .venv build fusedopt/*.so fusedopt/_build.json *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# Torch first and by itself; then the rest, against this torch. The extension comes later, in place.
+# Install torch first and alone, then the rest against this torch. The extension is built later, in
+# place.
 .venv/test: pyproject.toml
 	python3 -m venv .venv
 	.venv/bin/pip install $(TORCH)

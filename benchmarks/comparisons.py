@@ -23,7 +23,7 @@ class Outcome:
 
     Attributes:
         samples: by side, the seconds of each round. Samples of the same round make a pair.
-        skipped: by side, why it was not measured.
+        skipped: by side, the reason why the side was not measured.
         bytes: by side, the bytes that a step moves, if they are known.
     """
 

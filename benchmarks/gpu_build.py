@@ -27,7 +27,7 @@ VARIANTS = {
 
 
 def build(limit: float, with_variants: bool) -> dict[str, Any]:
-    """Builds the extension for this GPU, as shipped, and with other options where asked.
+    """Builds the extension for this GPU, as shipped, and with other options if they are given.
 
     Raises:
         RuntimeError: it can't be built, or not within `limit` seconds.

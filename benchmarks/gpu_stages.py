@@ -86,7 +86,7 @@ def tests(run: Run) -> dict[str, Any]:
 
 
 def sanitize(run: Run) -> dict[str, Any]:
-    """The self-check of all classes and dtypes under compute-sanitizer's tools, all at a time."""
+    """The self-check of all classes and dtypes under compute-sanitizer's tools, all at once."""
     folders = [f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", os.environ["PATH"]]
     sanitizer = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
     if sanitizer is None:

@@ -1,4 +1,4 @@
-"""`python -m fusedopt`: what this build has, and whether it agrees with the reference.
+"""`python -m fusedopt`: shows what this build has, and compares it with the reference.
 
 `python -m fusedopt plot LOG` and `... watch LOG` show the log of a Monitor.
 """
@@ -66,7 +66,7 @@ def self_check(argv: Sequence[str]) -> int:
 
 
 def check(backend: str, wanted: str | None) -> bool:
-    """Checks a backend on its devices; one that no device here needs is not missed."""
+    """Checks a backend on its devices. It may be missing if no device here needs it."""
     reason = backends.why_missing(backend)
     if reason is not None:
         print(f"{backend}: can't be used: {reason}")
@@ -83,7 +83,7 @@ def check(backend: str, wanted: str | None) -> bool:
 
 
 def describe_extension() -> str:
-    """Which file it is, and which torch it was compiled for."""
+    """The extension's file, and the torch that it was compiled for."""
     if backends._C is None:
         return "none"
     record = backends.found.record
@@ -125,7 +125,7 @@ def clips_as_reference(backend: Any, device: torch.device) -> bool:
 
 
 def clip(backend: Any, device: torch.device) -> list[Tensor]:
-    """Norms of both fused orders and gradients clipped by them, as integers."""
+    """The norms of both fused orders, and the gradients clipped by them, as integers."""
     results = []
     for norm_type in (2.0, math.inf):
         generator = torch.Generator().manual_seed(0)
@@ -141,7 +141,7 @@ def clip(backend: Any, device: torch.device) -> list[Tensor]:
 
 
 def run(cls: Any, backend: str, device: torch.device) -> list[Tensor]:
-    """Parameters, states and readings after steps of which one is skipped, as integers."""
+    """Parameters, states and readings after several steps, one of them skipped, as integers."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

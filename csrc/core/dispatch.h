@@ -10,7 +10,7 @@
 
 namespace fusedopt {
 
-// Calls body(SumOfSquares{}) or body(MaxAbs{}), and returns what it returns.
+// Calls body(SumOfSquares{}) or body(MaxAbs{}), and returns the body's result.
 template <class Body>
 FUSEDOPT_INLINE auto visit_norm(NormType type, Body&& body) {
   return type == NormType::kL2 ? body(SumOfSquares{}) : body(MaxAbs{});

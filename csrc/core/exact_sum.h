@@ -19,7 +19,7 @@ inline constexpr uint64_t kLimbMask = 0xffffffffu;
 
 FUSEDOPT_INLINE bool is_finite(double value) { return value - value == 0; }
 
-// What a number adds to the limbs first, first + 1 and first + 2.
+// The parts of a number. parts[k] is added to the limb first + k.
 struct LimbParts {
   int first;
   uint64_t parts[3];

@@ -113,7 +113,7 @@ FUSEDOPT_INLINE void update_limit(const StepParams& step, const Decision& decisi
       break;
     case LimitKind::kFixed:
     case LimitKind::kUnit:
-      break;  // they learn nothing
+      break;  // they have no statistics
   }
 }
 

@@ -123,7 +123,7 @@ void Layout::make_spans() {
   for (const Chunk& chunk : chunks_) total += size_of(chunk);
   constexpr int64_t kSpans = 64, kLongest = 16 * kChunkSize;
   const int64_t wanted = std::clamp(total / kSpans, kChunkSize, kLongest);
-  int64_t elements = wanted;  // so that the first chunk begins a span
+  int64_t elements = wanted;  // the first chunk then begins a span
   for (int64_t i = 0; i < num_chunks(); ++i) {
     if (elements >= wanted) {
       spans_.push_back({i, i});

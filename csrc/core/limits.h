@@ -144,7 +144,8 @@ struct PerTensor {
   FUSEDOPT_INLINE double& average(int64_t tensor) const { return state[2 * tensor + 1]; }
 
   FUSEDOPT_INLINE double coef(int64_t tensor, double norm, double global_norm) const {
-    // Such a tensor never warms up. Its coefficient must not count as the smallest one.
+    // A tensor whose gradients are all zero never warms up. Its coefficient must not count as the
+    // smallest one.
     if (norm == 0) return 1.0;
     if (count(tensor) < warmup) return clip_coefficient(warmup_norm, global_norm);
     return coefficient_to(threshold * average(tensor), norm);

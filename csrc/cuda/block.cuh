@@ -54,7 +54,7 @@ __device__ double block_total(double value) {
 }
 
 // Visits all tensors. One thread calls alone(t) for a tensor of one chunk. All threads of a warp
-// call together(t) for a tensor of none or several.
+// call together(t) for a tensor of several chunks, or of no chunk.
 template <class Alone, class Together>
 __device__ void visit_tensors(const StepParams& step, Alone alone, Together together) {
   const int lane = threadIdx.x % kWarpSize;
@@ -74,7 +74,7 @@ __device__ inline bool is_last_block(unsigned* ticket) {
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    is_last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;  // the last one resets it to 0
+    is_last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;  // the last block resets it to 0
   }
   __syncthreads();
   if (is_last) __threadfence();

@@ -69,7 +69,7 @@ __device__ double warp_exact_total(int64_t count, Value value) {
   return result;
 }
 
-// The same by all threads of a block; thread 0 gets it.
+// The exact sum of value(0) ... value(count - 1). All threads of a block call it; thread 0 gets it.
 template <class Value>
 __device__ double block_exact_total(int64_t count, Value value) {
   SharedLimbs& limbs = limbs_of_warp(0);

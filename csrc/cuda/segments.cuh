@@ -102,7 +102,7 @@ struct ChunkSegments {
 };
 
 // Computes the coefficients of a chunk's segments. All threads of a block work on one chunk. If two
-// chunks share a segment, each has its own copy of the coefficient, so that no block reads what
+// chunks share a segment, each has its own copy of the coefficient: no block reads a copy that
 // another block writes.
 class SegmentCoefs {
  public:

@@ -51,7 +51,7 @@ struct Slice {
     store_global(reinterpret_cast<Vector<scalar_t, kVector>*>(data + first), values);
   }
 
-  // Needs no alignment. Elements from `size` on read as zero.
+  // The array needs no alignment. Elements from `size` on read as zero.
   template <int kVector>
   __device__ Vector<scalar_t, kVector> load_some(int first, int size) const {
     if (first + kVector <= size && aligned<kVector>()) return load<kVector>(first);

@@ -48,7 +48,7 @@ struct Adamax : RuleDefaults {
     exp_avg = c.beta1 * exp_avg + c.one_minus_beta1 * grad;
     const T decayed = c.beta2 * exp_inf;
     const T magnitude = std::fabs(grad) + c.eps;
-    const bool keep = decayed > magnitude || decayed != decayed;  // a nan stays one
+    const bool keep = decayed > magnitude || decayed != decayed;  // nan stays nan
     exp_inf = keep ? decayed : magnitude;
     return exp_avg / exp_inf;
   }

@@ -122,7 +122,7 @@ class Readings(Settings):
         return pending if non_blocking else pending.result()
 
     def explain(self) -> str:
-        """What the last step did and why, in words. Waits for the device.
+        """Says whether the last step was clipped or skipped, and why. Waits for the device.
 
         With `telemetry=N` it names the parameters: "step 1042 skipped: layers.7.wq.weight, 3 inf of
         4.2M; its norm had grown 40-fold over the last 20 steps".

@@ -39,44 +39,48 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Clips the gradients of parameters in place, by their global norm.
 
-    As `torch.nn.utils.clip_grad_norm_`, in one pass over the gradients for the norm, and a second
-    one only where they are to be scaled: by `min(1, max_norm / (norm + 1e-6))`. Beyond torch:
+    It works as `torch.nn.utils.clip_grad_norm_`. One pass over the gradients measures the norm. If
+    the norm is too large, a second pass multiplies them by `min(1, max_norm / (norm + 1e-6))`. It
+    differs from torch's function in these points:
 
-    * The norm neither overflows nor underflows, and the coefficient is float64: 16-bit gradients
-      and those near float32's largest are measured and clipped rightly.
-    * `max_norm=inf` measures and changes nothing, nan and inf included.
+    * The norm neither overflows nor underflows, and the coefficient is float64. So 16-bit gradients
+      and gradients near float32's largest number are measured and clipped correctly.
+    * `max_norm=inf` measures only, and leaves nan and inf as they are.
     * A gradient that is listed twice counts twice in the norm, and is scaled once.
 
-    Waits for no device, except with `error_if_nonfinite`, where gradients lie on CPU and CUDA, or
-    over several ranks.
+    It waits for the device only with `error_if_nonfinite`, if gradients are on both CPU and CUDA,
+    and over several ranks.
 
-    Where parameters are DTensors (FSDP2, tensor parallelism), or with `process_group`, all ranks
-    call it together. They exchange one message (and gather one number each, for orders other than
-    2), have the same norm to the bit, and an optimizer's `grad_norm` is that norm, too.
+    If parameters are DTensors (FSDP2, tensor parallelism), or with `process_group`, all ranks must
+    call it together. They exchange one message (for orders other than 2, each rank also gathers one
+    number from every other rank). All ranks get the same norm to the bit, the same as an
+    optimizer's `grad_norm`.
 
     Args:
-        parameters: one or more tensors; those without a gradient are passed over. The gradients are
+        parameters: one or more tensors; those without a gradient are ignored. The gradients are
             float32, float64, bfloat16 or float16, of any shape and strides, in any mix.
-        max_norm: the largest norm that is left as it is.
+        max_norm: the largest norm that is not clipped.
         norm_type: the order of the norm. 2 and inf run in fused kernels, all others in torch.
-        error_if_nonfinite: raise where the norm is inf or nan, with the gradients as they were.
+        error_if_nonfinite: raise if the norm is inf or nan, and leave the gradients as they were.
         foreach: without effect.
-        backend: "cuda", "cpu", "reference" (plain torch), or None: by the gradients' device.
-        process_group: the ranks that clip together, a ProcessGroup or a DeviceMesh; None: those of
-            the mesh of the parameters that are DTensors; of several meshes, of their common root.
-        plain: what parameters that are no DTensors are over these ranks: "replicated", the same on
-            all, or "own", each rank's own.
+        backend: "cuda", "cpu", "reference" (plain torch), or None, which goes by the gradients'
+            device.
+        process_group: the ranks that clip together: a ProcessGroup or a DeviceMesh. With None, the
+            parameters that are DTensors tell the ranks: their mesh, or the common root of their
+            meshes.
+        plain: the meaning of parameters that are no DTensors: "replicated" if all ranks hold the
+            same ones, "own" if each rank has its own.
 
     Returns:
-        The norm before clipping: 0-d float32, or float64 where a gradient is (on any rank), on the
-        first gradient's device.
+        The norm before clipping: 0-d float32, or float64 if a gradient on any rank is float64, on
+        the first gradient's device.
 
     Raises:
         ValueError: an argument is not one of those above.
         PeerError: another rank refused the call. Nothing has been changed here.
-        RuntimeError: the norm is inf or nan, and `error_if_nonfinite` was asked for.
-        TypeError, RuntimeError: a gradient is sparse, complex, expanded or otherwise not for our
-            kernels; the message says which one. Nothing has been changed then.
+        RuntimeError: the norm is inf or nan, and `error_if_nonfinite` is set.
+        TypeError, RuntimeError: a gradient is sparse, complex, expanded or unsuitable in another
+            way; the message names it. Nothing has been changed.
     """
     if isinstance(parameters, types.GeneratorType):
         parameters = list(parameters)
@@ -100,10 +104,10 @@ def get_total_norm(
     process_group: ProcessGroup | DeviceMesh | None = None,
     plain: Plain = "replicated",
 ) -> Tensor:
-    """The global norm of tensors, gradients for instance: `clip_grad_norm_` without the clipping.
+    """The global norm of tensors, such as gradients: `clip_grad_norm_` without the clipping.
 
-    As `torch.nn.utils.get_total_norm`. Arguments, result and errors are those of
-    `clip_grad_norm_`, but `tensors` are measured themselves, and may be expanded.
+    It works as `torch.nn.utils.get_total_norm`. Arguments, result and errors are those of
+    `clip_grad_norm_`, but it measures `tensors` themselves, and they may be expanded.
     """
     among = (process_group, plain)
     return _clip(_as_list(tensors), False, math.inf, norm_type, error_if_nonfinite, backend, *among)
@@ -117,14 +121,15 @@ def clip_grads_with_norm_(
     *,
     backend: Backend | None = None,
 ) -> None:
-    """Clips the gradients of parameters in place, of which the norm is known.
+    """Clips the gradients of parameters in place, by a norm that is already known.
 
-    As `torch.nn.utils.clip_grads_with_norm_`. Arguments and errors are those of `clip_grad_norm_`.
+    It works as `torch.nn.utils.clip_grads_with_norm_`. Arguments and errors are those of
+    `clip_grad_norm_`.
 
     Args:
-        total_norm: a number, or a tensor of one element of any dtype, on any device. That of
-            `get_total_norm` has been rounded to float32: where it overflowed to inf, gradients are
-            scaled by 0 here, but rightly in `clip_grad_norm_`.
+        total_norm: a number, or a tensor of one element of any dtype, on any device. A result of
+            `get_total_norm` is rounded to float32. If that made it inf, the gradients are
+            multiplied by 0 here, while `clip_grad_norm_` clips them correctly.
 
     Raises:
         ValueError: `total_norm` has more than one element.
@@ -140,7 +145,7 @@ def clip_grads_with_norm_(
 
 
 def _clip(tensors: list[Tensor], *arguments: Any) -> Tensor:
-    """As `_eager_clip`. torch.compile can't trace the kernels: the graph breaks around them."""
+    """Calls `_eager_clip`. torch.compile can't trace the kernels: the graph breaks around them."""
     clip = _untraced_clip if torch.compiler.is_compiling() else _eager_clip
     return clip(tensors, *arguments)
 
@@ -155,7 +160,7 @@ def _eager_clip(
     process_group: ProcessGroup | DeviceMesh | None,
     plain: Plain,
 ) -> Tensor:
-    """Clips to `max_norm` (inf: never) and returns the norm, in the dtype that callers get."""
+    """Clips to `max_norm` (inf: never clips). Returns the norm in the dtype that callers get."""
     if isinstance(max_norm, AdaptiveClip):
         raise TypeError(
             f"max_norm is a {type(max_norm).__name__}; expected a number: limits that adapt are an "
@@ -200,10 +205,10 @@ def _run(
     skip_nonfinite: bool = False,
     total_norm: Tensor | float | None = None,
 ) -> tuple[Tensor | None, bool]:
-    """Measures, unless the norm is known, and scales.
+    """Measures the gradients, unless their norm is known, and scales them.
 
     Returns:
-        The norm (0-d float64; None where there is no gradient), and whether a gradient is float64.
+        The norm (0-d float64; None if there is no gradient), and whether a gradient is float64.
     """
     check_settings.check_choice("backend", backend, check_settings.BACKENDS)
     request = (max_norm, norm_type, skip_nonfinite, total_norm)

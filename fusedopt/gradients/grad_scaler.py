@@ -1,4 +1,4 @@
-"""Gradient scaling for mixed precision, without a pass of its own."""
+"""Gradient scaling for mixed precision, without a separate pass over the gradients."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from fusedopt.core.skip_limit import TooManySkipsError
 
 
 class GradScaler(torch.amp.GradScaler):
-    """A `torch.amp.GradScaler` whose `step` of a fused optimizer is the fused step, and no more.
+    """A `torch.amp.GradScaler` whose `step` makes only the fused step of a fused optimizer.
 
-    torch's own reads and writes all gradients to unscale and check them, and waits for the result.
-    Here the step itself checks, unscales, clips and updates, or skips; `update` then sees whether
-    it did. `max_grad_norm` limits the norm of the unscaled gradients. The gradients stay scaled,
-    unless `unscale_` is called, which works as torch's does. An overflow skips the step in every
-    `nonfinite` mode, and never raises.
+    torch's scaler reads and writes all gradients to unscale and check them, and waits for the
+    result. Here the step itself checks, unscales, clips and updates, or skips. `update` then looks
+    whether the step was skipped. `max_grad_norm` limits the norm of the unscaled gradients. The
+    gradients stay scaled, unless you call `unscale_`, which works as torch's does. An overflow
+    skips the step in every `nonfinite` mode, and never raises.
 
-    Gradients may become inf or nan after `unscale_` has found them finite. That is no overflow of
+    Gradients may become inf or nan after `unscale_` has found them finite. This is no overflow of
     the scale, so `nonfinite="raise"` raises; in every other mode the step is skipped. `update`
-    lowers the scale in either case. It does so as well after any error that a skipped step ends in.
+    lowers the scale in both cases, and also after any other error that ends a skipped step.
 
-    Every other optimizer is handled as torch's class does. The arguments are torch's.
+    It handles every other optimizer as torch's class does. The arguments are torch's.
     """
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
-        """Steps with the gradients divided by the scale, or skips where they hold inf or nan.
+        """Steps with the gradients divided by the scale, or skips if they hold inf or nan.
 
         Args:
-            optimizer: whose gradients come from a scaled loss.
-            args, kwargs: for `optimizer.step`, which may not be given a closure.
+            optimizer: the optimizer to step. Its gradients come from a scaled loss.
+            args, kwargs: the arguments of `optimizer.step`. A closure is refused.
 
         Raises:
             NonFiniteGradientError: gradients became inf or nan after `unscale_`, with
@@ -73,7 +73,7 @@ class GradScaler(torch.amp.GradScaler):
 
     @contextmanager
     def _set_on(self, optimizer: FusedOptimizer, state: dict[str, Any]) -> Iterator[None]:
-        """Tells the optimizer, for the time of a step, what the scaler knows of its gradients."""
+        """Sets the scale, or its finding of inf and nan, on the optimizer during a step."""
         grad_scale, found_inf = getattr(optimizer, "grad_scale", None), optimizer.found_inf
         if state["stage"] is OptState.UNSCALED:
             optimizer.found_inf = self._found_inf(state["found_inf_per_device"])
@@ -91,13 +91,13 @@ class GradScaler(torch.amp.GradScaler):
 
     @staticmethod
     def _note_step(optimizer: FusedOptimizer, state: dict[str, Any]) -> None:
-        """Takes note, for `update`, of whether the step was skipped."""
+        """Records for `update` whether the step was skipped."""
         skipped = optimizer.step_skipped
         state["found_inf_per_device"] = {skipped.device: skipped.float()}
         state["stage"] = OptState.STEPPED
 
     def _found_inf(self, per_device: dict[torch.device, Tensor]) -> Tensor:
-        """Not zero where any of the devices found inf or nan."""
+        """A number that is not zero if any device found inf or nan."""
         assert self._scale is not None
         device = self._scale.device
         return torch.stack(

@@ -44,11 +44,11 @@ class History:
     * norm_max, norm_min: the largest and smallest finite global norm.
     * coef_min: the smallest clip coefficient.
     * lr: the largest learning rates; shape (intervals, groups).
-    * steps, clipped, skipped, nonfinite: how many steps there were, and how many of them were
-      clipped, skipped, and updated the parameters with inf or nan.
+    * steps, clipped, skipped, nonfinite: the numbers of all steps, of clipped steps, of skipped
+      steps, and of steps that updated the parameters with inf or nan.
     * param_max: the largest finite gradient norm of every parameter; shape (intervals, parameters),
       in the order of `names`.
-    * param_bad: 1 where such a gradient held inf or nan, 0 where it did not.
+    * param_bad: 1 if a gradient of the parameter held inf or nan, 0 if none did.
     """
 
     def __init__(self, most_intervals: int = INTERVALS) -> None:

@@ -28,7 +28,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Rows:
-    """Steps of a log. Where a parameter is in no block of a row, nothing is known of it.
+    """Steps of a log. If no block of a row has a parameter, the log doesn't know it there.
 
     Attributes:
         step: the numbers of the steps: int64, shape (steps,).

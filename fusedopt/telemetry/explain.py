@@ -16,7 +16,7 @@ WORTH_TELLING = 2.0  # smaller growth of a norm is not mentioned
 
 
 def explain(telemetry: Telemetry, part: str | None) -> str:
-    """What the last step did and why, compared with the steps before it.
+    """Says whether the last step was clipped or skipped and why, and sums up the steps before it.
 
     Args:
         part: the limit's `part`: "parameter", "row" or None; see `AdaptiveClip`.
@@ -35,12 +35,12 @@ def explain(telemetry: Telemetry, part: str | None) -> str:
 
 
 def last_step(telemetry: Telemetry) -> str:
-    """The last step alone."""
+    """Describes the last step alone."""
     return describe_step(telemetry, len(telemetry.step) - 1)
 
 
 def explain_without_telemetry(control: Tensor, part: str | None) -> str:
-    """The last step by its readings alone; see `Control`."""
+    """Describes the last step by its readings alone; see `Control`."""
     readings = control.tolist()
     steps, norm, coef = (readings[i] for i in (Control.STEPS, Control.GRAD_NORM, Control.CLIP_COEF))
     if steps == 0:
@@ -62,7 +62,7 @@ def describe_grads(names: list[str], grads: list[Tensor]) -> str:
 
 
 def describe_step(telemetry: Telemetry, row: int, part: str | None = None) -> str:
-    """One step, from its row."""
+    """Describes one step, from its row."""
     head = f"step {int(telemetry.step[row])}"
     norm, coef = telemetry.grad_norm[row].item(), telemetry.clip_coef[row].item()
     if telemetry.skipped[row]:
