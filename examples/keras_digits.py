@@ -11,6 +11,7 @@ spoiled with nan on purpose: the fused optimizer skips these steps, and the netw
 from __future__ import annotations
 
 import os
+from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
@@ -32,7 +33,7 @@ def main(epochs: int = 20) -> float:
     test = images[unseen], labels[unseen]
     train, targets = images[:1500], labels[:1500]
 
-    model = keras.Sequential(
+    model: Any = keras.Sequential(
         [
             keras.Input((8, 8, 1)),
             keras.layers.Conv2D(16, 3, activation="relu"),

@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import os
 import platform
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,7 @@ def self_check(argv: Sequence[str]) -> int:
     print(f"fusedopt {fusedopt.__version__}, torch {torch.__version__}", end="")
     print(f" with CUDA {torch.version.cuda or '(none)'}, Python {platform.python_version()}")
     print(f"Python files: {Path(fusedopt.__file__).parent}")
+    print(f"fusedopt.keras: {describe_keras()}")
     print(f"compiled extension: {describe_extension()}")
     if backends._C is None:
         print(f"NOT COMPILED: {backends.found.reason}")
@@ -93,6 +96,18 @@ def describe_extension() -> str:
     if stale and record["sources"] != extension.fingerprint(package.parent):
         text += f" from older sources than {package.parent / 'csrc'}"
     return text
+
+
+def describe_keras() -> str:
+    """Whether Keras's front end is there. Keras itself is not imported: it takes seconds."""
+    try:
+        version = metadata.version("keras")
+    except metadata.PackageNotFoundError:
+        return "can't be used: Keras isn't installed (pip install 'fusedopt[keras]')"
+    chosen = os.environ.get("KERAS_BACKEND")
+    if chosen not in (None, "torch"):
+        return f"can't be used: KERAS_BACKEND is {chosen}, and it works on torch so far"
+    return f"for Keras {version}, with KERAS_BACKEND=torch"
 
 
 def devices_of(backend: str) -> list[torch.device]:

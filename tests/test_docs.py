@@ -93,6 +93,9 @@ def names_for(heading: str, folder: Path) -> dict[str, Any]:
         names |= {"gpt2": example.make_model(), "dataset": example.make_data()[:32]}
     if "Lightning" in heading:
         pytest.importorskip("pytorch_lightning")
+    if "Keras" in heading:
+        os.environ.setdefault("KERAS_BACKEND", "torch")
+        pytest.importorskip("keras")
     if "TensorBoard" in heading:
         pytest.importorskip("tensorboard")
     if "Weights" in heading:
@@ -108,6 +111,7 @@ def names_for(heading: str, folder: Path) -> dict[str, Any]:
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
 @pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")  # Keras
 @pytest.mark.parametrize(("heading", "blocks"), SECTIONS)
 def test_code_runs(heading, blocks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -164,7 +168,7 @@ def assert_monitored(heading: str, names: dict[str, Any], folder: Path) -> None:
 def test_every_name_in_the_docs_exists():
     for path in FILES:
         used = set(re.findall(r"fusedopt\.(\w+)", path.read_text()))
-        modules = {"egg", "reference"}
+        modules = {"egg", "keras", "reference"}
         missing = {name for name in used - modules if not hasattr(fusedopt, name)}
         assert not missing, f"{path.name} speaks of {missing}"
 

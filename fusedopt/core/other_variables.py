@@ -30,7 +30,7 @@ class TorchStep:
         cls: type[FusedOptimizer],
         variables: Sequence[Any],
         decays: Sequence[bool],
-        states: dict[str, Sequence[Any]],
+        states: dict[str, list[Any]],
         **options: Any,
     ) -> None:
         self.params: list[Tensor] = [variable.value for variable in variables]
@@ -42,8 +42,6 @@ class TorchStep:
             groups[decay].append((variable.path, param))
         split = [{"params": group, "decays": key} for key, group in groups.items() if group]
         self.optimizer: Any = cls(split, lr=0.0, **options)  # pyright: ignore[reportCallIssue]
-        # Keras's way with momentum needs the learning rate -1: see FusedSGD.
-        del self.optimizer.defaults["lr"]
         self._scalars: dict[str, list[Tensor]] = {name: [] for name in cls.rule.scalars}
         self._left: dict[str, float] = {}
         for i, param in enumerate(self.params):
@@ -84,8 +82,7 @@ class TorchStep:
         try:
             if not same:
                 for param, grad in zip(self.params, wanted):
-                    fits = grad is None or grad.dtype == param.dtype
-                    param.grad = grad if fits else grad.to(param.dtype)
+                    param.grad = None if grad is None else grad.to(param.dtype)
             yield len(grads) < len(self.params)
         finally:
             if not same:
