@@ -28,6 +28,7 @@ def test_report_and_self_check():
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"fusedopt {fusedopt.__version__}, torch {torch.__version__} ")
     assert lines[1] == f"Python files: {Path(fusedopt.__file__).parent}"
+    assert lines.pop(2).startswith("fusedopt.keras: ")
     assert lines[2].startswith(f"compiled extension: {backends._C.__file__}, compiled for torch ")
     assert lines[3].startswith("cpu: ")
     assert any(isa in lines[3] for isa in ("baseline", "avx2", "avx512"))

@@ -80,8 +80,7 @@ def make_grads(variables: list[Any], seed: int, scale: float = 3.0) -> list[torc
 def options_of(keras: Any, options: dict[str, Any]) -> dict[str, Any]:
     if options.get("learning_rate") != "schedule":
         return options
-    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)
-    return {**options, "learning_rate": schedule}
+    return {**options, "learning_rate": keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)}
 
 
 def numbers_of(optimizer: Any, variables: list[Any]) -> list[torch.Tensor]:
