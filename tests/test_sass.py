@@ -11,8 +11,8 @@ from sass import Code, loops
 
 ARCHITECTURE = "90"
 
-# With nvcc 13.0 there are at most 70.3, and 88 for float64. Some more are allowed for other versions.
-# docs/kernels.md tells how many instructions a GPU has time for.
+# With nvcc 13.0 there are at most 70.3, and 88 for float64. Some more are allowed for other
+# versions. docs/kernels.md tells how many instructions a GPU has time for.
 MAX_INSTRUCTIONS_PER_ELEMENT = {"MUFU.RSQ": 75, "MUFU.RSQ64H": 100}
 
 
