@@ -51,11 +51,11 @@ def test_memory_bounds_the_time(kernels):
 
 
 def test_only_float64_parameters_need_float64_instructions_per_element(kernels):
-    """A kernel has a main loop for each combination of types: one of them is for float64."""
+    """A kernel has a main loop for each case of storage: one of them is for float64."""
     _, main = kernels
     for name, code in main.items():
         in_float64 = [is_float64 for _, is_float64 in main_loops(name, code)]
-        assert len(in_float64) >= 4, name
+        assert len(in_float64) >= 3, name
         assert sum(in_float64) <= 1, name
 
 
