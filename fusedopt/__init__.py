@@ -2,6 +2,7 @@
 
 from fusedopt import clip, reference
 from fusedopt.core.checks import NonFiniteGradientError
+from fusedopt.core.masters import master_weights
 from fusedopt.core.optimizer import FusedOptimizer
 from fusedopt.core.replicas import ReplicasDifferError
 from fusedopt.core.skip_limit import TooManySkipsError
@@ -9,7 +10,6 @@ from fusedopt.core.together import step_together
 from fusedopt.distributed import PeerError
 from fusedopt.gradients.clip_grad import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 from fusedopt.gradients.grad_scaler import GradScaler
-from fusedopt.masters import master_weights
 from fusedopt.monitoring import Monitor, NotALogError, RunLog, read_log
 from fusedopt.optimizers.adadelta import FusedAdadelta
 from fusedopt.optimizers.adam import FusedAdam, FusedAdamW
