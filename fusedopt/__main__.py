@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import logging
 import math
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,20 @@ def self_check(argv: Sequence[str]) -> int:
         print(f"NOT COMPILED: {backends.found.reason}")
         print("Steps run on torch's own functions, within some 3 times of torch.optim's time.")
         return 1
-    return 0 if all([check(name, wanted) for name in ([wanted] if wanted else BACKENDS)]) else 1
+    with no_warnings():
+        return 0 if all([check(name, wanted) for name in ([wanted] if wanted else BACKENDS)]) else 1
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Hides this package's advice on training: the checks train nothing."""
+    log = logging.getLogger("fusedopt")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def check(backend: str, wanted: str | None) -> bool:
@@ -103,7 +118,7 @@ def describe_keras() -> str:
     try:
         version = metadata.version("keras")
     except metadata.PackageNotFoundError:
-        return "can't be used: Keras isn't installed (pip install 'fusedopt[keras]')"
+        return "can't be used: Keras isn't installed (pip install 'keras>=3.15')"
     chosen = os.environ.get("KERAS_BACKEND")
     if chosen not in (None, "torch"):
         return f"can't be used: KERAS_BACKEND is {chosen}, and it works on torch so far"

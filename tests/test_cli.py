@@ -25,6 +25,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_report_and_self_check():
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"fusedopt {fusedopt.__version__}, torch {torch.__version__} ")
     assert lines[1] == f"Python files: {Path(fusedopt.__file__).parent}"

@@ -1,4 +1,4 @@
-"""The base of the classes of `fusedopt.keras`, which alone imports it: it needs Keras."""
+"""The base of all classes here: Keras's protocol around the step of torch's fused class."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fusedopt.core import check_settings
 from fusedopt.core.optimizer import FusedOptimizer
-from fusedopt.core.other_variables import TorchStep
 from fusedopt.core.settings import NonFinite
+from fusedopt.keras.torch_step import TorchStep, foreach
 
 
 def _refusal(backend: str) -> ImportError:
@@ -33,8 +33,6 @@ except ImportError as error:
     raise
 if keras.config.backend() != "torch":
     raise _refusal(keras.config.backend())
-
-_foreach: Any = torch  # torch's functions over lists have private names
 
 
 def _check_settings(optimizer: Any) -> None:
@@ -198,7 +196,7 @@ class FusedKerasOptimizer(keras.optimizers.Optimizer):
         every = self.gradient_accumulation_steps
         kept = [self._accumulated_gradients[self._get_variable_index(it)] for it in variables]
         sums = [it.value.detach() for it in kept]
-        _foreach._foreach_add_(sums, list(grads), alpha=1 / (self.loss_scale_factor or 1))
+        foreach._foreach_add_(sums, list(grads), alpha=1 / (self.loss_scale_factor or 1))
         if (int(self._iterations) + 1) % every != 0:
             self._average()
             return True
@@ -208,7 +206,7 @@ class FusedKerasOptimizer(keras.optimizers.Optimizer):
             applied = self._step(sums, variables, scale, False)
         finally:
             used = [it.value.detach() for it in self._accumulated_gradients if it is not None]
-            _foreach._foreach_zero_(used)
+            foreach._foreach_zero_(used)
             if not applied:
                 self._iterations.assign_sub(every - 1)
         return applied

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from fusedopt.core.keras_optimizer import FusedKerasOptimizer, keras
-from fusedopt.core.other_variables import TorchStep
 from fusedopt.gradients.clip_grad import get_total_norm
+from fusedopt.keras.base import FusedKerasOptimizer, keras
+from fusedopt.keras.torch_step import TorchStep, foreach
 from fusedopt.optimizers.adam import FusedAdam as TorchAdam
 from fusedopt.optimizers.nadam import FusedNAdam as TorchNAdam
 from fusedopt.optimizers.sgd import FusedSGD as TorchSGD
@@ -23,7 +23,6 @@ from fusedopt.optimizers.sgd import FusedSGD as TorchSGD
 __all__ = ["FusedAdam", "FusedAdamW", "FusedNadam", "FusedSGD", "LossScaleOptimizer"]
 
 _registered = keras.saving.register_keras_serializable(package="fusedopt")
-_foreach: Any = torch  # torch's functions over lists have private names
 
 
 @_registered
@@ -125,7 +124,7 @@ class FusedSGD(FusedKerasOptimizer, keras.optimizers.SGD):
         if self.momentum != 0:
             momentums: list[Any] = [*self.momentums]
             used = [it.value.detach() for it in momentums if it is not None]
-            _foreach._foreach_neg_(used)
+            foreach._foreach_neg_(used)
 
     def _measure(
         self, step: TorchStep, lr: float, grads: Any, variables: Any, nesterov: bool
@@ -137,7 +136,7 @@ class FusedSGD(FusedKerasOptimizer, keras.optimizers.SGD):
         if self.weight_decay and (mode == "propagate" or norm.isfinite()):
             decaying = [it.value for it in variables if self._use_weight_decay(it)]
             if decaying:
-                _foreach._foreach_mul_(decaying, 1 - lr * self.weight_decay)
+                foreach._foreach_mul_(decaying, 1 - lr * self.weight_decay)
         if nesterov:
             limit = self.global_clipnorm
             coef = 1.0 if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)

@@ -1,4 +1,4 @@
-"""The step of torch's classes over the memory of another framework's variables."""
+"""The step of torch's fused classes over the memory of Keras's variables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedopt.core.optimizer import FusedOptimizer
 
-_foreach: Any = torch  # torch's functions over lists have private names
+foreach: Any = torch  # torch's functions over lists have private names
 
 
 class TorchStep:
@@ -56,8 +56,8 @@ class TorchStep:
         """Keras has one counter for all variables. The kernels have one for each."""
         for name, value in now.items():
             if self._left.get(name) != value:
-                _foreach._foreach_zero_(self._scalars[name])
-                _foreach._foreach_add_(self._scalars[name], value)
+                foreach._foreach_zero_(self._scalars[name])
+                foreach._foreach_add_(self._scalars[name], value)
 
     def keep_scalars(self, partial: bool) -> dict[str, float]:
         """The numbers that the step left. They are lost if some parameters had no gradient."""
