@@ -1,4 +1,4 @@
-"""Who calls: libraries whose calls mean something else than they say."""
+"""Recognizes callers: some libraries call a method for another purpose than its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adaptive limit has learned, beside the parameters that it has learned it from."""
+"""The statistics of an adaptive limit, and the parameters that they belong to."""
 
 from __future__ import annotations
 

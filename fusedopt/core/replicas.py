@@ -1,4 +1,4 @@
-"""Ranks that are to hold equal gradients compare them: who has others is found and named."""
+"""Compares gradients between ranks that should hold the same, and names the ranks that differ."""
 
 from __future__ import annotations
 

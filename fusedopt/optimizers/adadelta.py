@@ -95,9 +95,10 @@ class FusedAdadelta(FusedOptimizer, torch.optim.Adadelta):
             `TooManySkipsError`; None never does.
         process_group: the ranks that step together, a ProcessGroup or a DeviceMesh; None: those
             of the parameters' mesh, if they are DTensors.
-        plain: what parameters that are no DTensors are over these ranks: "replicated" or "own".
-        check_replicas: in how many steps the ranks compare once the gradients that they should have
-            in common, or None.
+        plain: whether parameters that are no DTensors are the same on all ranks: "replicated", or
+            "own" if each rank has its own.
+        check_replicas: once in this many steps, the ranks compare the gradients that they should
+            have in common; None: never.
         master_weights: "exact" trains 16-bit parameters as float32, with the missing bits in the
             state; None: there is no master.
         state_dtype: torch.float32 or torch.bfloat16; None: the states have the parameter's.
