@@ -106,12 +106,15 @@ Plan::Plan(const std::string& rule, const std::string& backend, const py::object
     const int first_item = static_cast<int>(items_.size());
     const auto found = known.find(key);
     const int param = found == known.end() ? -1 : found->second;
-    if (param >= 0 && PyDict_Check(value)) add_state(params_[param], value);
+    if (param >= 0) {
+      if (PyDict_Check(value)) add_state(params_[param], value);
+      params_[param].odd_state = !PyDict_Check(value) && value != Py_None;
+    }
     state_entries_.push_back({key, value, 0, param, first_item, static_cast<int>(items_.size())});
   }
   for (PlanParam& plan_param : params_) {
     const int states = __builtin_popcount(states_used_[plan_param.group]);
-    plan_param.complete = plan_param.has_kernels &&
+    plan_param.complete = plan_param.has_kernels && !plan_param.odd_state &&
                           plan_param.items == static_cast<int>(rule_.scalars.size()) + states +
                                                   (is_exact(info_of(plan_param).param) ? 1 : 0);
     // If its memory is too small, the guard fits no storage, and the first gradient needs a new

@@ -40,6 +40,7 @@ struct PlanParam {
   int written = -1;          // index in Plan::written_; -1: not there
   int items = 0;             // how many items of its state were found
   bool has_kernels = false;  // false: it is left alone as long as it has no gradient
+  bool odd_state = false;    // its state is neither a dict nor None
   bool complete = false;     // all of its state exists; false: its first gradient needs a new plan
   c10::Device device = at::kCPU;
   at::ScalarType dtype = at::kFloat;

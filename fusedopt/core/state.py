@@ -69,9 +69,10 @@ def make_complete(
             **{name: zeros_like(param, dtype) for name in rule.states(group)},
             **({REST: zeros_like(param, torch.int16)} if formats.has_rest(param) else {}),
         }
-        if new_state:  # in a dict, as the kernels read only dicts; users' items stay
-            if not isinstance(state, dict):
-                states[param] = dict(state or {})
+        # In a dict, as the kernels read only dicts. Users' items stay.
+        if not isinstance(state, dict) and (new_state or state is not None):
+            states[param] = dict(state or {})
+        if new_state:
             states[param].update(new_state)
         return not counted
     assert state is not None
