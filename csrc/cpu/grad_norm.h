@@ -22,36 +22,36 @@ FUSEDOPT_INLINE void combine_neighbors(const T* __restrict terms, double* __rest
   }
 }
 
+// Brings no memory into the cache ahead of a loop.
+struct NoAhead {
+  static constexpr bool kActs = false;
+  FUSEDOPT_INLINE void operator()(int64_t) const {}
+};
+
 // The lanes of a sum or of a maximum, in the type T. Term i goes to lane i % kLanes. fold() then
 // combines neighboring lanes in float64, then neighboring results, until one is left.
 template <class Norm, int64_t kLanes, class T>
 class Lanes {
  public:
-  // Adds the terms [first, first + count). `first` is a multiple of kLanes.
-  template <class Term>
-  FUSEDOPT_INLINE void add_row(Term term, int64_t first, int64_t count) {
-    if (first == 0) {
-      used_ = count;
-      for (int64_t lane = 0; lane < count; ++lane) lanes_[lane] = term(lane);
-      return;
-    }
-#pragma GCC ivdep
-    for (int64_t lane = 0; lane < count; ++lane) {
-      lanes_[lane] = Norm::combine(lanes_[lane], term(first + lane));
+  // Adds the terms [first, first + count). `first` is a multiple of kLanes. Calls ahead(i) for
+  // every 16th of the terms i of a full row, before it reads them.
+  template <class Term, class Ahead = NoAhead>
+  FUSEDOPT_INLINE void add_row(Term term, int64_t first, int64_t count, Ahead ahead = {}) {
+    if (first == 0) used_ = count;
+    if (count < kLanes || !Ahead::kActs) return add_terms(term, first, 0, count);
+    for (int64_t lane = 0; lane < kLanes; lane += kStretch) {
+#pragma GCC unroll 4
+      for (int64_t line = 0; line < kStretch; line += kLine) ahead(first + lane + line);
+      add_terms(term, first, lane, kStretch);
     }
   }
 
-  // Adds the terms [0, count), several rows at a time: a lane is loaded and stored once for them.
-  template <class Term>
-  FUSEDOPT_INLINE void add(Term term, int64_t count) {
-    constexpr int64_t kBlock = kRows * kLanes;
-    int64_t first = 0;
-    if (count >= kBlock) {
-      used_ = kLanes;
-      std::fill_n(lanes_, kLanes, T{0});
-      for (; first + kBlock <= count; first += kBlock) add_rows(term, first);
+  // Adds the terms [0, count).
+  template <class Term, class Ahead = NoAhead>
+  FUSEDOPT_INLINE void add(Term term, int64_t count, Ahead ahead = {}) {
+    for (int64_t first = 0; first < count; first += kLanes) {
+      add_row(term, first, std::min(count - first, kLanes), ahead);
     }
-    for (; first < count; first += kLanes) add_row(term, first, std::min(count - first, kLanes));
   }
 
   // Adds the lanes of another sum to these lanes.
@@ -87,8 +87,7 @@ class Lanes {
   template <class, int64_t, class>
   friend class Lanes;
 
-  // More rows would read too many pages of memory in turns.
-  static constexpr int64_t kRows = 8;
+  static constexpr int64_t kLine = 16, kStretch = std::min<int64_t>(64, kLanes);
 
   // The last kFew lanes are folded without a loop: for small tensors the loop itself would take
   // most of the time.
@@ -99,16 +98,16 @@ class Lanes {
   }
   static constexpr int64_t kFew = few_lanes();
 
+  // Adds the terms of the lanes [lane, lane + count) in the row that begins at `first`.
   template <class Term>
-  FUSEDOPT_INLINE void add_rows(Term term, int64_t first) {
+  FUSEDOPT_INLINE void add_terms(Term term, int64_t first, int64_t lane, int64_t count) {
+    if (first == 0) {
+      for (int64_t i = lane; i < lane + count; ++i) lanes_[i] = term(i);
+      return;
+    }
 #pragma GCC ivdep
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      T sum = lanes_[lane];
-#pragma GCC unroll 8
-      for (int64_t row = 0; row < kRows; ++row) {
-        sum = Norm::combine(sum, term(first + row * kLanes + lane));
-      }
-      lanes_[lane] = sum;
+    for (int64_t i = lane; i < lane + count; ++i) {
+      lanes_[i] = Norm::combine(lanes_[i], term(first + i));
     }
   }
 
@@ -134,6 +133,15 @@ struct Term {
   }
 };
 
+// Brings gradients into the cache, two rows ahead: a row fills a page, and a processor's own
+// prefetcher stops at the end of a page.
+template <int64_t kLanes, class grad_t>
+struct GradsAhead {
+  static constexpr bool kActs = true;
+  const grad_t* grads;
+  FUSEDOPT_INLINE void operator()(int64_t i) const { __builtin_prefetch(grads + i + 2 * kLanes); }
+};
+
 // The number of lanes of a chunk whose parameter is stored as param_t.
 template <class param_t>
 inline constexpr int64_t kNormLanes = kRowBytes / sizeof(param_t);
@@ -142,7 +150,7 @@ template <class Norm, int64_t kLanes, class grad_t, class T>
 struct ChunkNorm {
   static FUSEDOPT_INLINE void run(const grad_t* grads, int64_t count, double* result) {
     Lanes<Norm, kLanes, T> lanes;
-    lanes.add(Term<Norm, grad_t, T>{grads}, count);
+    lanes.add(Term<Norm, grad_t, T>{grads}, count, GradsAhead<kLanes, grad_t>{grads});
     *result = lanes.fold();
   }
 };

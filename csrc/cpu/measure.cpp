@@ -24,7 +24,8 @@ struct ChunkMeasure {
     magnitude_bits<grad_t> result = 0;
     for (int64_t first = 0; first < count; first += kLanes) {
       const int64_t row = std::min(count - first, kLanes);
-      squares.add_row(Term<SumOfSquares, grad_t, T>{grads}, first, row);
+      squares.add_row(Term<SumOfSquares, grad_t, T>{grads}, first, row,
+                      GradsAhead<kLanes, grad_t>{grads});
       for (int64_t i = first; i < first + row; ++i) result = std::max(result, magnitude(grads[i]));
     }
     *sum = squares.fold();

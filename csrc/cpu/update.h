@@ -57,17 +57,6 @@ struct RuleLoop {
   }
 };
 
-template <class T>
-using NormLanes = Lanes<SumOfSquares, kRow<T>, T>;
-
-template <class T>
-struct AddToNorm {
-  static FUSEDOPT_INLINE void run(NormLanes<T>* lanes, const T* grads, int64_t first,
-                                  int64_t count) {
-    lanes->add_row(Term<SumOfSquares, T, T>{grads - first}, first, count);
-  }
-};
-
 // A thread's data for parameters that are computed in T: rows of the arrays, and the last tensor's
 // coefficients. They are kept between chunks, as most tensors share the same coefficients.
 template <class Rule, class T>
@@ -106,14 +95,14 @@ struct Work {
     }
   }
 
-  // Loads a row of every array, calls observe(params, grads), applies the rule, and stores the row.
+  // Loads a row of every array, calls observe(params), applies the rule, and stores the row.
   template <unsigned kUsed, class Observe>
   FUSEDOPT_INLINE void update_row(Isa isa, int64_t first, int64_t count, Observe observe) {
     T* const param_row = params.load(isa, first, count);
     const T* const grad_row = grads.load(isa, first, count);
     T* state_rows[state_slots<Rule>] = {};
     for_each_state<kUsed>([&](int k) { state_rows[k] = states[k].load(isa, first, count); });
-    observe(param_row, grad_row);
+    observe(param_row);
     run_best<RuleLoop<Rule, kUsed, T>>(isa, &coefficients, grad_factor, count, param_row, grad_row,
                                        state_rows);
     params.store(isa, first, count);
@@ -162,29 +151,20 @@ class ChunkUpdater {
     visit_variant<Rule>(step_.groups[shape.group].states_used, [&](auto used) {
       work.template for_each_state<used()>(
           [&](int k) { work.states[k].begin(pointers.state(shape, k), chunk.begin(), random); });
-      update_and_measure<used()>(work, shape, index, chunk.size(shape.numel), factor.has_value());
+      update_and_measure<used()>(work, shape, index, chunk.size(shape.numel));
     });
   }
 
-  // If no pass has measured the chunk before, it is measured here. For 32-bit and 64-bit types the
-  // update sums up squares in the same loop: the arithmetic hides behind memory traffic. For 16-bit
-  // types there is too little traffic to hide it: the chunk is measured first, and the update then
-  // finds it in a cache.
+  // A chunk that no pass has measured before is measured last: its gradients are still in a cache.
   template <unsigned kUsed, class T>
   void update_and_measure(Work<Rule, T>& work, const TensorShape& shape, int64_t index,
-                          int64_t size, bool grads_are_raw) {
-    const bool telemetry = step_.chunk_measures != nullptr;
-    const bool is_measured = step_.options.measure;
-    const bool sums_on_its_way =
-        grads_are_raw && bytes_of(shape.param) >= bytes_of(Storage::kFloat32);
-    if (!is_measured && (telemetry || !sums_on_its_way)) measure_chunk(step_, index);
-    if (telemetry) {
+                          int64_t size) {
+    if (step_.chunk_measures != nullptr) {
       update_with_telemetry<kUsed>(work, shape, index, size);
-    } else if (is_measured || !sums_on_its_way) {
-      update_rows<kUsed>(work, size);
     } else {
-      update_with_norm<kUsed>(work, index, size);
+      update_rows<kUsed>(work, size);
     }
+    if (!step_.options.measure) measure_chunk(step_, index);
   }
 
   template <unsigned kUsed, class T>
@@ -192,22 +172,8 @@ class ChunkUpdater {
     const int64_t row = work.template all_in_place<kUsed>() ? size : kRow<T>;
     for (int64_t first = 0; first < size; first += row) {
       const int64_t count = std::min(row, size - first);
-      work.template update_row<kUsed>(isa_, first, count, [](const T*, const T*) {});
+      work.template update_row<kUsed>(isa_, first, count, [](const T*) {});
     }
-  }
-
-  template <unsigned kUsed, class T>
-  void update_with_norm(Work<Rule, T>& work, int64_t index, int64_t size) {
-    NormLanes<T> norm;
-    for (int64_t first = 0; first < size; first += kRow<T>) {
-      const int64_t count = std::min(kRow<T>, size - first);
-      work.template update_row<kUsed>(isa_, first, count, [&](const T*, const T* grads) {
-        run_best<AddToNorm<T>>(isa_, &norm, grads, first, count);
-      });
-    }
-    step_.chunk_sums[index] = norm.fold();
-    const bool in_range = SumOfSquares::is_in_range(step_.chunk_sums[index]);
-    if (sizeof(T) == sizeof(float) && !in_range) measure_chunk(step_, index);
   }
 
   template <unsigned kUsed, class T>
@@ -217,9 +183,8 @@ class ChunkUpdater {
     alignas(64) T before[kRow<T>];
     for (int64_t first = 0; first < size; first += kRow<T>) {
       const int64_t count = std::min(kRow<T>, size - first);
-      work.template update_row<kUsed>(isa_, first, count, [&](const T* params, const T*) {
-        memcpy(before, params, count * sizeof(T));
-      });
+      work.template update_row<kUsed>(
+          isa_, first, count, [&](const T* params) { memcpy(before, params, count * sizeof(T)); });
       // The parameters are loaded again, to see how they were rounded.
       lanes.add(isa_, first, count, before, work.params.load(isa_, first, count));
     }
