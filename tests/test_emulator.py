@@ -224,6 +224,8 @@ FORMAT_BYTES = [  # per element: of a step, and of a clipped one
     (torch.bfloat16, {"master_weights": "exact"}, 18, 20),
     (torch.bfloat16, {"master_weights": "exact", "state_dtype": torch.float32}, 26, 28),
     (torch.float16, {"master_weights": "exact", "state_dtype": torch.bfloat16}, 18, 20),
+    (torch.bfloat16, {"master_weights": "24bit"}, 16, 18),
+    (torch.float16, {"master_weights": "24bit", "state_dtype": torch.float32}, 24, 26),
 ]
 
 

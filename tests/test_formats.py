@@ -19,6 +19,9 @@ FORMATS = [
     {"master_weights": "exact", "state_dtype": torch.float32},
     {"master_weights": "exact", "state_dtype": torch.bfloat16, "seed": 2**64 - 1},
     {"master_weights": "exact", "rounding": "nearest"},
+    {"master_weights": "24bit"},
+    {"master_weights": "24bit", "state_dtype": torch.float32},
+    {"master_weights": "24bit", "state_dtype": torch.bfloat16, "seed": 5},
     {"rounding": "stochastic"},
     {"rounding": "stochastic", "state_dtype": torch.float32},
 ]
@@ -75,7 +78,7 @@ def test_bits_in_one_pass_with_telemetry(backend, case, dtype, formats):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bits_of_all_options(backend, case):
-    for formats in (FORMATS[5], FORMATS[7]):
+    for formats in (FORMATS[5], FORMATS[9], FORMATS[10]):
         run_both(backend, case, torch.bfloat16, shapes=[(700,)], max_grad_norm=1.0, **formats)
 
 
@@ -86,7 +89,7 @@ def test_bits_of_every_tail(backend, dtype, formats):
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=name_of)
-@pytest.mark.parametrize("formats", FORMATS[3:7], ids=name_of)
+@pytest.mark.parametrize("formats", FORMATS[3:10], ids=name_of)
 def test_bits_of_strides(backend, state_dtype, formats):
     """Transposed, with gaps, and at addresses that are not aligned."""
 
@@ -132,8 +135,8 @@ def test_bits_of_groups(backend):
     """Each group has formats of its own, and two of them none."""
 
     def groups():
-        made = [make_params([(70,), (17000,)], torch.bfloat16, backend.device) for _ in range(5)]
-        options = [{}, FORMATS[4], FORMATS[5], FORMATS[7], {"master_weights": None}]
+        made = [make_params([(70,), (17000,)], torch.bfloat16, backend.device) for _ in range(6)]
+        options = [{}, FORMATS[4], FORMATS[5], FORMATS[9], FORMATS[10], {"master_weights": None}]
         return [{"params": params, **it} for params, it in zip(made, options)]
 
     fused = backend.make(fusedopt.FusedAdamW, groups(), state_dtype=torch.bfloat16)
@@ -145,7 +148,7 @@ def test_bits_of_groups(backend):
             optimizer.step()
         assert_same_bits(tensors_of(fused), tensors_of(reference))
     kept = [set(fused.state[group["params"][0]]) for group in fused.param_groups]
-    assert ["param_rest" in keys for keys in kept] == [False, True, True, False, False]
+    assert ["param_rest" in keys for keys in kept] == [False, True, True, True, False, False]
 
 
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])

@@ -14,11 +14,15 @@ from cases import CASES, CLASSES, assert_same_bits, make_params, set_grads, snap
 
 import fusedopt
 from fusedopt.core import check_formats
-from fusedopt.reference.formats import join, split
+from fusedopt.reference.formats import convert_rest, extended, join, split
 
 HALVES = [torch.bfloat16, torch.float16]
 EXACT = {"master_weights": "exact", "state_dtype": torch.float32}
+IN_24_BITS = {"master_weights": "24bit", "state_dtype": torch.float32}
 halves = pytest.mark.parametrize("half", HALVES, ids=str)
+masters = pytest.mark.parametrize(
+    "formats", [EXACT, IN_24_BITS], ids=lambda it: it["master_weights"]
+)
 
 
 def by_reference(cls, params, **kwargs):
@@ -59,11 +63,46 @@ def test_split_and_join_restore_every_number(half):
 
 
 @halves
-def test_a_number_that_somebody_changed_counts(half):
+def test_split_and_join_restore_every_number_of_24_bits(half):
+    """All 2**24."""
+    for first in range(-(2**23), 2**23, 2**21):
+        bits = torch.arange(first, first + 2**21) << 8
+        number = (bits >> 16).to(torch.int16).view(half)
+        values = join(number, (bits & 0xFFFF).to(torch.int16))
+        number, rest = split(values, half, torch.int8)
+        restored = join(number, rest)
+        assert rest.dtype == torch.int8
+        assert ((restored == values) | (restored.isnan() & values.isnan())).all()
+
+
+@halves
+def test_masters_of_24_bits_are_rounded_to_nearest_even(half):
+    """In the unit of the last of their 24 bits."""
+    for values in numbers(65537):
+        values = values[~values.isnan()]
+        bits = extended(values, half)
+        found = extended(join(*split(values, half, torch.int8)), half)
+        assert torch.equal(found, (bits.double() / 256).round().long() * 256)
+
+
+def test_a_rest_of_other_bits_is_converted():
+    """From 8 to 16 bits without a change; from 16 to 8 the number that it belongs to stays."""
+    short = torch.arange(-(2**7), 2**7).to(torch.int8)
+    assert torch.equal(convert_rest(short, torch.int16), short.short() * 256)
+    assert torch.equal(convert_rest(convert_rest(short, torch.int16), torch.int8), short)
+    long = torch.arange(-(2**15), 2**15).to(torch.int16)
+    error = convert_rest(convert_rest(long, torch.int8), torch.int16).int() - long.int()
+    assert error[: -(2**7)].abs().max() == 128 and error.abs().max() == 255
+
+
+@halves
+@pytest.mark.parametrize("rest_dtype", [torch.int16, torch.int8], ids=str)
+def test_a_number_that_somebody_changed_counts(half, rest_dtype):
     """Whatever the rest is, a joined number is within one unit of the 16-bit one."""
     number = torch.arange(-(2**15), 2**15).to(torch.int16).view(half)
-    for rest in (-(2**15), -1, 0, 1, 2**15 - 1):
-        rests = torch.full(number.shape, rest, dtype=torch.int16)
+    info = torch.iinfo(rest_dtype)
+    for rest in (info.min, -1, 0, 1, info.max):
+        rests = torch.full(number.shape, rest, dtype=rest_dtype)
         joined = join(number, rests)
         assert torch.equal(joined.isnan(), number.isnan())
         finite = number.isfinite()
@@ -76,19 +115,21 @@ def test_a_number_that_somebody_changed_counts(half):
 
 
 @halves
-def test_kernels_split_and_join_every_16_bit_number(backend, half):
+@masters
+def test_kernels_split_and_join_every_16_bit_number(backend, half, formats):
     """SGD without a gradient's share leaves each number as it was, and joins what is there."""
     number = torch.arange(-(2**15), 2**15).to(torch.int16).view(half)
     number = number[~number.isnan()].to(backend.device)
     results = []
     for make in (backend.make, by_reference):
         param = number.clone().requires_grad_()
-        optimizer = make(fusedopt.FusedSGD, [param], lr=0.0, master_weights="exact")
+        optimizer = make(fusedopt.FusedSGD, [param], lr=0.0, **formats)
         param.grad = torch.zeros_like(param)
         optimizer.step()
         generator = torch.Generator().manual_seed(0)
-        rest = torch.randint(-(2**15), 2**15, param.shape, generator=generator)
-        optimizer.state[param]["param_rest"].copy_(rest)
+        rest = optimizer.state[param]["param_rest"]
+        info = torch.iinfo(rest.dtype)
+        rest.copy_(torch.randint(info.min, info.max + 1, rest.shape, generator=generator))
         optimizer.step()
         results.append(tensors_of(optimizer))
     assert_same_bits(*results)
@@ -129,10 +170,11 @@ def test_exact_masters_train_as_float32(backend, case, half):
     "formats",
     [
         EXACT,
+        IN_24_BITS,
         {"master_weights": "exact", "state_dtype": torch.bfloat16},
         {"state_dtype": torch.bfloat16},
     ],
-    ids=len,
+    ids=str,
 )
 def test_two_steps_and_two_resumed_ones_are_four(backend, case, formats):
     shapes = [(3, 555), (17000,)]
@@ -185,6 +227,47 @@ def test_formats_are_not_taken_from_a_checkpoint():
     set_grads(exact.param_groups[0]["params"], 1)
     exact.step()  # the master begins with the 16-bit weights
     assert state["param_rest"].dtype == torch.int16
+
+
+@halves
+def test_masters_of_24_bits_and_exact_ones_are_converted(backend, half):
+    """In a checkpoint, and between steps. The weights that the model has stay as they are."""
+    params = make_params([(700,)], half, backend.device)
+    optimizer = backend.make(fusedopt.FusedAdam, params, **EXACT)
+    set_grads(params, 0)
+    optimizer.step()
+    (exact,) = fusedopt.master_weights(optimizer).values()
+
+    others = [params[0].detach().clone().requires_grad_()]
+    other = backend.make(fusedopt.FusedAdam, others, **IN_24_BITS)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.state[others[0]]["param_rest"].dtype == torch.int8
+    (found,) = fusedopt.master_weights(other).values()
+    near = exact.abs() > 2.0**-10
+    assert ((found - exact)[near].abs() <= exact[near].abs() * 2.0**-15).all()
+
+    optimizer.param_groups[0].update(IN_24_BITS)
+    for it in (optimizer, other):
+        set_grads(it.param_groups[0]["params"], 1)
+        it.step()
+    assert_same_bits(tensors_of(optimizer), tensors_of(other))
+    (before,) = fusedopt.master_weights(optimizer).values()
+
+    back = backend.make(fusedopt.FusedAdam, [params[0].detach().clone().requires_grad_()], **EXACT)
+    back.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    (after,) = fusedopt.master_weights(back).values()
+    assert torch.equal(before, after)
+
+
+def test_a_rest_of_another_dtype_is_refused():
+    params = make_params([(3,)], torch.bfloat16)
+    optimizer = by_reference(fusedopt.FusedAdam, [("w", params[0])], **IN_24_BITS)
+    set_grads(params, 0)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["param_rest"] = saved["state"][0]["param_rest"].float()
+    with pytest.raises(TypeError, match=r"'param_rest' of .*'w'.* is torch.float32; expected"):
+        optimizer.load_state_dict(saved)
 
 
 @halves

@@ -49,7 +49,7 @@ struct Prepared {
 };
 
 // The addresses of a tensor's arrays and scalars, in this order: the parameter, the states, the
-// scalars, the rest of an exact parameter.
+// scalars, the rest of a master.
 template <class Rule>
 class Pointers {
  public:

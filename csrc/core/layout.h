@@ -26,7 +26,7 @@ struct TensorPointers {
   void* param;
   void* states[kMaxStates];     // in the order of the rule's kStates; null where not used
   float* scalars[kMaxScalars];  // in the order of the rule's kScalars; the first is often `step`
-  void* rest;                   // of an exact parameter; else null
+  void* rest;                   // of a master; else null
 };
 
 // The features that an optimizer's steps will use. They decide which parts the workspace has.

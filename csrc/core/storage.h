@@ -9,8 +9,9 @@
 
 namespace fusedopt {
 
-// A stochastic array is rounded at random: see math/random.h. The elements of an exact array have
-// 16 more bits in a second array, which make a float32 of each: see math/split.h.
+// A stochastic array is rounded at random: see math/random.h. The elements of a master have a rest
+// in a second array: 16 more bits if the master is exact, or 8, for 24 bits together. See
+// math/split.h.
 enum class Storage : uint8_t {
   kFloat32,
   kFloat64,
@@ -19,12 +20,14 @@ enum class Storage : uint8_t {
   kBFloat16Stochastic,
   kFloat16Stochastic,
   kBFloat16Exact,
-  kFloat16Exact
+  kFloat16Exact,
+  kBFloat16In24Bits,
+  kFloat16In24Bits
 };
 
 FUSEDOPT_INLINE constexpr bool is_float16(Storage storage) {
   return storage == Storage::kFloat16 || storage == Storage::kFloat16Stochastic ||
-         storage == Storage::kFloat16Exact;
+         storage == Storage::kFloat16Exact || storage == Storage::kFloat16In24Bits;
 }
 FUSEDOPT_INLINE constexpr bool is_stochastic(Storage storage) {
   return storage == Storage::kBFloat16Stochastic || storage == Storage::kFloat16Stochastic;
@@ -32,11 +35,18 @@ FUSEDOPT_INLINE constexpr bool is_stochastic(Storage storage) {
 FUSEDOPT_INLINE constexpr bool is_exact(Storage storage) {
   return storage == Storage::kBFloat16Exact || storage == Storage::kFloat16Exact;
 }
+FUSEDOPT_INLINE constexpr bool is_24_bits(Storage storage) {
+  return storage == Storage::kBFloat16In24Bits || storage == Storage::kFloat16In24Bits;
+}
+// Of an element's rest; 0 if it has none.
+FUSEDOPT_INLINE constexpr int rest_bytes(Storage storage) {
+  return is_exact(storage) ? 2 : is_24_bits(storage) ? 1 : 0;
+}
 
 // An array of a tensor.
 struct Array {
   void* data;
-  void* rest;  // of an exact array: int16, one per element; else null
+  void* rest;  // of a master: int16 or int8, one per element; else null
   Storage storage;
   int random_shift;  // stochastic rounding takes 16 of an element's 32 random bits, from here on
 };
@@ -56,6 +66,8 @@ FUSEDOPT_INLINE constexpr int64_t bytes_of(Storage storage) {
     case Storage::kFloat16Stochastic:
     case Storage::kBFloat16Exact:
     case Storage::kFloat16Exact:
+    case Storage::kBFloat16In24Bits:
+    case Storage::kFloat16In24Bits:
       return 2;
   }
   return 0;  // no storage
@@ -86,11 +98,13 @@ FUSEDOPT_INLINE auto visit_storage(Storage storage, Body&& body) {
     case Storage::kFloat16:
     case Storage::kFloat16Stochastic:
     case Storage::kFloat16Exact:
+    case Storage::kFloat16In24Bits:
       if constexpr (!std::is_same_v<bfloat16_t, float16_t>) return body(Tag<float16_t>{});
       [[fallthrough]];
     case Storage::kBFloat16:
     case Storage::kBFloat16Stochastic:
     case Storage::kBFloat16Exact:
+    case Storage::kBFloat16In24Bits:
       return body(Tag<bfloat16_t>{});
   }
   __builtin_unreachable();  // Layout refuses other values
@@ -116,7 +130,7 @@ FUSEDOPT_INLINE bool can_be_grad(Storage param, Storage grad) {
 
 // Whether a state can be of this storage. Only parameters have a rest.
 FUSEDOPT_INLINE bool can_be_state(Storage param, Storage state) {
-  return computed_in(state) == computed_in(param) && !is_exact(state);
+  return computed_in(state) == computed_in(param) && rest_bytes(state) == 0;
 }
 
 }  // namespace fusedopt

@@ -35,23 +35,23 @@ struct NarrowAtRandom {
   }
 };
 
-template <class scalar_t>
+template <class scalar_t, class rest_t>
 struct Join {
-  static FUSEDOPT_INLINE void run(const scalar_t* from, const int16_t* rest, int64_t count,
+  static FUSEDOPT_INLINE void run(const scalar_t* from, const rest_t* rest, int64_t count,
                                   float* to) {
 #pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) to[i] = join<scalar_t>(from[i].bits, rest[i]);
+    for (int64_t i = 0; i < count; ++i) to[i] = join<scalar_t, rest_t>(from[i].bits, rest[i]);
   }
 };
 
-template <class scalar_t>
+template <class scalar_t, class rest_t>
 struct Split {
-  static FUSEDOPT_INLINE void run(const float* from, int64_t count, scalar_t* to, int16_t* rest) {
+  static FUSEDOPT_INLINE void run(const float* from, int64_t count, scalar_t* to, rest_t* rest) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < count; ++i) {
-      const Parts parts = split<scalar_t>(from[i]);
+      const Parts parts = split<scalar_t, rest_t>(from[i]);
       to[i].bits = static_cast<uint16_t>(parts.number);
-      rest[i] = static_cast<int16_t>(parts.rest);
+      rest[i] = static_cast<rest_t>(parts.rest);
     }
   }
 };
@@ -61,8 +61,20 @@ scalar_t* elements(const Array& array, int64_t first) {
   return static_cast<scalar_t*>(array.data) + first;
 }
 
-int16_t* rest(const Array& array, int64_t first) {
-  return static_cast<int16_t*>(array.rest) + first;
+// Calls body(rest) with the rests of a master from element `first` on. Returns false if the array
+// is no master.
+template <class Body>
+bool visit_rest(const Array& array, int64_t first, Body body) {
+  switch (rest_bytes(array.storage)) {
+    case 2:
+      body(static_cast<int16_t*>(array.rest) + first);
+      return true;
+    case 1:
+      body(static_cast<int8_t*>(array.rest) + first);
+      return true;
+    default:
+      return false;
+  }
 }
 
 }  // namespace
@@ -72,10 +84,11 @@ void load_row(Isa isa, const Array& array, int64_t first, int64_t count, float* 
     using scalar_t = type_of<decltype(stored)>;
     if constexpr (sizeof(scalar_t) == 2) {
       const scalar_t* const from = elements<scalar_t>(array, first);
-      if (is_exact(array.storage)) {
-        return run_best<Join<scalar_t>>(isa, from, rest(array, first), count, to);
-      }
-      run_best<Widen<scalar_t>>(isa, from, count, to);
+      const bool is_master = visit_rest(array, first, [&](auto* rest) {
+        using rest_t = std::remove_pointer_t<decltype(rest)>;
+        run_best<Join<scalar_t, rest_t>>(isa, from, rest, count, to);
+      });
+      if (!is_master) run_best<Widen<scalar_t>>(isa, from, count, to);
     }
   });
 }
@@ -86,9 +99,11 @@ void store_row(Isa isa, const float* from, int64_t first, int64_t count, const A
     using scalar_t = type_of<decltype(stored)>;
     if constexpr (sizeof(scalar_t) == 2) {
       scalar_t* const to = elements<scalar_t>(array, first);
-      if (is_exact(array.storage)) {
-        return run_best<Split<scalar_t>>(isa, from, count, to, rest(array, first));
-      }
+      const bool is_master = visit_rest(array, first, [&](auto* rest) {
+        using rest_t = std::remove_pointer_t<decltype(rest)>;
+        run_best<Split<scalar_t, rest_t>>(isa, from, count, to, rest);
+      });
+      if (is_master) return;
       if (is_stochastic(array.storage)) {
         return run_best<NarrowAtRandom<scalar_t>>(isa, from, first, count, to, random,
                                                   array.random_shift);

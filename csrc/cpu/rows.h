@@ -35,7 +35,7 @@ class Rows {
     array_ = array;
     in_place_ = array.storage == kStorage;
     array_.data = static_cast<char*>(array.data) + first_element * bytes_of(array.storage);
-    if (is_exact(array.storage)) array_.rest = static_cast<int16_t*>(array.rest) + first_element;
+    array_.rest = static_cast<char*>(array.rest) + first_element * rest_bytes(array.storage);
     random_ = random;
   }
 

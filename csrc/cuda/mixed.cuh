@@ -9,33 +9,36 @@
 
 namespace fusedopt::cuda {
 
-// The storages of all of a tensor's arrays in one register: 4 bits each.
-enum : uint32_t { kIsWide = 1, kIsFloat16 = 2, kIsStochastic = 4, kIsExact = 8 };
+// The storages of all of a tensor's arrays in one register: kStorageBits each.
+enum : uint32_t { kIsWide = 1, kIsFloat16 = 2, kIsStochastic = 4, kIsMaster = 8, kIs24Bits = 16 };
+inline constexpr int kStorageBits = 6;
 
 __device__ inline uint32_t packed(Storage storage) {
   return (storage == Storage::kFloat32 ? kIsWide : 0) | (is_float16(storage) ? kIsFloat16 : 0) |
-         (is_stochastic(storage) ? kIsStochastic : 0) | (is_exact(storage) ? kIsExact : 0);
+         (is_stochastic(storage) ? kIsStochastic : 0) | (rest_bytes(storage) > 0 ? kIsMaster : 0) |
+         (is_24_bits(storage) ? kIs24Bits : 0);
 }
 
 // The parameter's storage, the gradient's, and those of the states.
 __device__ inline uint32_t packed(const TensorShape& shape) {
-  uint32_t result = packed(shape.param) | packed(shape.grad) << 4;
+  uint32_t result = packed(shape.param) | packed(shape.grad) << kStorageBits;
 #pragma unroll
-  for (int k = 0; k < kMaxStates; ++k) result |= packed(shape.states[k]) << (8 + 4 * k);
+  for (int k = 0; k < kMaxStates; ++k)
+    result |= packed(shape.states[k]) << (kStorageBits * (2 + k));
   return result;
 }
 
 // The addresses of a chunk's arrays, in shared memory: in the order of packed(), then the rest of
-// an exact parameter.
+// a master.
 inline constexpr int kMixedArrays = 2 + kMaxStates;
 struct MixedPointers {
   char* volatile at[kMixedArrays + 1];
 };
 
 // As Slice. A vector holds the bits of its elements as they are stored, between load() and widen()
-// and again after narrow(): 32-bit elements, or 16-bit elements in its first half, and their rest
-// in its second half. `may_be_exact` is false for gradients and states.
-template <bool may_be_exact, int kRandomShift>
+// and again after narrow(): 32-bit elements, or 16-bit elements in its first half, and their rests
+// of 16 or 8 bits from its middle on. `may_be_master` is false for gradients and states.
+template <bool may_be_master, int kRandomShift>
 struct MixedSlice {
   char* volatile* const pointers;  // in shared memory: no registers keep them between accesses
   const uint32_t storages;
@@ -47,17 +50,20 @@ struct MixedSlice {
       : pointers(shared.at), storages(packed(shape)), index(index) {
     if (threadIdx.x != 0) return;
     pointers[index] = static_cast<char*>(array.data) + begin * bytes_of(array.storage);
-    if (may_be_exact) pointers[kMixedArrays] = static_cast<char*>(array.rest) + begin * kHalf;
+    if (may_be_master) {
+      pointers[kMixedArrays] = static_cast<char*>(array.rest) + begin * rest_bytes(array.storage);
+    }
   }
 
   template <int kVector>
   __device__ bool aligned() const {
     const int bytes = kVector * (is_wide() ? kWord : kHalf);
-    const auto fits = [&](const char* address) {
+    const auto fits = [](const char* address, int bytes) {
       return reinterpret_cast<uintptr_t>(address) % (bytes < kVectorBytes ? bytes : kVectorBytes) ==
              0;
     };
-    return fits(data()) && (!exact() || fits(rest()));
+    return fits(data(), bytes) &&
+           (!is_master() || fits(rest(), is_24_bits() ? kVector : kVector * kHalf));
   }
 
   template <int kVector>
@@ -66,8 +72,13 @@ struct MixedSlice {
       return load_global(reinterpret_cast<const Vector<float, kVector>*>(data() + first * kWord));
     }
     Vector<float, kVector> words{};
-    load_half(data() + first * kHalf, 0, words);
-    if (exact()) load_half(rest() + first * kHalf, kVector / 2, words);
+    load_words<kVector / 2>(data() + first * kHalf, 0, words);
+    if (!is_master()) return words;
+    if (is_24_bits()) {
+      load_words<kVector / 4>(rest() + first, kVector / 2, words);
+    } else {
+      load_words<kVector / 2>(rest() + first * kHalf, kVector / 2, words);
+    }
     return words;
   }
   template <int kVector>
@@ -75,8 +86,13 @@ struct MixedSlice {
     if (is_wide()) {
       return store_global(reinterpret_cast<Vector<float, kVector>*>(data() + first * kWord), words);
     }
-    store_half(words, 0, data() + first * kHalf);
-    if (exact()) store_half(words, kVector / 2, rest() + first * kHalf);
+    store_words<kVector / 2>(words, 0, data() + first * kHalf);
+    if (!is_master()) return;
+    if (is_24_bits()) {
+      store_words<kVector / 4>(words, kVector / 2, rest() + first);
+    } else {
+      store_words<kVector / 2>(words, kVector / 2, rest() + first * kHalf);
+    }
   }
 
   template <int kVector>
@@ -98,7 +114,13 @@ struct MixedSlice {
       }
       const int shift = k % 2 * 16;
       words[k / 2] |= static_cast<uint32_t>(half(data(), i)) << shift;
-      if (exact()) words[kCount / 2 + k / 2] |= static_cast<uint32_t>(half(rest(), i)) << shift;
+      if (!is_master()) continue;
+      if (is_24_bits()) {
+        const uint32_t byte = load_global(reinterpret_cast<const uint8_t*>(rest()) + i);
+        words[kCount / 2 + k / 4] |= byte << k % 4 * 8;
+      } else {
+        words[kCount / 2 + k / 2] |= static_cast<uint32_t>(half(rest(), i)) << shift;
+      }
     }
     Vector<float, kCount> result;
 #pragma unroll
@@ -117,7 +139,14 @@ struct MixedSlice {
       }
       const int shift = k % 2 * 16;
       set_half(data(), i, bit_cast<uint32_t>(words.at[k / 2]) >> shift);
-      if (exact()) set_half(rest(), i, bit_cast<uint32_t>(words.at[kCount / 2 + k / 2]) >> shift);
+      if (!is_master()) continue;
+      if (is_24_bits()) {
+        const uint32_t bytes = bit_cast<uint32_t>(words.at[kCount / 2 + k / 4]);
+        store_global(reinterpret_cast<uint8_t*>(rest()) + i,
+                     static_cast<uint8_t>(bytes >> k % 4 * 8));
+      } else {
+        set_half(rest(), i, bit_cast<uint32_t>(words.at[kCount / 2 + k / 2]) >> shift);
+      }
     }
   }
 
@@ -128,7 +157,7 @@ struct MixedSlice {
     visit_half([&](auto format) {
       using half_t = decltype(format);
       // From the last element on: a word is converted after those elements that it holds.
-      if (!exact()) {
+      if (!is_master()) {
 #pragma unroll
         for (int k = kCount - 1; k >= 0; --k) {
           words.at[k] = fusedopt::widen(half_t{half_of(words.at[k / 2], k)});
@@ -138,7 +167,8 @@ struct MixedSlice {
       float values[kCount];
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        const uint32_t low = half_of(words.at[kCount / 2 + k / 2], k);
+        const uint32_t low = is_24_bits() ? byte_of(words.at[kCount / 2 + k / 4], k) << 8
+                                          : half_of(words.at[kCount / 2 + k / 2], k);
         values[k] = join<half_t>(half_of(words.at[k / 2], k), static_cast<int16_t>(low));
       }
 #pragma unroll
@@ -158,25 +188,29 @@ struct MixedSlice {
     if (is_wide()) return;
     visit_half([&](auto format) {
       using half_t = decltype(format);
-      if (is(kIsStochastic | kIsExact)) {
+      if (is(kIsStochastic | kIsMaster)) {
         // Both cut bits off, after adding random bits or half a unit.
-        uint32_t rests[kCount / 2];
+        uint32_t rests[kCount / 2] = {};
 #pragma unroll
         for (int k = 0; k < kCount; k += 2) {
           uint32_t numbers = 0;
-          rests[k / 2] = 0;
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const uint32_t bits = extended<half_t>::from(values.at[k + i]);
+            uint32_t bits = extended<half_t>::from(values.at[k + i]);
+            if (is_24_bits()) bits = rounded_to_24_bits(bits);
             const uint32_t added =
-                exact() ? kHalfUnit
-                        : random.of(first + (k + i) * kStride) >> kRandomShift & 0xffffu;
+                is_master() ? kHalfUnit
+                            : random.of(first + (k + i) * kStride) >> kRandomShift & 0xffffu;
             numbers |= (bits + added) >> 16 << 16 * i;
-            rests[k / 2] |= (bits & 0xffffu) << 16 * i;
+            if (is_24_bits()) {
+              rests[k / 4] |= (bits >> 8 & 0xffu) << (k + i) % 4 * 8;
+            } else {
+              rests[k / 2] |= (bits & 0xffffu) << 16 * i;
+            }
           }
           values.at[k / 2] = bit_cast<float>(numbers);
         }
-        if (exact()) {
+        if (is_master()) {
 #pragma unroll
           for (int k = 0; k < kCount / 2; ++k) {
             values.at[kCount / 2 + k] = bit_cast<float>(rests[k]);
@@ -197,11 +231,15 @@ struct MixedSlice {
   __device__ char* data() const { return pointers[index]; }
   __device__ char* rest() const { return pointers[kMixedArrays]; }
 
-  __device__ bool is(uint32_t bit) const { return (storages & bit << 4 * index) != 0; }
+  __device__ bool is(uint32_t bit) const { return (storages & bit << kStorageBits * index) != 0; }
   __device__ bool is_wide() const { return is(kIsWide); }
-  __device__ bool exact() const {
-    if constexpr (!may_be_exact) return false;
-    return is(kIsExact);
+  __device__ bool is_master() const {
+    if constexpr (!may_be_master) return false;
+    return is(kIsMaster);
+  }
+  __device__ bool is_24_bits() const {
+    if constexpr (!may_be_master) return false;
+    return is(kIs24Bits);
   }
 
   template <class Body>
@@ -216,6 +254,9 @@ struct MixedSlice {
   __device__ static uint16_t half_of(float word, int k) {
     return static_cast<uint16_t>(bit_cast<uint32_t>(word) >> k % 2 * 16);
   }
+  __device__ static uint32_t byte_of(float word, int k) {
+    return bit_cast<uint32_t>(word) >> k % 4 * 8 & 0xffu;
+  }
   __device__ static uint16_t half(const char* from, int i) {
     return load_global(reinterpret_cast<const uint16_t*>(from) + i);
   }
@@ -223,18 +264,18 @@ struct MixedSlice {
     store_global(reinterpret_cast<uint16_t*>(to) + i, static_cast<uint16_t>(bits));
   }
 
-  template <int kVector>
-  __device__ static void load_half(const char* from, int begin, Vector<float, kVector>& words) {
-    const auto half = load_global(reinterpret_cast<const Vector<float, kVector / 2>*>(from));
+  template <int kCount, int kVector>
+  __device__ static void load_words(const char* from, int begin, Vector<float, kVector>& words) {
+    const auto some = load_global(reinterpret_cast<const Vector<float, kCount>*>(from));
 #pragma unroll
-    for (int k = 0; k < kVector / 2; ++k) words.at[begin + k] = half.at[k];
+    for (int k = 0; k < kCount; ++k) words.at[begin + k] = some.at[k];
   }
-  template <int kVector>
-  __device__ static void store_half(const Vector<float, kVector>& words, int begin, char* to) {
-    Vector<float, kVector / 2> half;
+  template <int kCount, int kVector>
+  __device__ static void store_words(const Vector<float, kVector>& words, int begin, char* to) {
+    Vector<float, kCount> some;
 #pragma unroll
-    for (int k = 0; k < kVector / 2; ++k) half.at[k] = words.at[begin + k];
-    store_global(reinterpret_cast<Vector<float, kVector / 2>*>(to), half);
+    for (int k = 0; k < kCount; ++k) some.at[k] = words.at[begin + k];
+    store_global(reinterpret_cast<Vector<float, kCount>*>(to), some);
   }
 };
 

@@ -1,4 +1,5 @@
-// A float32 in two parts of 16 bits: a 16-bit number near it, and the rest. Stochastic rounding.
+// A float32 in two parts: a 16-bit number near it, and the rest of 16 or 8 bits. Stochastic
+// rounding.
 #pragma once
 
 #include <cstdint>
@@ -48,17 +49,27 @@ struct extended<float16> {
   }
 };
 
-// The parts of a number, each in the low half of a word. `rest` is a signed 16-bit integer.
+// The parts of a number, each in the low bits of a word. `rest` is a signed integer.
 struct Parts {
   uint32_t number, rest;
 };
 
-// The 16-bit number is the nearest one, ties away from zero: then the rest restores every number.
+// The extended format with 8 bits less, ties to even. The last 8 bits of the result are 0.
+FUSEDOPT_INLINE uint32_t rounded_to_24_bits(uint32_t bits) {
+  return (bits + 0x7fu + ((bits >> 8) & 1u)) & ~0xffu;
+}
+
+// rest_t: int16_t keeps all bits, int8_t those of a number rounded to 24 bits. The 16-bit number is
+// the nearest one, ties away from zero: then the rest restores every number.
 inline constexpr uint32_t kHalfUnit = 0x8000u;  // of the 16-bit number's last bit
-template <class scalar_t>
+template <class rest_t>
+inline constexpr int kRestShift = 16 - 8 * static_cast<int>(sizeof(rest_t));
+
+template <class scalar_t, class rest_t>
 FUSEDOPT_INLINE Parts split(float value) {
-  const uint32_t bits = extended<scalar_t>::from(value);
-  return {(bits + kHalfUnit) >> 16, bits & 0xffffu};
+  uint32_t bits = extended<scalar_t>::from(value);
+  if constexpr (kRestShift<rest_t> != 0) bits = rounded_to_24_bits(bits);
+  return {(bits + kHalfUnit) >> 16, (bits & 0xffffu) >> kRestShift<rest_t>};
 }
 
 // Stochastic rounding: away from zero with the probability of the bits that are dropped. `random`
@@ -70,9 +81,10 @@ FUSEDOPT_INLINE uint32_t narrow_at_random(float value, uint32_t random) {
 
 // Somebody may have changed the 16-bit number since the split. If it is 0 or inf now, the rest may
 // not fit it; then the number counts alone.
-template <class scalar_t>
-FUSEDOPT_INLINE float join(uint32_t number, int32_t rest) {
-  const float value = extended<scalar_t>::to((number << 16) + static_cast<uint32_t>(rest));
+template <class scalar_t, class rest_t>
+FUSEDOPT_INLINE float join(uint32_t number, rest_t rest) {
+  const uint32_t low = static_cast<uint32_t>(static_cast<int32_t>(rest)) << kRestShift<rest_t>;
+  const float value = extended<scalar_t>::to((number << 16) + low);
   return value != value ? bits_of<scalar_t>::widen(number) : value;
 }
 

@@ -60,13 +60,13 @@ py::dict constants() {
   return result;
 }
 
-// By group: (exact, stochastic parameters, names of stochastic states, seed).
-using FormatTuples = std::vector<std::tuple<bool, bool, std::vector<std::string>, uint64_t>>;
+// By group: (bits of masters, stochastic parameters, names of stochastic states, seed).
+using FormatTuples = std::vector<std::tuple<int, bool, std::vector<std::string>, uint64_t>>;
 
 std::vector<GroupFormat> formats_of(const RuleInfo& rule, const FormatTuples& tuples) {
   std::vector<GroupFormat> result;
-  for (const auto& [exact, stochastic_param, names, seed] : tuples) {
-    GroupFormat format{exact, stochastic_param, 0, seed};
+  for (const auto& [master_bits, stochastic_param, names, seed] : tuples) {
+    GroupFormat format{master_bits, stochastic_param, 0, seed};
     for (const std::string& name : names) {
       for (size_t k = 0; k < rule.states.size(); ++k) {
         if (name == rule.states[k].name) format.stochastic_states |= 1u << k;

@@ -32,8 +32,13 @@ bool kernels_take(const at::Tensor& param, const std::string& backend) {
 }
 
 Storage param_storage(at::ScalarType dtype, const GroupFormat& format) {
-  if (dtype == at::kBFloat16 && format.exact) return Storage::kBFloat16Exact;
-  if (dtype == at::kHalf && format.exact) return Storage::kFloat16Exact;
+  const bool in_24_bits = format.master_bits == 24;
+  if (format.master_bits != 0 && dtype == at::kBFloat16) {
+    return in_24_bits ? Storage::kBFloat16In24Bits : Storage::kBFloat16Exact;
+  }
+  if (format.master_bits != 0 && dtype == at::kHalf) {
+    return in_24_bits ? Storage::kFloat16In24Bits : Storage::kFloat16Exact;
+  }
   if (dtype == at::kBFloat16 && format.stochastic_param) return Storage::kBFloat16Stochastic;
   return to_storage(dtype);
 }
@@ -114,9 +119,10 @@ Plan::Plan(const std::string& rule, const std::string& backend, const py::object
   }
   for (PlanParam& plan_param : params_) {
     const int states = __builtin_popcount(states_used_[plan_param.group]);
-    plan_param.complete = plan_param.has_kernels && !plan_param.odd_state &&
-                          plan_param.items == static_cast<int>(rule_.scalars.size()) + states +
-                                                  (is_exact(info_of(plan_param).param) ? 1 : 0);
+    plan_param.complete =
+        plan_param.has_kernels && !plan_param.odd_state &&
+        plan_param.items == static_cast<int>(rule_.scalars.size()) + states +
+                                (rest_bytes(info_of(plan_param).param) > 0 ? 1 : 0);
     // If its memory is too small, the guard fits no storage, and the first gradient needs a new
     // plan.
     if (plan_param.complete && !take_param(plan_param)) plan_param.guard.storage = nullptr;
@@ -225,8 +231,9 @@ void Plan::add_state(PlanParam& plan_param, PyObject* state) {
       item.is_tensor = true;
       add_item(plan_param, item, value);
     }
-    if (std::strcmp(name, kRestName) == 0 && is_exact(info_of(plan_param).param)) {
-      item.is_tensor = item.is_rest = true;
+    if (std::strcmp(name, kRestName) == 0 && rest_bytes(info_of(plan_param).param) > 0) {
+      item.is_tensor = true;
+      item.rest_dtype = rest_bytes(info_of(plan_param).param) == 1 ? at::kChar : at::kShort;
       add_item(plan_param, item, value);
     }
   }
@@ -235,7 +242,7 @@ void Plan::add_state(PlanParam& plan_param, PyObject* state) {
 // Ignores an item that no step can use, as if it did not exist.
 void Plan::add_item(PlanParam& plan_param, StateItem& item, PyObject* value) {
   if (!item.takes(value, plan_param)) return;
-  if (item.is_tensor && !item.is_rest) {
+  if (item.is_tensor && !item.is_rest()) {
     const GroupFormat& format = formats_[plan_param.group];
     const at::ScalarType dtype = unpack(value).scalar_type();
     const bool at_random = (format.stochastic_states >> item.index & 1) != 0;
@@ -268,7 +275,7 @@ void Plan::find_written() {
       StateItem& item = items_[i];
       if (item.guard.object == nullptr || !params_[entry.param].complete) continue;
       const auto& names = item.is_tensor ? rule_.states : rule_.scalars;
-      const char* const name = item.is_rest ? kRestName : names[item.index].name;
+      const char* const name = item.is_rest() ? kRestName : names[item.index].name;
       item.written = static_cast<int>(written_.size());
       written_.push_back({entry.param, name, region_of(item, params_[entry.param])});
     }

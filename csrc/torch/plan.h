@@ -58,7 +58,7 @@ inline at::ScalarType grad_dtype_for(at::ScalarType param, at::ScalarType grad) 
 
 // How the arrays of a group are stored, as fusedopt/core/formats.py has resolved its options.
 struct GroupFormat {
-  bool exact = false;              // 16-bit parameters have a rest
+  int master_bits = 0;             // 16-bit parameters have masters of so many bits: 0, 24 or 32
   bool stochastic_param = false;   // bfloat16 parameters are rounded at random
   unsigned stochastic_states = 0;  // bit k: of the rule's kStates[k], if it is bfloat16
   uint64_t seed = 0;
@@ -67,12 +67,13 @@ struct GroupFormat {
 // One item of a parameter's state: a scalar such as `step`, or a tensor shaped as the parameter.
 struct StateItem {
   PyObject* key;
-  TensorGuard guard;       // empty: the item is a user's, and may change freely
-  bool is_tensor = false;  // else a scalar
-  bool is_rest = false;    // a tensor: the rest of an exact parameter
-  int index = 0;           // index among the rule's states, or its scalars
-  int written = -1;        // index in Plan::written_; -1: not there
+  TensorGuard guard;                         // empty: the item is a user's, and may change freely
+  bool is_tensor = false;                    // else a scalar
+  std::optional<at::ScalarType> rest_dtype;  // set if the item is the rest of a master
+  int index = 0;                             // index among the rule's states, or its scalars
+  int written = -1;                          // index in Plan::written_; -1: not there
 
+  bool is_rest() const { return rest_dtype.has_value(); }
   // Whether a step can use an object as this item.
   bool takes(PyObject* object, const PlanParam& plan_param) const;
   bool laid_out_as(const PlanParam& plan_param) const {

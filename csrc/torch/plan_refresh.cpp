@@ -82,7 +82,7 @@ bool StateItem::takes(PyObject* object, const PlanParam& plan_param) const {
     return false;
   }
   const at::ScalarType dtype = unpack(object).scalar_type();
-  const bool fits = is_tensor ? (is_rest ? dtype == at::kShort : has_kernels(dtype)) &&
+  const bool fits = is_tensor ? (is_rest() ? dtype == rest_dtype : has_kernels(dtype)) &&
                                     has_layout(impl, plan_param.sizes, plan_param.dense_strides)
                               : dtype == at::kFloat && impl->dim() == 0;
   return fits && fits_its_storage(impl);
@@ -304,7 +304,7 @@ void Plan::use_item(const PlanParam& plan_param, StateItem& item, PyObject* valu
   TensorPointers& pointers = pointers_of(plan_param);
   void* const data = unpack(value).mutable_data_ptr();
   item.guard = TensorGuard::of(value);
-  if (item.is_rest) {
+  if (item.is_rest()) {
     pointers.rest = data;
   } else if (item.is_tensor) {
     pointers.states[item.index] = data;

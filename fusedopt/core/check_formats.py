@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fusedopt.reference import Group
-from fusedopt.reference.formats import HALF_DTYPES, Formats, formats_of
+from fusedopt.reference.formats import HALF_DTYPES, REST_DTYPES, Formats, formats_of
 from fusedopt.reference.rule import REST
 
-MASTER_WEIGHTS = ("exact",)
+MASTER_WEIGHTS = ("exact", "24bit")
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -62,7 +62,7 @@ def check_param_formats(group: Group, param: Tensor, name: str) -> None:
     if stochastic and param.dtype == torch.float16:
         raise TypeError(
             f"{name} is torch.float16, and rounding='stochastic' rounds weights at random, which "
-            "is for bfloat16; expected master_weights='exact', or rounding=None"
+            "is for bfloat16; expected master_weights='exact' or '24bit', or rounding=None"
         )
 
 
@@ -72,8 +72,8 @@ def check_rest(param: Tensor, state: dict[str, Any], name: str) -> None:
     if rest is None:
         return
     found = rest.dtype if isinstance(rest, Tensor) else f"a {type(rest).__name__}"
-    if found != torch.int16:
-        raise TypeError(f"state {REST!r} of {name} is {found}; expected torch.int16")
+    if found not in REST_DTYPES.values():
+        raise TypeError(f"state {REST!r} of {name} is {found}; expected torch.int16 or torch.int8")
     if rest.shape != param.shape:
         raise RuntimeError(
             f"state {REST!r} of {name} has shape {tuple(rest.shape)}; expected the parameter's "

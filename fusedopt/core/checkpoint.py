@@ -34,7 +34,7 @@ from fusedopt.core.state import (
 from fusedopt.distributed import check_placements, local_of
 from fusedopt.reference import Group, Rule
 from fusedopt.reference.arithmetic import compute_dtype
-from fusedopt.reference.formats import FORMAT_OPTIONS, formats_of
+from fusedopt.reference.formats import FORMAT_OPTIONS, convert_rest, formats_of
 from fusedopt.reference.groups import name_of
 from fusedopt.reference.rule import REST
 
@@ -277,7 +277,9 @@ def _load_param_state(rule: Rule, entry: _Entry, shared: Container[int]) -> dict
             loaded[key] = value if taken else scalar_like(param, value)
         else:
             dtype = asked or (value.dtype if usable else computed)
-            dtype = torch.int16 if key == REST else dtype
+            if key == REST:
+                dtype = formats_of(entry.group).rest_dtype()
+                value = convert_rest(value, dtype)
             taken = id(local_of(value)) in shared and value.dtype == dtype
             taken = taken and is_in_place(local_of(value), local_of(param))
             loaded[key] = value if taken else tensor_like(param, value, dtype)

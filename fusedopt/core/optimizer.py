@@ -59,7 +59,8 @@ class FusedOptimizer(Persistence, Stepper):
       mesh. If some differ, nothing is changed, and all ranks raise `ReplicasDifferError` with the
       names of parameters and ranks. It reads the gradients once more, and waits for the device.
     * `master_weights`: "exact" keeps, for every 16-bit parameter, the bits that are missing to a
-      float32 in `state["param_rest"]` (int16), and trains as float32 does. None: no master.
+      float32 in `state["param_rest"]` (int16), and trains as float32 does. "24bit" keeps 8 bits
+      (int8): the master is rounded to 24 bits. None: no master.
     * `state_dtype`: `torch.float32` or `torch.bfloat16` for the states; None: the parameter's.
     * `rounding`: how 16-bit arrays are rounded. None: second moments at random if one of these
       options is set, all else to nearest; "nearest"; "stochastic": bfloat16 weights without a

@@ -19,7 +19,7 @@ from fusedopt.reference.limits import AdaptiveClip, Unit
 TORCHS = ("state", "param_groups", "defaults")  # checkpoints and users replace these
 NonFinite = Literal["skip", "raise", "propagate"]
 Plain = Literal["replicated", "own"]
-MasterWeights = Literal["exact"]
+MasterWeights = Literal["exact", "24bit"]
 Rounding = Literal["nearest", "stochastic"]
 
 

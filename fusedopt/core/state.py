@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedopt.core.backends import zeros_like
 from fusedopt.reference import Group, Rule, all_state_names, distinct_params
-from fusedopt.reference.formats import formats_of
+from fusedopt.reference.formats import convert_rest, formats_of
 from fusedopt.reference.rule import REST
 
 States = dict[Tensor, dict[str, Any]]
@@ -67,7 +67,7 @@ def make_complete(
         new_state = {
             **{name: _scalar_in_place(value, param) for name, value in rule.scalars.items()},
             **{name: zeros_like(param, dtype) for name in rule.states(group)},
-            **({REST: zeros_like(param, torch.int16)} if formats.has_rest(param) else {}),
+            **({REST: _new_rest(group, param)} if formats.has_rest(param) else {}),
         }
         # In a dict, as the kernels read only dicts. Users' items stay.
         if not isinstance(state, dict) and (new_state or state is not None):
@@ -83,10 +83,20 @@ def make_complete(
     if not formats.has_rest(param):
         state.pop(REST, None)
     elif state.get(REST) is None:
-        state[REST] = zeros_like(param, torch.int16)
+        state[REST] = _new_rest(group, param)
     else:
-        state[REST] = _tensor_in_place(state[REST], param, None)
+        state[REST] = rest_in_place(state[REST], group, param)
     return False
+
+
+def _new_rest(group: Group, param: Tensor) -> Tensor:
+    return zeros_like(param, formats_of(group).rest_dtype())
+
+
+def rest_in_place(rest: Tensor, group: Group, param: Tensor) -> Tensor:
+    """The rest of a parameter's master, with the bits that its group asks for."""
+    rest = convert_rest(rest, formats_of(group).rest_dtype())
+    return _tensor_in_place(rest, param, None)
 
 
 def with_counts(

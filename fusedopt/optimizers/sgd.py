@@ -123,7 +123,7 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
         check_replicas: once in this many steps, the ranks compare the gradients that they should
             have in common; None: never.
         master_weights: "exact" trains 16-bit parameters as float32, with the missing bits in the
-            state; None: there is no master.
+            state; "24bit" as numbers of 24 bits; None: there is no master.
         state_dtype: torch.float32 or torch.bfloat16; None: the states have the parameter's.
         rounding: "nearest", "stochastic", or None: of second moments at random, else to nearest.
         seed: of the random rounding.

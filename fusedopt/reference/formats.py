@@ -3,8 +3,9 @@
 A group without any of `FORMAT_OPTIONS` stores every array in its dtype, rounded to nearest.
 
 * A float32 master of a 16-bit parameter is the parameter and, in `state["param_rest"]`, 16 more
-  bits. `split` and `join` are exact for bfloat16. For float16 they are exact from 2^-17 to 65536; a
-  smaller number is rounded to a multiple of 2^-40.
+  bits ("exact"). `split` and `join` are exact for bfloat16. For float16 they are exact from 2^-17
+  to 65536; a smaller number is rounded to a multiple of 2^-40. "24bit" keeps 8 more bits: the same
+  bits, rounded to nearest, ties to even.
 * Stochastic rounding to 16 bits adds 16 random bits below the last bit and cuts them off. The bits
   are a function of the seed, the parameter's step, its number among all parameters, and the
   element's index in memory: there is no state.
@@ -26,6 +27,8 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 # Averages of squares, and the like: rounded to nearest, one that falls slowly would never fall.
 SECOND_MOMENTS = frozenset({"exp_avg_sq", "square_avg", "acc_delta", "exp_inf"})
 STATE_SHIFT, PARAM_SHIFT = 0, 16  # where the 16 of an element's 32 random bits begin
+MASTER_BITS = {"exact": 32, "24bit": 24}  # by the value of `master_weights`
+REST_DTYPES = {"exact": torch.int16, "24bit": torch.int8}
 KEY_BITS = 14  # elements with the same index >> KEY_BITS share a key
 
 _M32, _M64 = 2**32 - 1, 2**64 - 1
@@ -46,7 +49,12 @@ class Formats(NamedTuple):
 
     def has_rest(self, param: Tensor) -> bool:
         """Whether a parameter's master has bits in `state["param_rest"]`."""
-        return self.master_weights == "exact" and param.dtype in HALF_DTYPES
+        return self.master_weights is not None and param.dtype in HALF_DTYPES
+
+    def rest_dtype(self) -> torch.dtype:
+        """The dtype of `state["param_rest"]`, of a group with masters."""
+        assert self.master_weights is not None
+        return REST_DTYPES[self.master_weights]
 
     def rounds_param(self, param: Tensor) -> bool:
         """Whether a parameter itself is rounded at random."""
@@ -61,11 +69,11 @@ class Formats(NamedTuple):
         """The dtype of a new state."""
         return self.state_dtype or param.dtype
 
-    def for_kernels(self, rule: Rule) -> tuple[bool, bool, list[str], int]:
+    def for_kernels(self, rule: Rule) -> tuple[int, bool, list[str], int]:
         """The formats as a compiled backend takes them."""
         stochastic = [name for name in rule.tensors if self.rounds_state(name)]
-        exact = self.master_weights == "exact"
-        return exact, self.rounding == "stochastic", stochastic, self.seed or 0
+        bits = MASTER_BITS.get(self.master_weights or "", 0)
+        return bits, self.rounding == "stochastic", stochastic, self.seed or 0
 
 
 def formats_of(group: Group) -> Formats:
@@ -116,13 +124,31 @@ def lowbias32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def split(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A float32 as the nearest number of a 16-bit dtype, ties away from zero, and int16: the rest.
+def split(
+    values: Tensor, dtype: torch.dtype, rest_dtype: torch.dtype = torch.int16
+) -> tuple[Tensor, Tensor]:
+    """A float32 as the nearest number of a 16-bit dtype, ties away from zero, and the rest.
 
-    Rounded to nearest even, 32,640 numbers could not be restored.
+    Rounded to nearest even, 32,640 numbers could not be restored. With a rest of int8, the float32
+    is rounded to 24 bits before, ties to even.
     """
     bits = extended(values, dtype)
+    if rest_dtype == torch.int8:
+        bits = (bits + 0x7F + (bits >> 8 & 1)) & 0xFFFFFF00
+        return _from_bits(bits + 0x8000 >> 16, dtype), (bits >> 8).to(torch.int8)
     return _from_bits(bits + 0x8000 >> 16, dtype), bits.to(torch.int16)
+
+
+def convert_rest(rest: Tensor, dtype: torch.dtype) -> Tensor:
+    """A rest of int8 as one of int16, or the other way.
+
+    The 16-bit number stays as it is. So 8 bits are rounded to nearest, but to no rest above 127.
+    """
+    if rest.dtype == dtype:
+        return rest
+    if dtype == torch.int16:
+        return rest.to(torch.int16) * 256
+    return (rest.float() / 256).round().clamp_(max=127).to(torch.int8)
 
 
 def join(number: Tensor, rest: Tensor) -> Tensor:
@@ -131,7 +157,9 @@ def join(number: Tensor, rest: Tensor) -> Tensor:
     Somebody may have changed the 16-bit number since the split. If it is 0 or inf now, the rest may
     not fit it; then the number counts alone.
     """
-    bits = (number.detach().view(torch.int16).to(torch.int64) << 16) + rest
+    bits = (number.detach().view(torch.int16).to(torch.int64) << 16) + convert_rest(
+        rest, torch.int16
+    )
     values = _from_extended(bits & _M32, number.dtype)
     return torch.where(values.isnan(), number.detach().to(torch.float32), values)
 
@@ -188,7 +216,7 @@ def store_param(
     """Writes new values to a parameter, and to its rest if it has a master."""
     formats = formats_of(group)
     if formats.has_rest(param):
-        number, rest = split(values, param.dtype)
+        number, rest = split(values, param.dtype, formats.rest_dtype())
         state[REST].copy_(rest)
     elif formats.rounds_param(param):
         number = rounded_at_random(values, param.dtype, random.of(param, PARAM_SHIFT))
