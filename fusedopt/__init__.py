@@ -5,6 +5,7 @@ from fusedopt.core.checks import NonFiniteGradientError
 from fusedopt.core.masters import master_weights
 from fusedopt.core.optimizer import FusedOptimizer
 from fusedopt.core.replicas import ReplicasDifferError
+from fusedopt.core.shard_states import consolidated_state_dict, shard_states
 from fusedopt.core.skip_limit import TooManySkipsError
 from fusedopt.core.together import step_together
 from fusedopt.distributed import PeerError
@@ -46,9 +47,11 @@ __all__ = [
     "clip",
     "clip_grad_norm_",
     "clip_grads_with_norm_",
+    "consolidated_state_dict",
     "get_total_norm",
     "master_weights",
     "read_log",
     "reference",
+    "shard_states",
     "step_together",
 ]

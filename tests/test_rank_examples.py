@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,7 +40,18 @@ def test_pipeline_stages_learn():
     assert float(losses[-1]) < float(losses[0]) * 0.8
 
 
-@pytest.mark.parametrize("script", ["fsdp_gpt.py", "pipeline_stages.py"])
+def test_ddp_zero1_learns_and_shares_the_states(tmp_path):
+    said = torchrun("ddp_zero1.py", "--steps", 50, "--output", tmp_path / "whole.pt")
+    losses = re.findall(r"loss ([\d.]+)", said)
+    assert float(losses[-1]) < float(losses[0]) * 0.8
+    first, second = (int(it.replace(",", "")) for it in re.findall(r"[\d,]+\d", said)[-2:])
+    saved = torch.load(tmp_path / "whole.pt", weights_only=True)
+    states = [it for state in saved["optimizer"]["state"].values() for it in state.values()]
+    assert first + second == sum(it.numel() * it.element_size() for it in states)
+    assert abs(first - second) < 0.1 * (first + second)
+
+
+@pytest.mark.parametrize("script", ["fsdp_gpt.py", "pipeline_stages.py", "ddp_zero1.py"])
 def test_they_are_short(script):
     lines = (ROOT / "examples" / script).read_text().splitlines()
     assert len(lines) < 80

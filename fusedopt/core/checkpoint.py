@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +39,7 @@ from fusedopt.reference.groups import name_of
 from fusedopt.reference.rule import REST
 
 MAX_COUNT = 2**24  # a float32 can't count further
+SHARE = "share"  # the key of a state_dict that has the states of one rank's share only
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,19 @@ def read(state_dict: Any, names: Names) -> Checkpoint:
     )
 
 
+def check_share(state_dict: Mapping[str, Any], share: dict[str, Any] | None) -> None:
+    """Refuses a checkpoint that lacks the states of another rank's share."""
+    saved = state_dict.get(SHARE)
+    if saved is None or saved == share:
+        return
+    told = f"rank {saved['rank']} of {saved['ranks']}" if isinstance(saved, Mapping) else saved
+    raise ValueError(
+        f"loaded state dict is the share of {told}, and lacks the states of other parameters; "
+        "expected that of this rank of so many. What fits any number of ranks is saved with "
+        "fusedopt.consolidated_state_dict or with torch.distributed.checkpoint"
+    )
+
+
 def load_groups(groups: list[Group], names: Names, checkpoint: Checkpoint) -> list[Group]:
     """The param groups after loading: the saved options, with `groups`' parameters and names."""
     loaded = [_load_group(*pair) for pair in zip(groups, checkpoint.groups, strict=True)]
@@ -145,9 +159,17 @@ class _Entry:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def load_state(rule: Rule, groups: list[Group], checkpoint: Checkpoint) -> dict[Any, Any]:
-    """The states of a checkpoint by parameter. `groups` is the result of `load_groups`."""
+def load_state(
+    rule: Rule, groups: list[Group], checkpoint: Checkpoint, keeps: Callable[[Tensor], bool]
+) -> dict[Any, Any]:
+    """The states of a checkpoint by parameter. All are checked, and those of others are left out.
+
+    Args:
+        groups: the result of `load_groups`.
+        keeps: whether this rank has a parameter's state.
+    """
     entries, users = _entries(rule, groups, checkpoint)
+    entries = [it for it in entries if keeps(it.param)]
     shared = takeover.to_take_over(
         [value for it in entries for value in _own_tensors(it)], _params_and_grads(groups)
     )
@@ -172,12 +194,11 @@ def params_by_id(groups: list[Group], checkpoint: Checkpoint) -> dict[Any, tuple
     return found
 
 
-def largest_step(rule: Rule, states: dict[Any, Any]) -> int | None:
+def largest_step(rule: Rule, states: Iterable[Any]) -> int | None:
     """The largest number of steps of a parameter. None if this rule's state has no such number."""
     if rule.hidden_step:
         return None
-    counts = [state.get(rule.counter) for p, state in states.items() if isinstance(p, Tensor)]
-    return max(map(_whole, counts), default=0)
+    return max((_whole(state.get(rule.counter)) for state in states), default=0)
 
 
 def _whole(count: Any) -> int:

@@ -15,7 +15,7 @@ def master_weights(optimizer: FusedOptimizer) -> dict[str, Tensor]:
     """Copies of the weights that an optimizer trains: of the masters, where parameters have some.
 
     Args:
-        optimizer: any of fusedopt's.
+        optimizer: any of fusedopt's. After `shard_states`, this rank's share is returned.
 
     Returns:
         By the parameter's name, or else its place ("parameter 0 of param group 0"), a tensor of the
@@ -34,4 +34,5 @@ def master_weights(optimizer: FusedOptimizer) -> dict[str, Tensor]:
     return {
         name: param_values(groups[id(param)], param, optimizer.state.get(param))
         for param, name in named_params(optimizer.param_groups)
+        if optimizer._keeps(param)
     }

@@ -131,6 +131,7 @@ class FusedOptimizer(Persistence, Stepper):
             "check_replicas": check_settings.check_count("check_replicas", check_replicas),
             "steps_until_check": check_replicas,
             "ranks": None,
+            "share": None,
             "all_replicated": False,
             "is_sharded": False,
             "part": None,

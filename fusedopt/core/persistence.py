@@ -11,12 +11,13 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from fusedopt.core import checkpoint, checks, limit_state
+from fusedopt.core.checkpoint import SHARE
 from fusedopt.core.names import ParamNames, check_named
 from fusedopt.core.provisional_state import ProvisionalState
 from fusedopt.core.readings import Readings
 from fusedopt.core.settings import TORCHS
 from fusedopt.core.state import is_new, make_complete, take_counts, with_counts
-from fusedopt.distributed import LocalView, local_of
+from fusedopt.distributed import LocalView, Share, local_of
 from fusedopt.reference import Control, Group, distinct_params
 from fusedopt.reference.groups import name_of
 from fusedopt.reference.limits import AdaptiveClip
@@ -89,7 +90,8 @@ class Persistence(Readings):
 
     def _lacks_state(self, param: Tensor) -> bool:
         fits = param.requires_grad and not torch.nn.parameter.is_lazy(param)
-        return fits and not param.is_meta and is_new(self.state.get(param))
+        fits = fits and not param.is_meta and self._keeps(param)
+        return fits and is_new(self.state.get(param))
 
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
@@ -112,6 +114,8 @@ class Persistence(Readings):
         used = self._provisional_state.used(self.rule, self.state)
         used = with_counts(self.rule, self.param_groups, used, self._provisional_state.counters)
         state_dict = checkpoint.save(self.param_groups, used)
+        if (share := self._share_label()) is not None:
+            state_dict[SHARE] = share
         if isinstance(limit := self.max_grad_norm, AdaptiveClip):
             learned = limit_state.save(
                 limit, self._own["clip_state"], self._own["clip_params"], self.param_groups
@@ -119,6 +123,14 @@ class Persistence(Readings):
             if learned is not None:
                 state_dict["param_groups"][0][limit_state.KEY] = learned
         return state_dict
+
+    def _share_label(self) -> dict[str, Any] | None:
+        """Of an optimizer with the states of its rank only: which ones. None: it has all."""
+        share: Share | None = self._own["share"]
+        if share is None or share.size == 1:
+            return None
+        kept = [i for i, owner in enumerate(share.owners.values()) if owner == share.rank]
+        return {"rank": share.rank, "ranks": share.size, "params": kept}
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -164,12 +176,13 @@ class Persistence(Readings):
         """
         names = self._names.of(self.param_groups)
         read = checkpoint.read(state_dict, names)
+        checkpoint.check_share(state_dict, self._share_label())
         groups = checkpoint.load_groups(self.param_groups, names, read)
         # torch's classes fill in the options that older checkpoints lack.
         self._twin().__setstate__({"state": {}, "param_groups": groups})
         for index, group in enumerate(groups):
             checks.check_options(index, group, self.defaults, self._settings())
-        states = checkpoint.load_state(self.rule, groups, read)
+        states = checkpoint.load_state(self.rule, groups, read, self._keeps)
         counts = take_counts(self.rule, groups, states)
         loaded = self._twin()
         # torch's classes expect a `step` in every state: hide states with only a user's items.
@@ -177,7 +190,7 @@ class Persistence(Readings):
         loaded.__setstate__({"state": begun, "param_groups": groups})
         loaded._own["state"] = states
         loaded._own["provisional_state"].counters.update(counts)
-        loaded._own |= {**self._loaded_count(states), **self._loaded_limit(groups, read)}
+        loaded._own |= {**self._loaded_count(read), **self._loaded_limit(groups, read)}
         attributes = loaded.__dict__
         own = _changed(self._own, attributes.pop("_own"))
         is_wrapper = "_own" not in self.__dict__
@@ -190,10 +203,12 @@ class Persistence(Readings):
         return twin
 
     @torch.inference_mode(False)
-    def _loaded_count(self, states: dict[Any, Any]) -> dict[str, Any]:
+    def _loaded_count(self, read: checkpoint.Checkpoint) -> dict[str, Any]:
         """Sets the number of steps to the checkpoint's. Earlier telemetry is another run's."""
-        steps = checkpoint.largest_step(self.rule, states)
-        if steps is None or steps == checkpoint.largest_step(self.rule, self.state):
+        loaded = [read.state[key] for key in set(read.listed) & read.state.keys()]
+        before = [it for param, it in self.state.items() if isinstance(param, Tensor)]
+        steps = checkpoint.largest_step(self.rule, loaded)
+        if steps is None or steps == checkpoint.largest_step(self.rule, before):
             return {}
         control = self._readings().clone()
         control[Control.STEPS] = steps

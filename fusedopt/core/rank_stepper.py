@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedopt.core import sharding
 from fusedopt.core.checks import NonFiniteGradientError
-from fusedopt.core.learned_limit import LearnedLimit
+from fusedopt.core.gathered_step import GatheredStep
 from fusedopt.core.plan import Plan
 from fusedopt.core.replicas import check_replicas
 from fusedopt.core.settings import NonFinite
@@ -19,11 +19,13 @@ from fusedopt.distributed import (
     Exchange,
     LocalView,
     Ranks,
+    Share,
     announce,
     counted_chunks,
     find_ranks,
     has_dtensors,
     is_dtensor,
+    local_of,
 )
 from fusedopt.reference import Group, StepOptions, distinct_params
 from fusedopt.reference.limits import PerTensor, Unit
@@ -42,7 +44,7 @@ class Common(Protocol):
     def __call__(self, chunk_sums: list[Tensor]) -> float: ...
 
 
-class RankStepper(LearnedLimit):
+class RankStepper(GatheredStep):
     """What a step needs beyond one process."""
 
     @abstractmethod
@@ -64,7 +66,9 @@ class RankStepper(LearnedLimit):
     def _find_ranks(self, asked: str) -> Ranks | None:
         """Who steps together, by the parameters as they are now. None: this rank alone."""
         own = self._own
-        if own["plan"] is None:
+        if own["share"] is not None:
+            own["ranks"], own["is_sharded"] = own["share"].ranks, True
+        elif own["plan"] is None:
             groups = own["param_groups"]
             own["ranks"] = find_ranks(groups, own["process_group"], own["plain"], asked)
             own["is_sharded"] = own["plain"] == "own" or has_dtensors(groups)
@@ -130,7 +134,8 @@ class RankStepper(LearnedLimit):
         if own["ranks"] is None:
             return True
         counters = self._provisional_state.counters
-        return own["view"].look(own["param_groups"], own["state"], counters)
+        part_of = local_of if own["share"] is None else own["share"].part_of
+        return own["view"].look(own["param_groups"], own["state"], counters, part_of)
 
     @torch.no_grad()
     def _take_grads(self) -> None:
@@ -165,11 +170,17 @@ class RankStepper(LearnedLimit):
         return (
             f"max_grad_norm={own['max_grad_norm']}, nonfinite={mode!r}, plain={own['plain']!r}, "
             f"max_consecutive_skips={self.max_consecutive_skips}, "
-            f"check_replicas={own['check_replicas']}{self._learned()}"
+            f"check_replicas={own['check_replicas']}{self._dealt()}{self._learned()}"
         )
 
     def _check_layout(self, param: Any, name: str) -> None:
-        """Refuses a DTensor that no step over ranks can take."""
+        """Refuses a DTensor that no step over ranks can take, and what no rank has the state of."""
+        share: Share | None = self._own["share"]
+        if share is not None and param not in share.owners:
+            raise ValueError(
+                f"{name} came after shard_states(); expected only parameters that were dealt to "
+                "ranks then: add all of them before it"
+            )
         limit = self.max_grad_norm
         is_part = is_dtensor(param) or sharding.is_flat_part(param)
         if is_part and isinstance(limit, PerTensor | Unit):

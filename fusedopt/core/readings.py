@@ -11,6 +11,7 @@ from torch._compile import _disable_dynamo
 from fusedopt.core.plan import Plan
 from fusedopt.core.provisional_state import ProvisionalState
 from fusedopt.core.settings import Settings
+from fusedopt.distributed import Share
 from fusedopt.reference import Control, Rule
 from fusedopt.reference.limits import AdaptiveClip
 from fusedopt.telemetry import PendingTelemetry, Rings, Telemetry, explain
@@ -81,6 +82,11 @@ class Readings(Settings):
                     control = torch.zeros(Control.SIZE, dtype=torch.float64, device=device)
                 own["control"] = control = control.to(device)
         return control
+
+    def _keeps(self, param: Tensor) -> bool:
+        """Whether this rank has the parameter's state and updates it; see `shard_states`."""
+        share: Share | None = self._own["share"]
+        return share is None or share.keeps(param)
 
     def _steps_taken(self) -> int:
         """How many steps were taken, including those before a loaded checkpoint."""

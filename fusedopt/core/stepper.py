@@ -58,8 +58,10 @@ class Stepper(RankStepper):
         self._end_step(mode, options, control)
 
     def _end_step(self, mode: NonFinite, options: StepOptions, control: Tensor) -> None:
-        """Raises what a skipped step is to raise."""
+        """Gathers what other ranks have updated. Raises what a skipped step is to raise."""
         own = self._own
+        if own["share"] is not None:
+            self._gather(control)
         if mode == "raise" and self._met_nonfinite(options, control):
             raise self._nonfinite_error()
         limit: SkipLimit | None = own["skip_limit"]
@@ -164,7 +166,7 @@ class Stepper(RankStepper):
             param
             for group in self.param_groups
             for param in group["params"]
-            if state.complete(self.rule, group, param, self.state, counters)
+            if self._keeps(param) and state.complete(self.rule, group, param, self.state, counters)
         ]
         self._move_clip_state()
         self._own["group_keys"] = [*map(tuple, self.param_groups)]

@@ -110,7 +110,10 @@ def _ranks_of(optimizers: list[FusedOptimizer]) -> Ranks | None:
     if known is not None and known[0] == key and have_plans:
         return known[1]
     groups = [group for it in optimizers for group in it.param_groups]
-    ranks = find_ranks(groups, first["process_group"], first["plain"], "step_together")
+    if first["share"] is not None:
+        ranks = first["share"].ranks
+    else:
+        ranks = find_ranks(groups, first["process_group"], first["plain"], "step_together")
     first["together"] = key, ranks
     for it in optimizers:
         it._own["ranks"], it._own["plan"] = ranks, None

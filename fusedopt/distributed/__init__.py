@@ -14,12 +14,14 @@ from fusedopt.distributed.local_view import (
     without_partial,
 )
 from fusedopt.distributed.ranks import Ranks, has_dtensors, replica_of
+from fusedopt.distributed.share import Share
 
 __all__ = [
     "Exchange",
     "LocalView",
     "PeerError",
     "Ranks",
+    "Share",
     "announce",
     "check_placements",
     "counted_chunks",

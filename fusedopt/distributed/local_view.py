@@ -16,6 +16,7 @@ from fusedopt.reference.norms import CHUNK_SIZE
 
 States = dict[Tensor, dict[str, Any]]
 Announce = Callable[[bool, Iterable[Any]], None]
+PartOf = Callable[[Any], Any]
 
 
 def is_dtensor(value: object) -> bool:
@@ -47,9 +48,17 @@ class LocalView:
         self._sharded: list[Tensor] = []
 
     def look(
-        self, param_groups: list[Group], state: States, counters: dict[Tensor, Tensor]
+        self,
+        param_groups: list[Group],
+        state: States,
+        counters: dict[Tensor, Tensor],
+        part_of: PartOf = local_of,
     ) -> bool:
-        """Looks at everything again. Returns whether all tensors are those of the last look."""
+        """Looks at everything again. Returns whether all tensors are those of the last look.
+
+        Args:
+            part_of: gives this rank's plain tensor for a parameter, always the same one.
+        """
         seen = list(_objects(param_groups, state))
         same = len(seen) == len(self._seen) and all(map(operator.is_, seen, self._seen))
         if not same:
@@ -61,7 +70,7 @@ class LocalView:
             }
         self.counters = {local_of(param): value for param, value in counters.items()}
         for own, group in zip(self.groups, param_groups, strict=True):
-            params = own.get("params") or [local_of(param) for param in group["params"]]
+            params = own.get("params") or [part_of(param) for param in group["params"]]
             own.clear()
             own.update(group, params=params)
         return same
