@@ -281,6 +281,8 @@ def refusals(rank):
     lists = fusedopt.FusedSGD(make_params()[: 4 - rank])
     words = r"rank 0 has parameter 3 of param group 0, \(\) torch.float32; rank 1 has no parameter"
     refused(ValueError, words, lists)
+    one = torch.optim.SGD(make_params()) if rank == 1 else fusedopt.FusedSGD(make_params())
+    refused(TypeError if rank == 1 else fusedopt.PeerError, "was given a SGD;", one)
     one = frozen if rank == 1 else make_params()
     error = ValueError if rank == 1 else fusedopt.PeerError
     refused(error, "requires no gradient", fusedopt.FusedSGD(one))

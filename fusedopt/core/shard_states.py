@@ -45,14 +45,9 @@ def shard_states(optimizer: FusedOptimizer, group: Any = None) -> FusedOptimizer
         RuntimeError: it is sharded already, or no process group has been made.
         PeerError: another rank refused. In all cases nothing has been changed.
     """
-    if not isinstance(optimizer, FusedOptimizer):
-        raise TypeError(
-            f"shard_states was given a {type(optimizer).__name__}; expected one of fusedopt's "
-            "optimizers"
-        )
     group = _checked_group(group)
+    _check_on_all_ranks(optimizer, Ranks(group, "own"))
     with optimizer._lock:
-        _check_on_all_ranks(optimizer, Ranks(group, "own"))
         params = [param for _, param in distinct_params(optimizer.param_groups)]
         share = Share(params, group)
         away = [param for param in params if not share.keeps(param)]
@@ -126,12 +121,12 @@ def _checked_group(group: Any) -> Any:
 
 def _check_on_all_ranks(optimizer: FusedOptimizer, ranks: Ranks) -> None:
     """Refuses on all ranks what one of them refuses, and lists that differ."""
+    error, listed = None, []
     try:
         _check(optimizer)
-        error = None
+        listed = _listed(optimizer)
     except (TypeError, ValueError, RuntimeError) as refusal:
         error = refusal
-    listed = _listed(optimizer)
     digest = zlib.crc32(repr(listed).encode())
     told = ranks.gather((digest, None if error is None else f"{type(error).__name__}: {error}"))
     if error is not None:
@@ -144,7 +139,12 @@ def _check_on_all_ranks(optimizer: FusedOptimizer, ranks: Ranks) -> None:
         _refuse_lists(ranks.gather(listed))
 
 
-def _check(optimizer: FusedOptimizer) -> None:
+def _check(optimizer: Any) -> None:
+    if not isinstance(optimizer, FusedOptimizer):
+        raise TypeError(
+            f"shard_states was given a {type(optimizer).__name__}; expected one of fusedopt's "
+            "optimizers"
+        )
     own, groups = optimizer._own, optimizer.param_groups
     if own["share"] is not None:
         raise RuntimeError("shard_states was called twice for this optimizer; expected once")
