@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 Shapes = tuple[tuple[int, ...], ...]
-Mode = Literal["plain", "clip", "amp"]
+Mode = Literal["plain", "clip", "amp", "norm"]
 
 
 class Recipe(NamedTuple):
@@ -39,6 +39,7 @@ MODES: dict[Mode, str] = {
     "plain": "",
     "clip": "clipped",  # to a global norm of 1
     "amp": "scaler and clipped",  # unscale, clip, step or skip, update the scale
+    "norm": "",  # no step: the global norm of the gradients
 }
 
 
@@ -149,13 +150,23 @@ def step_cases() -> list[Case]:
                 cases.append(Case(optimizer, workload, WORKLOADS[workload]))
             continue
         for workload, shapes in WORKLOADS.items():
-            modes = MODES if workload in (large, "ResNet-50") else ("plain", "clip")
+            both: tuple[Mode, ...] = ("plain", "clip")
+            modes = (*both, "amp") if workload in (large, "ResNet-50") else both
             cases += [Case(optimizer, workload, shapes, it, any_threads=True) for it in modes]
         for mode in ("plain", "clip"):
             cases.append(
                 Case(optimizer, large, WORKLOADS[large], mode, torch.bfloat16, any_threads=True)
             )
     return cases
+
+
+def norm_cases() -> list[Case]:
+    """The tensors whose gradients are measured."""
+    large = "one tensor of 25M"
+    cases = [
+        Case("norm", name, shapes, "norm", any_threads=True) for name, shapes in WORKLOADS.items()
+    ]
+    return [*cases, Case("norm", large, WORKLOADS[large], "norm", torch.bfloat16, True)]
 
 
 def gpu_cases() -> list[Case]:

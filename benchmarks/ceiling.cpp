@@ -1,8 +1,8 @@
-// The memory traffic of a step and nothing else, to measure how fast a step could be.
+// The memory traffic of a step, or of a norm, and nothing else, to measure how fast it could be.
 //
 // `arrays` holds the parameter and its states, then the gradient. If the step measures a norm, the
 // first pass reads the gradient alone. The next pass reads every array, and writes all but the
-// gradient in place.
+// gradient in place. Without written arrays there is no second pass.
 #include <algorithm>
 #include <cstdint>
 
@@ -44,7 +44,7 @@ extern "C" float stream(float* const* arrays, int written, int64_t count, bool m
       for (int64_t b = 0; b < blocks; ++b) sum += read(arrays[written] + b * block, size(b));
     }
 #pragma omp for schedule(static)
-    for (int64_t back = 0; back < blocks; ++back) {
+    for (int64_t back = 0; back < (written > 0 ? blocks : 0); ++back) {
       const int64_t b = blocks - 1 - back;
       kUpdates[written](arrays, b * block, size(b));
     }

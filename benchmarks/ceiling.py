@@ -38,7 +38,8 @@ def make_ceiling(elements: int, written: int, measure: bool, device: str) -> Ste
 
     Args:
         elements: float32 elements of each array; count a 16-bit element as half.
-        written: the number of arrays that are read and written: the parameter and its states.
+        written: the number of arrays that are read and written: the parameter and its states. If it
+            is 0, only the gradient is read.
         measure: whether to read the gradient once more first, as for a norm.
     """
     arrays = [torch.randn(elements, device=device) for _ in range(written + 1)]
@@ -92,13 +93,12 @@ def on_gpu(arrays: list[Tensor], measure: bool) -> Step:
         ways = [make(*way) for way in itertools.product(VECTORS, THREADS)]
         return min(ways, key=lambda way: statistics.median(timed(way, "cuda") for _ in range(7)))
 
-    update = fastest(arrays)
     read = fastest(arrays[-1:]) if measure else None
+    update = fastest(arrays) if len(arrays) > 1 else None
 
     def step() -> None:
-        if read is not None:
-            read()
-        update()
+        for each in filter(None, (read, update)):
+            each()
 
     return lambda: (step(), arrays)  # which keeps the arrays alive
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn import Parameter
 
+import fusedopt
 from benchmarks import ceiling, results, traffic
 from benchmarks.cases import Case
 from benchmarks.peers import OURS, SIDES, Unavailable, make_step
@@ -84,8 +85,7 @@ class StepComparison:
             warnings.simplefilter("ignore")  # warnings of other libraries
             steps = self.make_steps(sides, params, outcome)
             memory = self.case.elements * self.case.dtype.itemsize * 4
-            evict = make_evict(device) if memory > cache_bytes(device) else None
-            outcome.samples = interleaved(steps, device, effort, evict)
+            outcome.samples = interleaved(steps, device, effort, evict_for(memory, device))
         return outcome
 
     def make_steps(
@@ -96,14 +96,8 @@ class StepComparison:
         states = 0
         for side in sides:
             if side == CEILING:
-                elements = self.case.elements * self.case.dtype.itemsize // 4
                 measure = self.case.mode != "plain"
-                device = params[0].device.type
-                try:
-                    steps[side] = ceiling.make_ceiling(elements, 1 + states, measure, device)
-                except Unavailable as reason:
-                    outcome.skipped[side] = str(reason)
-                    continue
+                add_ceiling(steps, outcome, self.case, params[0].device.type, 1 + states, measure)
                 outcome.bytes[side] = self.least_bytes(states)
                 continue
             try:
@@ -134,6 +128,56 @@ class StepComparison:
         """
         passes = 2 * (1 + states) + 1 + (self.case.mode != "plain")
         return passes * self.case.elements * self.case.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class NormComparison:
+    """Compares the global norm of the same gradients between libraries. The ceiling reads them."""
+
+    case: Case
+
+    @property
+    def title(self) -> str:
+        return self.case.title
+
+    @property
+    def any_threads(self) -> bool:
+        return self.case.any_threads
+
+    def facts(self) -> dict[str, Any]:
+        return self.case.facts()
+
+    def run(self, sides: list[str], device: str, effort: Effort) -> Outcome:
+        torch.manual_seed(0)
+        params = make_params(self.case, device)
+        grads = [param.grad for param in params if param.grad is not None]
+        steps: dict[str, Step] = {
+            OURS: lambda: fusedopt.get_total_norm(grads),
+            "torch foreach": lambda: torch.nn.utils.get_total_norm(grads, foreach=True),
+        }
+        outcome = Outcome({}, {})
+        add_ceiling(steps, outcome, self.case, device, written=0, measure=True)
+        memory = self.case.elements * self.case.dtype.itemsize
+        outcome.bytes = dict.fromkeys((OURS, CEILING), memory)
+        steps = {side: step for side, step in steps.items() if side in sides}
+        outcome.samples = interleaved(steps, device, effort, evict_for(memory, device))
+        return outcome
+
+
+def add_ceiling(
+    steps: dict[str, Step], outcome: Outcome, case: Case, device: str, written: int, measure: bool
+) -> None:
+    """Adds the ceiling to the steps, or to what is skipped."""
+    elements = case.elements * case.dtype.itemsize // 4
+    try:
+        steps[CEILING] = ceiling.make_ceiling(elements, written, measure, device)
+    except Unavailable as reason:
+        outcome.skipped[CEILING] = str(reason)
+
+
+def evict_for(memory: int, device: str) -> Step | None:
+    """What evicts tensors from the last cache before each step, if they don't fit into it."""
+    return make_evict(device) if memory > cache_bytes(device) else None
 
 
 def make_params(case: Case, device: str) -> list[Parameter]:

@@ -18,6 +18,7 @@ from benchmarks import charts, results, tables
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/performance.md")
 IMAGES = Path("docs/images")
+NOT_MEASURED = "Not measured yet."
 
 Report = dict[str, Any]
 
@@ -56,11 +57,10 @@ def fill_in(
         parts = []
         for device in ("cpu", "cuda"):
             report = reports.get((suite, device))
-            if report is None:
-                parts.append(f"{device.upper()}: not measured yet.")
-            else:
+            if report is not None:
                 parts.append(write(report, page_folder, images / f"{name}_{device}.svg"))
-        return f"<!-- bench:{name} -->\n" + "\n\n".join(parts) + "\n<!-- /bench -->"
+        written = "\n\n".join(filter(None, parts)) or NOT_MEASURED
+        return f"<!-- bench:{name} -->\n{written}\n<!-- /bench -->"
 
     return re.sub(r"<!-- bench:(\S+) -->.*?<!-- /bench -->", block, text, flags=re.DOTALL)
 
@@ -82,7 +82,7 @@ def chart(
 ) -> Callable[[Report, Path, Path], str]:
     def write(report: Report, page_folder: Path, image: Path) -> str:
         if draw(report, image) is False:
-            return f"{report['device'].upper()}: not measured yet."
+            return ""
         return f"![{alt}]({image.relative_to(page_folder).as_posix()})"
 
     return write
@@ -94,6 +94,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Report, Path, Path], str]]] = {
     "ratios": ("step", chart(charts.draw_ratios, "time of a step against fusedopt's, by case")),
     "ceiling": ("step", chart(charts.draw_ceiling, "share of the memory ceiling, by case")),
     "sweep": ("sweep", chart(charts.draw_sweep, "time against elements and against tensors")),
+    "norm": ("norm", all_steps),
     "training": ("training", training),
 }
 

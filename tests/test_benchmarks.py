@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import cases, ceiling, charts, long_run, report, results, tables, timing, traffic
 from benchmarks.cases import Case
-from benchmarks.comparisons import CEILING, StepComparison, make_params
+from benchmarks.comparisons import CEILING, NormComparison, StepComparison, make_params
 from benchmarks.peers import OURS, SIDES, Unavailable, make_step
 
 BRIEF = timing.Effort(seconds=0, rounds=2, warm_up=1)
@@ -91,6 +91,23 @@ def test_our_bytes(optimizer, plain):
         case = Case(optimizer, "small", SMALL, mode)
         outcome = StepComparison(case).run([OURS, CEILING], "cpu", BRIEF)
         assert outcome.bytes == dict.fromkeys((OURS, CEILING), per_element * case.elements)
+
+
+def test_the_norm_is_compared_with_torchs_and_with_a_read():
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        case = Case("norm", "small", SMALL, "norm", dtype)
+        outcome = NormComparison(case).run([OURS, "torch foreach", CEILING], "cpu", BRIEF)
+        assert set(outcome.samples) == {OURS, "torch foreach", CEILING}
+        assert outcome.bytes == dict.fromkeys((OURS, CEILING), size * case.elements)
+        rows = outcome.rows("norm", NormComparison(case), 2)
+        assert {row["mode"] for row in rows} == {"norm"}
+
+
+def test_the_ceiling_of_a_norm_changes_nothing():
+    array = torch.randn(300_007)
+    before = array.clone()
+    ceiling.on_cpu([array], measure=True)()
+    assert torch.equal(array, before)
 
 
 @pytest.mark.parametrize("written", [1, 3, 5])
@@ -222,7 +239,7 @@ def test_the_report_writes_pages_and_charts_from_results(tmp_path):
     report.main(tmp_path, tmp_path / "results")
     readme, page = ((tmp_path / name).read_text() for name in report.PAGES)
     assert "| AdamW, one tensor of 25M, clipped | 3 | 50% |" in readme
-    assert "made up" in page and "CUDA: not measured yet." in page
+    assert "made up" in page and report.NOT_MEASURED in page
     images = sorted(path.name for path in (tmp_path / report.IMAGES).iterdir())
     assert images == ["ceiling_cpu.svg", "ratios_cpu.svg", "sweep_cpu.svg"]
     for image in images:

@@ -238,20 +238,6 @@ def test_state_that_is_no_dict_is_refused_by_name(trained, state):
 
 
 @pytest.mark.parametrize("cls", [fusedopt.FusedAdam, fusedopt.FusedSGD])
-def test_state_that_is_no_dict_is_refused_as_soon_as_its_parameter_has_a_gradient(backend, cls):
-    """Also by a rule that keeps no state, and after a step that has left it alone."""
-    param = torch.ones(3, device=backend.device, requires_grad=True)
-    optimizer = backend.make(cls, [param])
-    optimizer.state[param] = 1
-    optimizer.step()
-    param.grad = torch.ones_like(param)
-    for _ in range(2):
-        with pytest.raises(TypeError, match="state of parameter 0 .* is a int; expected a dict"):
-            optimizer.step()
-    assert param.tolist() == [1.0, 1.0, 1.0]
-
-
-@pytest.mark.parametrize("cls", [fusedopt.FusedAdam, fusedopt.FusedSGD])
 @pytest.mark.parametrize("grad", [1.0, math.inf], ids=["step", "skip"])
 @pytest.mark.parametrize("state", [None, collections.UserDict(), collections.UserDict(mine=1)])
 def test_state_without_anything_of_ours_becomes_a_dict(backend, cls, grad, state):

@@ -254,3 +254,17 @@ def test_a_step_of_one_element():
     optimizer.state[params[0]]["step"] = torch.tensor([[3.0]])
     optimizer.step()
     assert [optimizer.state[p]["step"].tolist() for p in params] == [4.0, 5.0]
+
+
+@pytest.mark.parametrize("cls", [fusedopt.FusedAdam, fusedopt.FusedSGD])
+def test_state_that_is_no_dict_is_refused_as_soon_as_its_parameter_has_a_gradient(backend, cls):
+    """Also by a rule that keeps no state, and after a step that has left it alone."""
+    param = torch.ones(3, device=backend.device, requires_grad=True)
+    optimizer = backend.make(cls, [param])
+    optimizer.state[param] = 1
+    optimizer.step()
+    param.grad = torch.ones_like(param)
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"state of parameter 0 .* is a int; expected a dict"):
+            optimizer.step()
+    assert param.tolist() == [1.0, 1.0, 1.0]
