@@ -8,6 +8,7 @@
 ## make bench      compare the step's speed with torch's and other libraries'; BENCH=... for pytest
 ## make peers      install the other libraries: DeepSpeed, bitsandbytes, optimi, torchao
 ## make bench-report   draw charts and write tables from benchmarks/results
+## make docs       build the documentation in build/site; a warning or a broken link is an error
 ## make clean      remove everything that was built, and .venv
 ##
 ## PYTHON=path     use this interpreter and its torch, and install nothing
@@ -37,6 +38,7 @@ else
   bin := .venv/bin
   tools := .venv/test
   lint-tools := .venv/lint
+  docs-tools := .venv/docs
 endif
 
 # The build is repeated for another interpreter, torch, or choice of CUDA kernels.
@@ -57,7 +59,7 @@ cpp := $(wildcard csrc/*.* csrc/*/*.*)
 emulation := $(wildcard tests/emulator/*.*)
 measuring := benchmarks/ceiling.cpp benchmarks/ceiling.cu tests/front_end.cpp $(wildcard tests/guard/*.c)
 
-.PHONY: help demo test lint format sanitize racecheck bench bench-report peers clean tools
+.PHONY: help demo test lint format sanitize racecheck bench bench-report peers docs clean tools
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -109,6 +111,10 @@ peers: $(tools)
 	FUSEDOPT_PURE_PYTHON=1 $(python) -m pip install --no-build-isolation --editable '.[peers]' \
 	  'torch==$(shell $(python) -c 'from importlib.metadata import version as v; print(v("torch"))')'
 
+docs: $(tools) $(docs-tools)
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(bin)):$$PATH" $(python) -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
 clean:
 	rm -rf .venv build fusedopt/*.so fusedopt/_build.json *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -124,6 +130,10 @@ clean:
 
 .venv/lint: .venv/test
 	FUSEDOPT_PURE_PYTHON=1 .venv/bin/pip install --no-build-isolation --editable '.[lint]'
+	touch $@
+
+.venv/docs: .venv/test
+	FUSEDOPT_PURE_PYTHON=1 .venv/bin/pip install --no-build-isolation --editable '.[docs]'
 	touch $@
 
 tools:

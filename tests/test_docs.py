@@ -173,6 +173,12 @@ def test_every_name_in_the_docs_exists():
         assert not missing, f"{path.name} speaks of {missing}"
 
 
+def test_the_api_page_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text()
+    written = re.findall(r"^::: fusedopt\.(\w+)", page, re.MULTILINE)
+    assert set(written) == set(fusedopt.__all__)
+
+
 def test_links_within_the_docs_lead_somewhere():
     for path in FILES:
         text = path.read_text()
