@@ -119,6 +119,24 @@ int reduce(const StepParams& step, [[maybe_unused]] const Device& device) {
   return 0;
 }
 
+int write_message(const StepParams& step, const bool* counted, int64_t* message,
+                  [[maybe_unused]] const Device& device) {
+#if FUSEDOPT_WITH_CUDA
+  if (device.is_cuda) return cuda::write_message(step, counted, message, launch_on(device));
+#endif
+  cpu::write_message(step, counted, message);
+  return 0;
+}
+
+int read_message(const StepParams& step, const int64_t* total, float* skip,
+                 [[maybe_unused]] const Device& device) {
+#if FUSEDOPT_WITH_CUDA
+  if (device.is_cuda) return cuda::read_message(step, total, skip, launch_on(device));
+#endif
+  read_message(total, &step.control->sum_of_squares, skip);
+  return 0;
+}
+
 int update(const RuleInfo& rule, const StepParams& step, const Device& device) {
   check(rule, step, device);
   return rule.update(step, device);

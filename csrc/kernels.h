@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/layout.h"
+#include "core/message.h"
 #include "core/params.h"
 #include "rules/rule.h"
 
@@ -58,6 +59,13 @@ FUSEDOPT_API int measure(const StepParams& step,
                          const Device& device);  // gradients -> step.chunk_sums
 FUSEDOPT_API int reduce(const StepParams& step,
                         const Device& device);  // step.chunk_sums -> step.control
+// In place of reduce(), if several ranks or devices add up their sums: see core/message.h.
+// write_message() adds step.chunk_sums to a message of zeros, where `counted` says so of the chunk.
+// read_message() takes the total: it sets the sum of squares in step.control, and *skip.
+FUSEDOPT_API int write_message(const StepParams& step, const bool* counted, int64_t* message,
+                               const Device& device);
+FUSEDOPT_API int read_message(const StepParams& step, const int64_t* total, float* skip,
+                              const Device& device);
 FUSEDOPT_API int update(const RuleInfo& rule, const StepParams& step, const Device& device);
 // All three calls in order. measure() and reduce() run only if step.options.measure is set.
 FUSEDOPT_API int run_step(const RuleInfo& rule, const StepParams& step, const Device& device);

@@ -1,9 +1,10 @@
 """The compiled extension, csrc/torch/bindings.cpp."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+
+from fusedopt.reference import message
 
 built_with_cuda: bool
 cuda_device_type: str
@@ -44,7 +45,7 @@ class Plan:
         found_inf: Tensor | None,
         clip: tuple[int, list[float], Tensor] | None,
         control: Tensor,
-        exchange: Callable[[list[Tensor]], float] | None = None,
+        exchange: message.Exchange | None = None,
     ) -> bool: ...
     def shared_memory(self) -> tuple[tuple[int, int, str], tuple[int, int, str]] | None: ...
     def nonfinite(self) -> list[tuple[int, int]]: ...

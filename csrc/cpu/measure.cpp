@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "core/dispatch.h"
+#include "core/message.h"
 #include "cpu/grad_norm.h"
 #include "cpu/isa.h"
 #include "cpu/passes.h"
@@ -116,6 +117,19 @@ void measure(const StepParams& step, int threads) {
 void reduce(const StepParams& step) {
   const IeeeArithmetic ieee;
   step.control->sum_of_squares = total_of_chunks(step);
+}
+
+void write_message(const StepParams& step, const bool* counted, int64_t* message) {
+  for (int64_t i = 0; i < step.num_chunks; ++i) {
+    const double sum = step.chunk_sums[i];
+    // Also of what is counted elsewhere: a copy that is broken here makes all ranks skip.
+    if (!is_finite(sum)) {
+      ++message[std::isnan(sum) ? kNans : kInfs];
+    } else if (counted[i]) {
+      const LimbParts parts(sum);
+      for (int k = 0; k < 3; ++k) message[parts.first + k] += static_cast<int64_t>(parts.parts[k]);
+    }
+  }
 }
 
 }  // namespace fusedopt::cpu

@@ -7,6 +7,7 @@ namespace fusedopt::cpu {
 
 void measure(const StepParams& step, int threads);
 void reduce(const StepParams& step);
+void write_message(const StepParams& step, const bool* counted, int64_t* message);
 template <class Rule>
 void update(const StepParams& step, int threads);
 

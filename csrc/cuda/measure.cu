@@ -2,6 +2,7 @@
 
 #include "cuda/grad_norm.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/message.cuh"
 #include "cuda/upload.h"
 
 namespace fusedopt::cuda {
@@ -47,6 +48,22 @@ cudaError_t reduce(const StepParams& step, Launch launch) {
   return visit_norm(step.options.norm_type, [&](auto norm) {
     return launch_kernel(reduce_kernel<decltype(norm)>, 1, launch.stream, step);
   });
+}
+
+cudaError_t write_message(const StepParams& step, const bool* counted, int64_t* message,
+                          Launch launch) {
+  const DeviceScope scope(launch.device);
+  FUSEDOPT_RETURN_IF_ERROR(scope.error);
+  const MessageArguments arguments{step.chunk_sums, counted, step.num_chunks, message,
+                                   nullptr,         nullptr, nullptr};
+  return launch_kernel(write_message_kernel, 1, launch.stream, arguments);
+}
+
+cudaError_t read_message(const StepParams& step, const int64_t* total, float* skip, Launch launch) {
+  const DeviceScope scope(launch.device);
+  FUSEDOPT_RETURN_IF_ERROR(scope.error);
+  const MessageArguments arguments{nullptr, nullptr, 0, nullptr, total, step.control, skip};
+  return launch_kernel(read_message_kernel, 1, launch.stream, arguments);
 }
 
 }  // namespace fusedopt::cuda

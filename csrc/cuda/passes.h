@@ -22,6 +22,9 @@ struct Launch {
 // to step.step_args first, one per 4,000 tensors.
 cudaError_t measure(const StepParams& step, Launch launch);
 cudaError_t reduce(const StepParams& step, Launch launch);
+cudaError_t write_message(const StepParams& step, const bool* counted, int64_t* message,
+                          Launch launch);
+cudaError_t read_message(const StepParams& step, const int64_t* total, float* skip, Launch launch);
 template <class Rule>
 cudaError_t update(const StepParams& step, Launch launch);
 

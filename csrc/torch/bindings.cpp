@@ -52,6 +52,7 @@ py::dict constants() {
   result["step_columns"] = names_of(kStepColumnNames);
   result["param_columns"] = names_of(kParamColumns);
   result["limits"] = describe(kLimits);
+  result["message"] = py::make_tuple(kLimbs, names_of(kMessageCounts));
   py::dict rules;
   for (const RuleInfo& rule : all_rules()) {
     rules[rule.name.c_str()] = py::make_tuple(names_of(rule.scalars), names_of(rule.states));
@@ -106,6 +107,13 @@ void check_call(const StepCall& call, const std::vector<DeviceTensors>& devices)
     if (scalar->has_value()) check(name, **scalar, (*scalar)->numel() == 1);
   }
   if (call.limit.has_value()) check_limit(*call.limit);
+}
+
+// See fusedopt/distributed/exchange.py.
+Exchange exchange_of(const py::object& object) {
+  if (object.is_none()) return {};
+  return {object.cast<decltype(Exchange::add_up)>(),
+          object.attr("counted").cast<std::vector<at::Tensor>>()};
 }
 
 // Returns false, and has changed nothing, if the plan can't take a tensor or an option.
@@ -170,7 +178,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              const std::optional<at::Tensor>& grad_scale,
              const std::optional<at::Tensor>& found_inf,
              std::optional<std::tuple<int, std::vector<double>, at::Tensor>> clip,
-             const at::Tensor& control, const Exchange& exchange) {
+             const at::Tensor& control, const py::object& exchange) {
             std::optional<LimitTensors> limit;
             if (clip.has_value()) {
               auto& [kind, arguments, limit_state] = *clip;
@@ -178,11 +186,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             }
             return step_of(plan, param_groups, state,
                            {max_grad_norm, std::move(limit), measure, skip_nonfinite, grad_scale,
-                            found_inf, control, exchange});
+                            found_inf, control, exchange_of(exchange)});
           },
           py::arg("param_groups"), py::arg("state"), py::arg("max_grad_norm"), py::arg("measure"),
           py::arg("skip_nonfinite"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("clip"),
-          py::arg("control"), py::arg("exchange") = Exchange());
+          py::arg("control"), py::arg("exchange") = py::none());
 }
 
 }  // namespace fusedopt

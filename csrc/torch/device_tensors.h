@@ -34,6 +34,7 @@ struct DeviceTensors {
   at::Tensor step_ring, param_ring;     // telemetry; undefined: it is off
   at::Tensor control;                   // a StepControl
   at::Tensor limit_state;               // the adaptive limit's state, during a step
+  at::Tensor found_inf;                 // whether a rank asks for a skip, during a step
 
   std::optional<Layout> layout;
   at::Tensor workspace;

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 
 #include "torch/cuda_stream.h"
 
@@ -15,11 +16,32 @@ at::Tensor sum_of(const DeviceTensors& tensors) {
 
 }  // namespace
 
-void exchange_with_ranks(std::vector<DeviceTensors>& devices, const Exchange& exchange) {
-  std::vector<at::Tensor> chunk_sums;
-  for (const DeviceTensors& it : devices) chunk_sums.push_back(it.chunk_sums());
-  const double sum_of_squares = exchange(chunk_sums);
-  for (const DeviceTensors& it : devices) sum_of(it).fill_(sum_of_squares);
+void exchange_with_ranks(std::vector<DeviceTensors>& devices, const std::vector<StepParams>& steps,
+                         const Exchange& exchange) {
+  std::vector<at::Tensor> messages;
+  for (size_t i = 0; i < devices.size(); ++i) {
+    const at::Device device = devices[i].device;
+    messages.push_back(at::zeros({kMessageSize}, at::dtype(at::kLong).device(device)));
+    const at::Tensor counted = exchange.counted.at(i).to(device);
+    TORCH_CHECK_VALUE(counted.scalar_type() == at::kBool && counted.is_contiguous() &&
+                          counted.numel() == steps[i].num_chunks,
+                      "counted has not one bool for each of ", steps[i].num_chunks, " chunks");
+    const int status =
+        write_message(steps[i], counted.const_data_ptr<bool>(),
+                      messages[i].mutable_data_ptr<int64_t>(), kernels_device(devices[i]));
+    check_launch(status, device);
+  }
+  const at::Tensor total = exchange.add_up(messages);
+  TORCH_CHECK_VALUE(
+      total.scalar_type() == at::kLong && total.is_contiguous() && total.numel() == kMessageSize,
+      "an exchange returned no message");
+  for (size_t i = 0; i < devices.size(); ++i) {
+    const at::Tensor its = total.to(devices[i].device);
+    const int status =
+        read_message(steps[i], its.const_data_ptr<int64_t>(),
+                     devices[i].found_inf.mutable_data_ptr<float>(), kernels_device(devices[i]));
+    check_launch(status, devices[i].device);
+  }
 }
 
 void exchange_norms(std::vector<DeviceTensors>& devices, StepParams step) {

@@ -8,12 +8,18 @@
 
 namespace fusedopt {
 
-// Takes the sums of the chunks, one tensor per device. Returns the sum of squares over all ranks.
-// It may throw: then nothing is updated.
-using Exchange = std::function<double(const std::vector<at::Tensor>&)>;
+struct Exchange {
+  // Takes this rank's messages (core/message.h), one tensor per device: int64, shape
+  // (kMessageSize,). Returns the total of all ranks. It may throw: then nothing is updated.
+  std::function<at::Tensor(const std::vector<at::Tensor>&)> add_up;
+  std::vector<at::Tensor> counted;  // by device, which chunks this rank counts: bool
 
-// Gives every device the sum of squares over all ranks.
-void exchange_with_ranks(std::vector<DeviceTensors>& devices, const Exchange& exchange);
+  explicit operator bool() const { return static_cast<bool>(add_up); }
+};
+
+// Gives every device the sum of squares over all ranks, and whether they skip, in its `found_inf`.
+void exchange_with_ranks(std::vector<DeviceTensors>& devices, const std::vector<StepParams>& steps,
+                         const Exchange& exchange);
 
 // Combines the sums (or largest magnitudes) of the chunks of all devices on the first device, and
 // gives every device the result. `step` is the first device's.

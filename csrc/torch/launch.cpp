@@ -106,7 +106,7 @@ void launch_step(const RuleInfo& rule, std::vector<DeviceTensors>& devices,
     launcher.on_all(measure);
     if (exchange) {
       launcher.keep();  // the exchange lets other Python threads run
-      exchange_with_ranks(devices, exchange);
+      exchange_with_ranks(devices, steps, exchange);
     } else {
       exchange_norms(devices, steps[0]);
     }

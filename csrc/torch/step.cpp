@@ -1,6 +1,7 @@
 #include "torch/step.h"
 
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
@@ -32,7 +33,12 @@ StepParams make_params(DeviceTensors& tensors, bool is_first, const StepCall& ca
   options.skip_nonfinite = call.skip_nonfinite;
   options.measure = call.measure || call.exchange;
   options.grad_scale = scalar_on(call.grad_scale, tensors.device, kept);
-  options.found_inf = scalar_on(call.found_inf, tensors.device, kept);
+  if (call.exchange) {  // this rank's own wish is in the message
+    tensors.found_inf = at::zeros({1}, at::dtype(at::kFloat).device(tensors.device));
+    options.found_inf = tensors.found_inf.const_data_ptr<float>();
+  } else {
+    options.found_inf = scalar_on(call.found_inf, tensors.device, kept);
+  }
   options.limit.kind = kind;
   if (kind == LimitKind::kFixed) return step;
   const std::vector<double>& arguments = call.limit->arguments;
@@ -81,6 +87,7 @@ class StepEnd {
       for (DenseParam& it : tensors.dense_params) it.original.reset();
       tensors.dense_grads.clear();
       tensors.limit_state.reset();
+      tensors.found_inf.reset();
     }
   }
 
@@ -93,7 +100,7 @@ class StepEnd {
 bool step(const RuleInfo& rule, std::vector<DeviceTensors>& devices, const StepCall& call,
           KeepAlive keep_alive) {
   if (devices.empty()) {
-    if (call.exchange) call.exchange({});  // the other ranks wait for this one
+    if (call.exchange) call.exchange.add_up({});  // the other ranks wait for this one
     return false;
   }
   const StepEnd end(devices);

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fusedopt.core.extension import INSTALL, Found
-from fusedopt.reference import norms
+from fusedopt.reference import message, norms
 from fusedopt.reference.decision import Control
 from fusedopt.reference.limits import LIMITS
 from fusedopt.reference.rule import Rule
@@ -24,6 +24,7 @@ def known_here() -> dict[str, Any]:
         "control": Control.FIELDS,
         "step_columns": STEP_COLUMNS,
         "param_columns": PARAM_COLUMNS,
+        "message": (message.LIMBS, message.COUNTS),
         "limits": (("Fixed", 0), *((it.__name__, len(it.argument_names())) for it in limits)),
     }
 

@@ -45,6 +45,8 @@ class LearnedLimit(Readings):
         limit, state = self.max_grad_norm, self._own["clip_state"]
         if not isinstance(limit, AdaptiveClip) or limit.part is not None or state is None:
             return ""
+        if state.device.type != "cpu":  # to read it would wait at every step
+            return ""
         if state.numel() == 0 or state[0] == 0:  # no step yet
             return ""
         checksum = zlib.crc32(repr(state.tolist()).encode())

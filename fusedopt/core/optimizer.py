@@ -132,6 +132,7 @@ class FusedOptimizer(Persistence, Stepper):
             "steps_until_check": check_replicas,
             "ranks": None,
             "share": None,
+            "last_message": None,
             "all_replicated": False,
             "is_sharded": False,
             "part": None,
@@ -211,7 +212,8 @@ class FusedOptimizer(Persistence, Stepper):
         """Checks, unscales, measures, clips and updates all parameters, or skips the step.
 
         It waits for no device, with three exceptions: `nonfinite="raise"`, a norm over parameters
-        on both CPU and CUDA, and hyperparameters other than `lr` that are tensors on CUDA.
+        on both CPU and CUDA, and hyperparameters other than `lr` that are tensors on CUDA. Over
+        several ranks docs/distributed.md names a few more.
 
         Args:
             closure: reevaluates the model and returns the loss, a number or a tensor.

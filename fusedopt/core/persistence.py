@@ -228,6 +228,7 @@ class Persistence(Readings):
         self._follow_names()
         kept = ("_backend", "_rings", "_names")
         own = {**self._own, "plan": None, "ranks": None, "together": None, "view": LocalView()}
+        own["last_message"] = None
         return {"_own": own, **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

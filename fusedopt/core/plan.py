@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from fusedopt.reference import Group
+from fusedopt.reference import Group, message
 
 # (index of the param group, index in the group, name of the state; "" for the parameter itself)
 TensorPlace = tuple[int, int, str]
@@ -27,11 +26,11 @@ class Plan(Protocol):
         found_inf: Tensor | None,
         clip: Any,
         control: Tensor,
-        exchange: Callable[[list[Tensor]], float] = ...,
+        exchange: message.Exchange = ...,
     ) -> bool:
         """Takes one whole step. Returns False, and changes nothing, if this plan no longer fits.
 
-        `exchange` takes the sums of chunks by device, and returns the sum of squares over ranks.
+        `exchange` adds up messages over ranks.
         """
         ...
 

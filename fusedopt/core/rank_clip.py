@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from fusedopt.distributed import (
     placed_as,
     without_partial,
 )
-from fusedopt.reference import Control, norms, total_norm
+from fusedopt.reference import Control, message, norms, total_norm
 
 _RULE = "scale"  # the kernels' rule that keeps no state: its step measures, and is then skipped
 
@@ -157,24 +156,15 @@ def _with_grad(tensor: Any, grad: Any) -> Any:
     return local
 
 
-def _sum_of_squares(
-    params: list[Tensor], exchange: Callable[[list[Tensor]], float], backend: str | None
-) -> float:
+def _sum_of_squares(params: list[Tensor], exchange: Exchange, backend: str | None) -> float:
     """As an optimizer's step measures these parameters."""
-    found: list[float] = []
-
-    def exchanged(chunk_sums: list[Tensor]) -> float:
-        found.append(exchange(chunk_sums))
-        return found[0]
-
-    if not _measure_in_kernels(params, exchanged, backend):
-        exchanged(norms.chunk_sums_by_device((param, param.grad) for param in params))
-    return found[0]
+    if not _measure_in_kernels(params, exchange, backend):
+        sums = norms.chunk_sums_by_device((param, param.grad) for param in params)
+        exchange([*map(message.write, sums, exchange.counted)])
+    return message.sum_of_squares(exchange.read())
 
 
-def _measure_in_kernels(
-    params: list[Tensor], exchange: Callable[[list[Tensor]], float], backend: str | None
-) -> bool:
+def _measure_in_kernels(params: list[Tensor], exchange: Exchange, backend: str | None) -> bool:
     """A step that is always skipped. Returns whether the kernels took these tensors."""
     devices = [param.device for param in params]
     chosen = backends.choose(backend, devices, "norms over several ranks")
@@ -183,5 +173,5 @@ def _measure_in_kernels(
     groups: list[dict[str, Any]] = [{"params": params}]
     control = torch.zeros(Control.SIZE, dtype=torch.float64, device=devices[0])
     plan = backends._C.Plan(_RULE, chosen or "", groups, {}, {}, [])
-    skip = torch.ones(())
-    return plan.step(groups, {}, math.inf, True, True, None, skip, None, control, exchange)
+    exchange.ask(torch.ones(()), False)  # for a skip
+    return plan.step(groups, {}, math.inf, True, True, None, None, None, control, exchange)

@@ -39,9 +39,9 @@ class Common(Protocol):
     @property
     def found_inf(self) -> Tensor: ...
 
-    def ask(self, skip: bool, is_sharded: bool) -> None: ...
+    def ask(self, found_inf: Tensor | None, is_sharded: bool) -> None: ...
 
-    def __call__(self, chunk_sums: list[Tensor]) -> float: ...
+    def __call__(self, messages: list[Tensor]) -> Tensor: ...
 
 
 class RankStepper(GatheredStep):
@@ -95,15 +95,22 @@ class RankStepper(GatheredStep):
         """A step whose sum of squares and whose decision are those of all ranks.
 
         Raises:
-            PeerError: another rank refused the step, or is gone. Nothing has been changed.
+            PeerError: another rank refused the step, or is gone. Nothing has been changed. Or it
+                refused the step before, which the host of a GPU hears now: that changed nothing.
         """
         own = self._own
-        exchange = Exchange(own["ranks"], asked)
+        last, own["last_message"] = own["last_message"], None
+        # The host waits where it is to decide something: who is sharded, and what is gathered.
+        exchange = Exchange(own["ranks"], asked, waits=plan is None or own["share"] is not None)
         with exchange.joined():
             options = self._step_with(exchange, mode, plan, control)
-        if not exchange.is_sharded:  # the ranks have agreed on it: from now on each is alone
+        if not exchange.is_settled:
+            own["last_message"] = exchange
+        elif not exchange.is_sharded:  # the ranks have agreed on it: from now on each is alone
             own["all_replicated"] = True
             own["plan"] = None
+        if last is not None:
+            last.settle()
         return options
 
     def _step_with(
@@ -115,15 +122,14 @@ class RankStepper(GatheredStep):
             if not self._look():
                 plan = None
             options = self._step_options(mode)
-            exchange.ask(options.asks_for_skip(), self._own["is_sharded"])
-            options = options._replace(found_inf=exchange.found_inf)
+            exchange.ask(options.found_inf, self._own["is_sharded"])
             groups, states, _ = self._seen()
             exchange.counted = self._counted_chunks()
-            if plan is not None and plan.step(
+            if plan is None or not plan.step(
                 groups, states, *options.for_kernels(), control=control, exchange=exchange
             ):
-                return options
-            return self._step_anew(mode, control, exchange)
+                options = self._step_anew(mode, control, exchange)
+            return options._replace(found_inf=exchange.found_inf)
         finally:
             self._own["view"].end()
 

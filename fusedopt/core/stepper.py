@@ -114,7 +114,6 @@ class Stepper(RankStepper):
         groups, states, counters = self._seen()
         arguments: dict[str, Any] = {"control": control}
         if exchange is not None:
-            options = options._replace(found_inf=exchange.found_inf)
             arguments["exchange"] = exchange
             exchange.counted = self._counted_chunks()
         try:

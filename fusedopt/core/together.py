@@ -51,7 +51,7 @@ def step_together(optimizers: Iterable[FusedOptimizer]) -> None:
 class Part:
     """One optimizer's part of a common message.
 
-    It is what that optimizer's step has as its exchange. It collects the sums of squares, lets the
+    It is what that optimizer's step has as its exchange. It collects this rank's messages, lets the
     next optimizer measure and step, and returns the total.
     """
 
@@ -60,23 +60,24 @@ class Part:
         self.optimizer = optimizer
         self.following: Part | None = None
         self.end: Callable[[], None] = lambda: None  # what is left to do after all have stepped
-        self.total = 0.0
+        self.total: Tensor | None = None
         self._exchange = exchange
 
     @property
     def found_inf(self) -> Tensor:
         return self._exchange.found_inf
 
-    def ask(self, skip: bool, is_sharded: bool) -> None:
-        self._exchange.ask(skip, is_sharded)
+    def ask(self, found_inf: Tensor | None, is_sharded: bool) -> None:
+        self._exchange.ask(found_inf, is_sharded)
 
-    def __call__(self, chunk_sums: list[Tensor]) -> float:
-        self._exchange.collect(chunk_sums, self.counted)
+    def __call__(self, messages: list[Tensor]) -> Tensor:
+        self._exchange.collect(messages)
         if self.following is None:
             self.total = self._exchange.total()
         else:
             self.following.optimizer.step()
             self.total = self.following.total
+        assert self.total is not None
         return self.total
 
     def __enter__(self) -> None:

@@ -123,7 +123,9 @@ def counted_chunks(params: list[Tensor], counts: list[bool]) -> list[Tensor]:
     for param, counted in zip(params, counts, strict=True):
         if param.device.type in ("cpu", "cuda"):
             number = -(-param.numel() // CHUNK_SIZE) if can_be_updated(param) else 0
-            chunks.setdefault(param.device, []).append(torch.full((number,), counted))
+            chunks.setdefault(param.device, []).append(
+                torch.full((number,), counted, device=param.device)
+            )
     return [torch.cat(it) for it in chunks.values()]
 
 

@@ -37,6 +37,11 @@ class Ranks:
         self.device = device_of(self.groups[0])
         self._is_first = dist.get_rank() == members[0]
 
+    @property
+    def on_host(self) -> bool:
+        """Whether the host has a message's total without waiting for a GPU."""
+        return self.device.type == "cpu"
+
     @staticmethod
     def of(param_groups: list[Group], process_group: Any, plain: str) -> Ranks | None:
         """Those that were named, or those of the parameters' mesh. None: this rank steps alone.

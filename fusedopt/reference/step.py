@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from numbers import Real
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fusedopt.reference import formats, norms
+from fusedopt.reference import formats, message, norms
 from fusedopt.reference.arithmetic import can_be_updated, cast_grad, compute_dtype, scaled
 from fusedopt.reference.coefficients import Decision, least, smaller
 from fusedopt.reference.decision import Control, StepOptions, decide
@@ -35,19 +34,22 @@ def step(
     options: StepOptions,
     control: Tensor,
     rings: Rings | None,
-    exchange: Callable[[list[Tensor]], float] | None = None,
+    exchange: message.Exchange | None = None,
 ) -> None:
     """Runs one step, and writes its readings to `control` (float64, shape (7,)); see `Control`.
 
-    `exchange` adds up over ranks: from the sums of chunks, by device, to the sum of squares.
+    `exchange` adds up messages over ranks.
     """
     pairs = list(distinct_params(param_groups))
     measured = [(param, param.grad) for _, param in pairs if can_be_updated(param)]
     if exchange is None:
         total = norms.sum_of_squares(measured)
     else:
-        total = exchange(norms.chunk_sums_by_device(measured))
-        options = options._replace(measure=True)
+        sums = norms.chunk_sums_by_device(measured)
+        messages = exchange([*map(message.write, sums, exchange.counted)])
+        total = message.sum_of_squares(messages.tolist())
+        found_inf = message.asks_for_skip(messages)
+        options = options._replace(measure=True, found_inf=found_inf)
     decision = decide(options, total if options.measure else 0.0)
     before = None if rings is None else _values(pairs, state)
     coefs = []
