@@ -225,6 +225,9 @@ FORMAT_BYTES = [  # per element: of a step, and of a clipped one
     (torch.bfloat16, {"master_weights": "exact", "state_dtype": torch.float32}, 26, 28),
     (torch.float16, {"master_weights": "exact", "state_dtype": torch.bfloat16}, 18, 20),
     (torch.bfloat16, {"master_weights": "24bit"}, 16, 18),
+    (torch.bfloat16, {"master_weights": "24bit", "state_dtype": "8bit"}, 12.25, 14.25),
+    (torch.bfloat16, {"rounding": "stochastic", "state_dtype": "8bit"}, 10.25, 12.25),
+    (torch.float32, {"state_dtype": "8bit"}, 16.25, 20.25),
     (torch.float16, {"master_weights": "24bit", "state_dtype": torch.float32}, 24, 26),
 ]
 

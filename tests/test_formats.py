@@ -24,6 +24,17 @@ FORMATS = [
     {"master_weights": "24bit", "state_dtype": torch.bfloat16, "seed": 5},
     {"rounding": "stochastic"},
     {"rounding": "stochastic", "state_dtype": torch.float32},
+    {"state_dtype": "8bit", "rounding": "nearest"},
+    {"state_dtype": "8bit", "seed": 3},
+    {"master_weights": "24bit", "state_dtype": "8bit"},
+    {"master_weights": "exact", "state_dtype": "8bit", "seed": 11},
+]
+IN_BLOCKS = [it for it in FORMATS if it.get("state_dtype") == "8bit"]
+# Cases whose options keep a state that can't have 8 bits.
+UNCODED = [
+    case
+    for case in CASES
+    if case.cls is fusedopt.FusedAdamax or {"amsgrad", "centered"} & case.kwargs.keys()
 ]
 
 
@@ -36,6 +47,11 @@ def allowed(dtype, formats):
 
 
 COMBINATIONS = [(d, f) for d in DTYPES for f in FORMATS if allowed(d, f)]
+
+
+def skip_uncoded(case, formats):
+    if formats in IN_BLOCKS and case in UNCODED:
+        pytest.skip("refused: see test_blocks.py")
 
 
 def name_of(value):
@@ -55,6 +71,7 @@ combinations = pytest.mark.parametrize(("dtype", "formats"), COMBINATIONS, ids=n
 @combinations
 @pytest.mark.parametrize("case", CLASSES, ids=str)
 def test_bits(backend, case, dtype, formats):
+    skip_uncoded(case, formats)
     run_both(backend, case, dtype, max_grad_norm=1.0, **formats)
 
 
@@ -78,7 +95,7 @@ def test_bits_in_one_pass_with_telemetry(backend, case, dtype, formats):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bits_of_all_options(backend, case):
-    for formats in (FORMATS[5], FORMATS[9], FORMATS[10]):
+    for formats in (FORMATS[5], FORMATS[9], FORMATS[10], *([] if case in UNCODED else IN_BLOCKS)):
         run_both(backend, case, torch.bfloat16, shapes=[(700,)], max_grad_norm=1.0, **formats)
 
 
@@ -88,7 +105,7 @@ def test_bits_of_every_tail(backend, dtype, formats):
     run_both(backend, CLASSES[0], dtype, shapes=shapes, steps=2, max_grad_norm=1.0, **formats)
 
 
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, "8bit"], ids=name_of)
 @pytest.mark.parametrize("formats", FORMATS[3:10], ids=name_of)
 def test_bits_of_strides(backend, state_dtype, formats):
     """Transposed, with gaps, and at addresses that are not aligned."""
@@ -135,8 +152,9 @@ def test_bits_of_groups(backend):
     """Each group has formats of its own, and two of them none."""
 
     def groups():
-        made = [make_params([(70,), (17000,)], torch.bfloat16, backend.device) for _ in range(6)]
-        options = [{}, FORMATS[4], FORMATS[5], FORMATS[9], FORMATS[10], {"master_weights": None}]
+        made = [make_params([(70,), (17000,)], torch.bfloat16, backend.device) for _ in range(7)]
+        used = (FORMATS[i] for i in (4, 5, 9, 10, 14))
+        options = [{}, *used, {"master_weights": None}]
         return [{"params": params, **it} for params, it in zip(made, options)]
 
     fused = backend.make(fusedopt.FusedAdamW, groups(), state_dtype=torch.bfloat16)
@@ -148,7 +166,7 @@ def test_bits_of_groups(backend):
             optimizer.step()
         assert_same_bits(tensors_of(fused), tensors_of(reference))
     kept = [set(fused.state[group["params"][0]]) for group in fused.param_groups]
-    assert ["param_rest" in keys for keys in kept] == [False, True, True, True, False, False]
+    assert ["param_rest" in keys for keys in kept] == [False, True, True, True, False, True, False]
 
 
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])

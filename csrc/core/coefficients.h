@@ -56,13 +56,15 @@ class Pointers {
   static constexpr int kCount = 2 + num_states<Rule> + num_scalars<Rule>;
 
   FUSEDOPT_INLINE Pointers(const StepParams& step, int64_t tensor)
-      : first_(step.pointers + tensor * kCount) {}
+      : first_(step.pointers + tensor * kCount),
+        scales_(step.scales == nullptr ? nullptr : step.scales + tensor * num_states<Rule>) {}
 
   FUSEDOPT_INLINE Array param(const TensorShape& shape) const {
     return {first_[0], first_[kCount - 1], shape.param, kParamShift};
   }
   FUSEDOPT_INLINE Array state(const TensorShape& shape, int k) const {  // null where not used
-    return {first_[1 + k], nullptr, shape.states[k], kStateShift};
+    float* const scales = scales_ == nullptr ? nullptr : scales_[k];
+    return {first_[1 + k], scales, shape.states[k], kStateShift};
   }
   FUSEDOPT_INLINE float* scalar(int k) const {
     return static_cast<float*>(first_[1 + num_states<Rule> + k]);
@@ -73,6 +75,7 @@ class Pointers {
 
  private:
   void* const* first_;
+  float* const* scales_;
 };
 
 // Changes `scalars` to the values of this step.

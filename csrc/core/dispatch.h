@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "core/decision.h"
+#include "math/blocks.h"
 #include "math/inline.h"
 #include "math/norm.h"
 
@@ -32,6 +33,20 @@ constexpr unsigned always_used() {
   unsigned used = ~0u;
   for (const unsigned variant : Rule::kVariants) used &= variant;
   return used;
+}
+
+// The states of a variant that are stored as roots where they have 8 bits. None, if one of the
+// variant's states can't have 8 bits.
+template <class Rule>
+constexpr unsigned roots_of(unsigned used) {
+  unsigned roots = 0, k = 0;
+  for (const auto& state : Rule::kStates) {
+    const bool is_used = (used >> k & 1) != 0;
+    if (is_used && state.coding == Coding::kNone) return 0;
+    if (is_used && state.coding == Coding::kRoot) roots |= 1u << k;
+    ++k;
+  }
+  return roots;
 }
 
 template <class Rule>

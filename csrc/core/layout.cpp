@@ -45,7 +45,7 @@ void check_sizes(size_t index, const TensorInfo& tensor, const Needs& needs) {
 }
 
 void check_storages(size_t index, const TensorInfo& tensor, const Needs& needs) {
-  if (bytes_of(tensor.param) == 0) refuse(index, "has a storage that no kernel knows");
+  if (!can_be_param(tensor.param)) refuse(index, "has a storage that no kernel knows");
   if (!can_be_grad(tensor.param, tensor.grad)) {
     refuse(index, "has a gradient of a storage that its kernels don't take");
   }
@@ -76,6 +76,7 @@ Layout::Layout(const std::vector<TensorInfo>& tensors, const Needs& needs) : nee
   tickets_ = add(bytes_of<unsigned>(kTickets));
   shape_table_ = add(bytes_of(shapes_));
   pointer_table_ = add(bytes_of<void*>(num_tensors * num_pointers()));
+  if (has_scales()) scale_table_ = add(bytes_of<float*>(num_tensors * needs.num_states));
   if (needs.segments == SegmentKind::kRows) row_table_ = add(bytes_of(rows_));
   chunk_table_ = add(bytes_of(chunks_));
   span_table_ = add(bytes_of(spans_));
@@ -90,6 +91,12 @@ Layout::Layout(const std::vector<TensorInfo>& tensors, const Needs& needs) : nee
   if (needs.segments != SegmentKind::kNone) chunk_coefs_ = add(bytes_of<double>(num_chunks()));
   const StepArgs args(num_tensors, needs.num_groups, needs.num_hyperparameters);
   if (needs.on_cuda && args.bytes() > kInlinedArgs) step_args_ = add(args.bytes());
+}
+
+bool Layout::has_scales() const {
+  return std::any_of(shapes_.begin(), shapes_.end(), [](const TensorShape& shape) {
+    return std::any_of(std::begin(shape.states), std::end(shape.states), is_in_blocks);
+  });
 }
 
 // Every part begins at a multiple of 16 bytes, which aligns every type in it.
@@ -149,6 +156,10 @@ std::vector<char> Layout::tables(const std::vector<TensorPointers>& pointers) co
     next = std::copy_n(it.scalars, needs_.num_scalars, next);
     *next++ = it.rest;
   }
+  if (scale_table_.bytes > 0) {
+    float** to = at<float*>(bytes.data(), scale_table_.at);
+    for (const TensorPointers& it : pointers) to = std::copy_n(it.scales, needs_.num_states, to);
+  }
   if (row_table_.bytes > 0) copy_table(rows_, bytes.data() + row_table_.at);
   copy_table(chunks_, bytes.data() + chunk_table_.at);
   copy_table(spans_, bytes.data() + span_table_.at);
@@ -159,6 +170,7 @@ void Layout::bind(char* workspace, StepParams& step) const {
   step.shapes = at<TensorShape>(workspace, shape_table_.at);
   step.pointers = at<void*>(workspace, pointer_table_.at);
   step.num_pointers = num_pointers();
+  if (scale_table_.bytes > 0) step.scales = at<float*>(workspace, scale_table_.at);
   step.chunks = at<Chunk>(workspace, chunk_table_.at);
   step.spans = at<Span>(workspace, span_table_.at);
   step.num_tensors = static_cast<int64_t>(shapes_.size());

@@ -26,6 +26,7 @@ struct TensorPointers {
   void* param;
   void* states[kMaxStates];     // in the order of the rule's kStates; null where not used
   float* scalars[kMaxScalars];  // in the order of the rule's kScalars; the first is often `step`
+  float* scales[kMaxStates];    // of states of 8 bits; else null
   void* rest;                   // of a master; else null
 };
 
@@ -87,6 +88,7 @@ class FUSEDOPT_API Layout {
   Part add(int64_t bytes);
   void make_chunks(const std::vector<TensorInfo>& tensors);
   void make_spans();
+  bool has_scales() const;
   int num_pointers() const { return 2 + needs_.num_states + needs_.num_scalars; }
 
   std::vector<TensorShape> shapes_;
@@ -96,7 +98,7 @@ class FUSEDOPT_API Layout {
   Needs needs_;
   int64_t num_rows_ = 0;
   int64_t bytes_ = 0, table_bytes_ = 0;
-  Part tickets_, shape_table_, pointer_table_, row_table_, chunk_table_, span_table_;
+  Part tickets_, shape_table_, pointer_table_, scale_table_, row_table_, chunk_table_, span_table_;
   Part chunk_sums_, chunk_measures_, part_sums_, part_coefs_, chunk_coefs_, step_args_;
 };
 

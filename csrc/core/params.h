@@ -41,6 +41,13 @@ struct TensorShape {
 };
 static_assert(sizeof(TensorShape) == 40, "the table on the device is to cost 40 bytes per tensor");
 
+// Whether a state of the tensor is stored as its root.
+FUSEDOPT_INLINE bool has_roots(const TensorShape& shape) {
+  bool result = false;
+  for (const Storage state : shape.states) result = result || is_root(state);
+  return result;
+}
+
 // Whether an array of the tensor is rounded at random.
 FUSEDOPT_INLINE bool is_stochastic(const TensorShape& shape) {
   bool result = is_stochastic(shape.param);
@@ -102,6 +109,7 @@ struct StepParams {
   // Tables that are the same at every step.
   const TensorShape* shapes;
   void* const* pointers;   // per tensor: see core/coefficients.h, Pointers
+  float* const* scales;    // one per tensor and state of the rule; null: no state has 8 bits
   const TensorRows* rows;  // one per tensor, for limits of rows; else null
   const Chunk* chunks;
   const Span* spans;  // CPU only

@@ -11,7 +11,7 @@ namespace fusedopt {
 
 // A stochastic array is rounded at random: see math/random.h. The elements of a master have a rest
 // in a second array: 16 more bits if the master is exact, or 8, for 24 bits together. See
-// math/split.h.
+// math/split.h. Arrays of 8 bits have a scale per block in a second array: see math/blocks.h.
 enum class Storage : uint8_t {
   kFloat32,
   kFloat64,
@@ -22,7 +22,10 @@ enum class Storage : uint8_t {
   kBFloat16Exact,
   kFloat16Exact,
   kBFloat16In24Bits,
-  kFloat16In24Bits
+  kFloat16In24Bits,
+  kLinear8,
+  kRoot8,
+  kRoot8Stochastic
 };
 
 FUSEDOPT_INLINE constexpr bool is_float16(Storage storage) {
@@ -30,13 +33,20 @@ FUSEDOPT_INLINE constexpr bool is_float16(Storage storage) {
          storage == Storage::kFloat16Exact || storage == Storage::kFloat16In24Bits;
 }
 FUSEDOPT_INLINE constexpr bool is_stochastic(Storage storage) {
-  return storage == Storage::kBFloat16Stochastic || storage == Storage::kFloat16Stochastic;
+  return storage == Storage::kBFloat16Stochastic || storage == Storage::kFloat16Stochastic ||
+         storage == Storage::kRoot8Stochastic;
 }
 FUSEDOPT_INLINE constexpr bool is_exact(Storage storage) {
   return storage == Storage::kBFloat16Exact || storage == Storage::kFloat16Exact;
 }
 FUSEDOPT_INLINE constexpr bool is_24_bits(Storage storage) {
   return storage == Storage::kBFloat16In24Bits || storage == Storage::kFloat16In24Bits;
+}
+FUSEDOPT_INLINE constexpr bool is_root(Storage storage) {
+  return storage == Storage::kRoot8 || storage == Storage::kRoot8Stochastic;
+}
+FUSEDOPT_INLINE constexpr bool is_in_blocks(Storage storage) {
+  return storage == Storage::kLinear8 || is_root(storage);
 }
 // Of an element's rest; 0 if it has none.
 FUSEDOPT_INLINE constexpr int rest_bytes(Storage storage) {
@@ -46,7 +56,8 @@ FUSEDOPT_INLINE constexpr int rest_bytes(Storage storage) {
 // An array of a tensor.
 struct Array {
   void* data;
-  void* rest;  // of a master: int16 or int8, one per element; else null
+  void* second;  // of a master: its rest, int16 or int8 per element; of an array of 8 bits: its
+                 // scales, float32 per block; else null
   Storage storage;
   int random_shift;  // stochastic rounding takes 16 of an element's 32 random bits, from here on
 };
@@ -69,11 +80,15 @@ FUSEDOPT_INLINE constexpr int64_t bytes_of(Storage storage) {
     case Storage::kBFloat16In24Bits:
     case Storage::kFloat16In24Bits:
       return 2;
+    case Storage::kLinear8:
+    case Storage::kRoot8:
+    case Storage::kRoot8Stochastic:
+      return 1;
   }
   return 0;  // no storage
 }
 
-// Arrays of 16 bits are computed in float32, float64 in float64.
+// Arrays of 16 and 8 bits are computed in float32, float64 in float64.
 FUSEDOPT_INLINE Storage computed_in(Storage storage) {
   return storage == Storage::kFloat64 ? Storage::kFloat64 : Storage::kFloat32;
 }
@@ -86,7 +101,8 @@ struct Tag {
 template <class tag>
 using type_of = typename tag::type;
 
-// Calls body(Tag<scalar_t>{}) with the type of this storage's main memory. A backend that selects
+// Calls body(Tag<scalar_t>{}) with the type of this storage's main memory. Arrays of 8 bits have
+// none. A backend that selects
 // the 16-bit format at run time passes one type for both formats.
 template <class bfloat16_t = bfloat16, class float16_t = float16, class Body>
 FUSEDOPT_INLINE auto visit_storage(Storage storage, Body&& body) {
@@ -106,8 +122,12 @@ FUSEDOPT_INLINE auto visit_storage(Storage storage, Body&& body) {
     case Storage::kBFloat16Exact:
     case Storage::kBFloat16In24Bits:
       return body(Tag<bfloat16_t>{});
+    case Storage::kLinear8:
+    case Storage::kRoot8:
+    case Storage::kRoot8Stochastic:
+      break;
   }
-  __builtin_unreachable();  // Layout refuses other values
+  __builtin_unreachable();  // Layout refuses them
 }
 
 // The same for the gradient of a parameter of type param_t. It is stored as param_t, or as the type
@@ -126,6 +146,11 @@ FUSEDOPT_INLINE bool can_be_grad(Storage param, Storage grad) {
   return (grad == Storage::kBFloat16 || grad == Storage::kFloat16) &&
          computed_in(param) == Storage::kFloat32 && bytes_of(param) == bytes_of(grad) &&
          is_float16(param) == is_float16(grad);
+}
+
+// Whether a parameter can be of this storage.
+FUSEDOPT_INLINE bool can_be_param(Storage param) {
+  return bytes_of(param) > 0 && !is_in_blocks(param);
 }
 
 // Whether a state can be of this storage. Only parameters have a rest.

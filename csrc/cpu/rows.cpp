@@ -1,5 +1,6 @@
 #include "cpu/rows.h"
 
+#include "cpu/blocks.h"
 #include "math/split.h"
 
 namespace fusedopt::cpu {
@@ -67,10 +68,10 @@ template <class Body>
 bool visit_rest(const Array& array, int64_t first, Body body) {
   switch (rest_bytes(array.storage)) {
     case 2:
-      body(static_cast<int16_t*>(array.rest) + first);
+      body(static_cast<int16_t*>(array.second) + first);
       return true;
     case 1:
-      body(static_cast<int8_t*>(array.rest) + first);
+      body(static_cast<int8_t*>(array.second) + first);
       return true;
     default:
       return false;
@@ -80,6 +81,7 @@ bool visit_rest(const Array& array, int64_t first, Body body) {
 }  // namespace
 
 void load_row(Isa isa, const Array& array, int64_t first, int64_t count, float* to) {
+  if (is_in_blocks(array.storage)) return load_blocks(isa, array, first, count, to);
   visit_storage(array.storage, [&](auto stored) {
     using scalar_t = type_of<decltype(stored)>;
     if constexpr (sizeof(scalar_t) == 2) {
@@ -95,6 +97,7 @@ void load_row(Isa isa, const Array& array, int64_t first, int64_t count, float* 
 
 void store_row(Isa isa, const float* from, int64_t first, int64_t count, const Array& array,
                const RandomBits& random) {
+  if (is_in_blocks(array.storage)) return store_blocks(isa, from, first, count, array, random);
   visit_storage(array.storage, [&](auto stored) {
     using scalar_t = type_of<decltype(stored)>;
     if constexpr (sizeof(scalar_t) == 2) {

@@ -6,6 +6,7 @@
 
 #include "core/storage.h"
 #include "cpu/isa.h"
+#include "math/blocks.h"
 #include "math/random.h"
 
 namespace fusedopt::cpu {
@@ -35,7 +36,10 @@ class Rows {
     array_ = array;
     in_place_ = array.storage == kStorage;
     array_.data = static_cast<char*>(array.data) + first_element * bytes_of(array.storage);
-    array_.rest = static_cast<char*>(array.rest) + first_element * rest_bytes(array.storage);
+    const int64_t second = is_in_blocks(array.storage)
+                               ? blocks_of(first_element) * static_cast<int64_t>(sizeof(float))
+                               : first_element * rest_bytes(array.storage);
+    array_.second = static_cast<char*>(array.second) + second;
     random_ = random;
   }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <utility>
 
@@ -16,8 +17,8 @@
 
 namespace fusedopt::cpu {
 
-// The only loop over elements that calls a rule.
-template <class Rule, unsigned kUsed, class T>
+// The only loop over elements that calls a rule. Bit k of kRoots: states[k] holds roots.
+template <class Rule, unsigned kUsed, class T, unsigned kRoots = 0>
 struct RuleLoop {
   using Coefficients = typename Rule::template Coefficients<T>;
 
@@ -44,16 +45,18 @@ struct RuleLoop {
   }
 
   static constexpr bool used(size_t k) { return (kUsed >> k & 1) != 0; }
+  static constexpr bool is_root(size_t k) { return (kRoots >> k & 1) != 0; }
 
   template <size_t k>
   static FUSEDOPT_INLINE T load(const T* states, int64_t i) {
     if constexpr (!used(k)) return 0;
+    if constexpr (is_root(k)) return states[i] * states[i];
     return states[i];
   }
 
   template <size_t k>
   static FUSEDOPT_INLINE void store(T* states, int64_t i, T value) {
-    if constexpr (used(k)) states[i] = value;
+    if constexpr (used(k)) states[i] = is_root(k) ? std::sqrt(value) : value;
   }
 };
 
@@ -65,6 +68,7 @@ struct Work {
   Prepared<Rule> prepared;
   typename Rule::template Coefficients<T> coefficients;
   T grad_factor;
+  bool has_roots;  // the states that can be stored as roots are
 
   void prepare_for(const StepParams& step, uint32_t tensor, double factor) {
     const uint32_t group = step.shapes[tensor].group;
@@ -103,13 +107,26 @@ struct Work {
     T* state_rows[state_slots<Rule>] = {};
     for_each_state<kUsed>([&](int k) { state_rows[k] = states[k].load(isa, first, count); });
     observe(param_row);
-    run_best<RuleLoop<Rule, kUsed, T>>(isa, &coefficients, grad_factor, count, param_row, grad_row,
-                                       state_rows);
+    apply_rule<kUsed>(isa, count, param_row, grad_row, state_rows);
     params.store(isa, first, count);
     for_each_state<kUsed>([&](int k) { states[k].store(isa, first, count); });
   }
 
  private:
+  template <unsigned kUsed>
+  FUSEDOPT_INLINE void apply_rule(Isa isa, int64_t count, T* param_row, const T* grad_row,
+                                  T* const* state_rows) {
+    constexpr unsigned kRoots = sizeof(T) == sizeof(float) ? roots_of<Rule>(kUsed) : 0;
+    if constexpr (kRoots != 0) {
+      if (has_roots) {
+        return run_best<RuleLoop<Rule, kUsed, T, kRoots>>(isa, &coefficients, grad_factor, count,
+                                                          param_row, grad_row, state_rows);
+      }
+    }
+    run_best<RuleLoop<Rule, kUsed, T>>(isa, &coefficients, grad_factor, count, param_row, grad_row,
+                                       state_rows);
+  }
+
   uint32_t group_ = UINT32_MAX;
   float scalars_[kMaxScalars];
   double factor_ = 0;
@@ -147,6 +164,7 @@ class ChunkUpdater {
     }
     const RandomBits random =
         is_stochastic(shape) ? random_bits<Rule>(work.prepared, shape, chunk) : RandomBits();
+    work.has_roots = fusedopt::has_roots(shape);
     work.params.begin(pointers.param(shape), chunk.begin(), random);
     visit_variant<Rule>(step_.groups[shape.group].states_used, [&](auto used) {
       work.template for_each_state<used()>(

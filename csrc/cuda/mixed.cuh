@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
+#include "cuda/blocks.cuh"
 #include "cuda/vector.cuh"
 #include "math/random.h"
 #include "math/split.h"
@@ -10,13 +12,20 @@
 namespace fusedopt::cuda {
 
 // The storages of all of a tensor's arrays in one register: kStorageBits each.
-enum : uint32_t { kIsWide = 1, kIsFloat16 = 2, kIsStochastic = 4, kIsMaster = 8, kIs24Bits = 16 };
+enum : uint32_t {
+  kIsWide = 1,
+  kIsFloat16 = 2,
+  kIsStochastic = 4,
+  kIsMaster = 8,
+  kIs24Bits = 16,
+  kIsInBlocks = 32
+};
 inline constexpr int kStorageBits = 6;
 
 __device__ inline uint32_t packed(Storage storage) {
   return (storage == Storage::kFloat32 ? kIsWide : 0) | (is_float16(storage) ? kIsFloat16 : 0) |
          (is_stochastic(storage) ? kIsStochastic : 0) | (rest_bytes(storage) > 0 ? kIsMaster : 0) |
-         (is_24_bits(storage) ? kIs24Bits : 0);
+         (is_24_bits(storage) ? kIs24Bits : 0) | (is_in_blocks(storage) ? kIsInBlocks : 0);
 }
 
 // The parameter's storage, the gradient's, and those of the states.
@@ -28,17 +37,18 @@ __device__ inline uint32_t packed(const TensorShape& shape) {
   return result;
 }
 
-// The addresses of a chunk's arrays, in shared memory: in the order of packed(), then the rest of
-// a master.
+// The addresses of a chunk's arrays, in shared memory: in the order of packed(), then those of
+// their second arrays.
 inline constexpr int kMixedArrays = 2 + kMaxStates;
 struct MixedPointers {
-  char* volatile at[kMixedArrays + 1];
+  char* volatile at[2 * kMixedArrays];
 };
 
 // As Slice. A vector holds the bits of its elements as they are stored, between load() and widen()
 // and again after narrow(): 32-bit elements, or 16-bit elements in its first half, and their rests
-// of 16 or 8 bits from its middle on. `may_be_master` is false for gradients and states.
-template <bool may_be_master, int kRandomShift>
+// of 16 or 8 bits from its middle on, or 8-bit elements: see blocks.cuh.
+enum class Part { kParam32, kParam16, kGrad, kState };
+template <Part part>
 struct MixedSlice {
   char* volatile* const pointers;  // in shared memory: no registers keep them between accesses
   const uint32_t storages;
@@ -50,20 +60,19 @@ struct MixedSlice {
       : pointers(shared.at), storages(packed(shape)), index(index) {
     if (threadIdx.x != 0) return;
     pointers[index] = static_cast<char*>(array.data) + begin * bytes_of(array.storage);
-    if (may_be_master) {
-      pointers[kMixedArrays] = static_cast<char*>(array.rest) + begin * rest_bytes(array.storage);
-    }
+    if (part == Part::kParam16) set_second(array, begin * rest_bytes(array.storage));
+    if (part == Part::kState) set_second(array, begin / kBlockSize * kWord);
   }
 
   template <int kVector>
   __device__ bool aligned() const {
-    const int bytes = kVector * (is_wide() ? kWord : kHalf);
+    const int bytes = kVector * (is_wide() ? kWord : is_in_blocks() ? kByte : kHalf);
     const auto fits = [](const char* address, int bytes) {
       return reinterpret_cast<uintptr_t>(address) % (bytes < kVectorBytes ? bytes : kVectorBytes) ==
              0;
     };
     return fits(data(), bytes) &&
-           (!is_master() || fits(rest(), is_24_bits() ? kVector : kVector * kHalf));
+           (!is_master() || fits(second(), is_24_bits() ? kVector : kVector * kHalf));
   }
 
   template <int kVector>
@@ -72,12 +81,17 @@ struct MixedSlice {
       return load_global(reinterpret_cast<const Vector<float, kVector>*>(data() + first * kWord));
     }
     Vector<float, kVector> words{};
+    if (is_in_blocks()) {
+      load_words<kVector / 4>(data() + first, 0, words);
+      load_units<kVector, 1>(second(), first, kNoEnd, words);
+      return words;
+    }
     load_words<kVector / 2>(data() + first * kHalf, 0, words);
     if (!is_master()) return words;
     if (is_24_bits()) {
-      load_words<kVector / 4>(rest() + first, kVector / 2, words);
+      load_words<kVector / 4>(second() + first, kVector / 2, words);
     } else {
-      load_words<kVector / 2>(rest() + first * kHalf, kVector / 2, words);
+      load_words<kVector / 2>(second() + first * kHalf, kVector / 2, words);
     }
     return words;
   }
@@ -86,12 +100,16 @@ struct MixedSlice {
     if (is_wide()) {
       return store_global(reinterpret_cast<Vector<float, kVector>*>(data() + first * kWord), words);
     }
+    if (is_in_blocks()) {
+      store_words<kVector / 4>(words, 0, data() + first);
+      return store_units<kVector, 1>(second(), first, kNoEnd, words);
+    }
     store_words<kVector / 2>(words, 0, data() + first * kHalf);
     if (!is_master()) return;
     if (is_24_bits()) {
-      store_words<kVector / 4>(words, kVector / 2, rest() + first);
+      store_words<kVector / 4>(words, kVector / 2, second() + first);
     } else {
-      store_words<kVector / 2>(words, kVector / 2, rest() + first * kHalf);
+      store_words<kVector / 2>(words, kVector / 2, second() + first * kHalf);
     }
   }
 
@@ -108,6 +126,10 @@ struct MixedSlice {
     for (int k = 0; k < kCount; ++k) {
       const int i = first + k * kStride;
       if (i >= size) continue;
+      if (is_in_blocks()) {
+        words[k / 4] |= byte(data(), i) << k % 4 * 8;
+        continue;
+      }
       if (is_wide()) {
         words[k] = load_global(reinterpret_cast<const uint32_t*>(data()) + i);
         continue;
@@ -116,15 +138,17 @@ struct MixedSlice {
       words[k / 2] |= static_cast<uint32_t>(half(data(), i)) << shift;
       if (!is_master()) continue;
       if (is_24_bits()) {
-        const uint32_t byte = load_global(reinterpret_cast<const uint8_t*>(rest()) + i);
-        words[kCount / 2 + k / 4] |= byte << k % 4 * 8;
+        words[kCount / 2 + k / 4] |= byte(second(), i) << k % 4 * 8;
       } else {
-        words[kCount / 2 + k / 2] |= static_cast<uint32_t>(half(rest(), i)) << shift;
+        words[kCount / 2 + k / 2] |= static_cast<uint32_t>(half(second(), i)) << shift;
       }
     }
     Vector<float, kCount> result;
 #pragma unroll
     for (int k = 0; k < kCount; ++k) result.at[k] = bit_cast<float>(words[k]);
+    if constexpr (part == Part::kState) {
+      if (is_in_blocks()) load_units<kCount, kStride>(second(), first, size, result);
+    }
     return result;
   }
   template <int kCount, int kStride>
@@ -133,6 +157,10 @@ struct MixedSlice {
     for (int k = 0; k < kCount; ++k) {
       const int i = first + k * kStride;
       if (i >= size) continue;
+      if (is_in_blocks()) {
+        set_byte(data(), i, bit_cast<uint32_t>(words.at[k / 4]) >> k % 4 * 8);
+        continue;
+      }
       if (is_wide()) {
         store_global(reinterpret_cast<float*>(data()) + i, words.at[k]);
         continue;
@@ -141,19 +169,23 @@ struct MixedSlice {
       set_half(data(), i, bit_cast<uint32_t>(words.at[k / 2]) >> shift);
       if (!is_master()) continue;
       if (is_24_bits()) {
-        const uint32_t bytes = bit_cast<uint32_t>(words.at[kCount / 2 + k / 4]);
-        store_global(reinterpret_cast<uint8_t*>(rest()) + i,
-                     static_cast<uint8_t>(bytes >> k % 4 * 8));
+        set_byte(second(), i, bit_cast<uint32_t>(words.at[kCount / 2 + k / 4]) >> k % 4 * 8);
       } else {
-        set_half(rest(), i, bit_cast<uint32_t>(words.at[kCount / 2 + k / 2]) >> shift);
+        set_half(second(), i, bit_cast<uint32_t>(words.at[kCount / 2 + k / 2]) >> shift);
       }
+    }
+    if constexpr (part == Part::kState) {
+      if (is_in_blocks()) store_units<kCount, kStride>(second(), first, size, words);
     }
   }
 
-  // From stored bits to float32.
-  template <int kCount>
+  // From stored bits to float32. A state with a coding may have 8 bits.
+  template <Coding coding = Coding::kNone, int kCount>
   __device__ __forceinline__ void widen(Vector<float, kCount>& words) const {
     if (is_wide()) return;
+    if constexpr (coding != Coding::kNone) {
+      if (is_in_blocks()) return decode<coding>(words);
+    }
     visit_half([&](auto format) {
       using half_t = decltype(format);
       // From the last element on: a word is converted after those elements that it holds.
@@ -182,10 +214,15 @@ struct MixedSlice {
   }
 
   // From float32 to stored bits, of the elements first, first + kStride, ... of a chunk.
-  template <int kStride, int kCount>
-  __device__ __forceinline__ void narrow(int first, const RandomBits& random,
+  template <int kStride, Coding coding = Coding::kNone, int kCount>
+  __device__ __forceinline__ void narrow(int first, int size, const RandomBits& random,
                                          Vector<float, kCount>& values) const {
     if (is_wide()) return;
+    if constexpr (coding != Coding::kNone) {
+      if (is_in_blocks()) {
+        return encode<coding, kStride>(first, size, is(kIsStochastic), random, values);
+      }
+    }
     visit_half([&](auto format) {
       using half_t = decltype(format);
       if (is(kIsStochastic | kIsMaster)) {
@@ -225,20 +262,30 @@ struct MixedSlice {
     });
   }
 
+  __device__ bool is_in_blocks() const {
+    if constexpr (part != Part::kState) return false;
+    return is(kIsInBlocks);
+  }
+
  private:
-  static constexpr int kWord = 4, kHalf = 2;  // bytes
+  static constexpr int kWord = 4, kHalf = 2, kByte = 1;  // bytes
+  static constexpr int kNoEnd = std::numeric_limits<int>::max();
+  static constexpr int kRandomShift = part == Part::kState ? kStateShift : kParamShift;
 
   __device__ char* data() const { return pointers[index]; }
-  __device__ char* rest() const { return pointers[kMixedArrays]; }
+  __device__ char* second() const { return pointers[kMixedArrays + index]; }
+  __device__ void set_second(const Array& array, int64_t begin) const {
+    pointers[kMixedArrays + index] = static_cast<char*>(array.second) + begin;
+  }
 
   __device__ bool is(uint32_t bit) const { return (storages & bit << kStorageBits * index) != 0; }
   __device__ bool is_wide() const { return is(kIsWide); }
   __device__ bool is_master() const {
-    if constexpr (!may_be_master) return false;
+    if constexpr (part != Part::kParam16) return false;
     return is(kIsMaster);
   }
   __device__ bool is_24_bits() const {
-    if constexpr (!may_be_master) return false;
+    if constexpr (part != Part::kParam16) return false;
     return is(kIs24Bits);
   }
 
@@ -253,6 +300,12 @@ struct MixedSlice {
 
   __device__ static uint16_t half_of(float word, int k) {
     return static_cast<uint16_t>(bit_cast<uint32_t>(word) >> k % 2 * 16);
+  }
+  __device__ static uint32_t byte(const char* from, int i) {
+    return load_global(reinterpret_cast<const uint8_t*>(from) + i);
+  }
+  __device__ static void set_byte(char* to, int i, uint32_t bits) {
+    store_global(reinterpret_cast<uint8_t*>(to) + i, static_cast<uint8_t>(bits));
   }
   __device__ static uint32_t byte_of(float word, int k) {
     return bit_cast<uint32_t>(word) >> k % 4 * 8 & 0xffu;
@@ -304,46 +357,5 @@ struct SharedLanes {
     return cuda::fold<Norm>(lanes);
   }
 };
-
-// The types of a chunk's arrays that are all stored as scalar_t.
-template <class scalar_t>
-struct Uniform {
-  using stored_t = scalar_t;  // of an element in a Vector
-  using compute_t = opmath_t<scalar_t>;
-  using param_slice = Slice<scalar_t>;
-  using slice = Slice<scalar_t>;
-  template <class Norm, int kVector>
-  using norm_lanes = Lanes<Norm, kVector, compute_t>;
-  static constexpr int kParamBytes = sizeof(scalar_t);
-  static constexpr bool is_mixed = false;
-};
-
-// The same for arrays of several formats that are computed in float32.
-template <int kBytes>
-struct Mixed {
-  using stored_t = float;
-  using compute_t = float;
-  using param_slice = MixedSlice<kBytes == sizeof(raw16), kParamShift>;
-  using slice = MixedSlice<false, kStateShift>;
-  template <class Norm, int kVector>
-  using norm_lanes = SharedLanes<Norm, kVector>;
-  static constexpr int kParamBytes = kBytes;
-  static constexpr bool is_mixed = true;
-};
-
-// Calls body(Uniform<...>{}) or body(Mixed<...>{}) for a tensor's arrays.
-template <class Body>
-__device__ __forceinline__ void visit_types(const TensorShape& shape, Body&& body) {
-  bool is_uniform = shape.grad == shape.param;
-#pragma unroll
-  for (const Storage state : shape.states) is_uniform = is_uniform && state == shape.param;
-  visit_array(shape.param, [&](auto param) {
-    using param_t = type_of<decltype(param)>;
-    if constexpr (sizeof(opmath_t<param_t>) == sizeof(float)) {
-      if (!is_uniform) return body(Mixed<sizeof(param_t)>{});
-    }
-    body(Uniform<param_t>{});
-  });
-}
 
 }  // namespace fusedopt::cuda

@@ -2,13 +2,14 @@
 // core/finish.h.
 #pragma once
 
+#include <cmath>
 #include <utility>
 
 #include "core/coefficients.h"
 #include "core/finish.h"
 #include "cuda/arguments.cuh"
+#include "cuda/array_types.cuh"
 #include "cuda/block.cuh"
-#include "cuda/mixed.cuh"
 #include "cuda/segments.cuh"
 #include "cuda/telemetry.cuh"
 #include "cuda/vector.cuh"
@@ -105,8 +106,8 @@ class ChunkUpdate {
 
   struct Arrays {
     typename types::param_slice param;
-    typename types::slice grad;
-    typename types::slice state[state_slots<Rule>];
+    typename types::grad_slice grad;
+    typename types::state_slice state[state_slots<Rule>];
     unsigned used;  // bit k: state[k] is used
 
     __device__ Arrays(const Pointers<Rule>& tensor, const void* grads, const TensorShape& shape,
@@ -156,25 +157,25 @@ class ChunkUpdate {
       }
     }
 
-    template <int kCount>
-    __device__ __forceinline__ void widen(Elements<kCount>& elements) const {
+    template <int kCount, size_t... k>
+    __device__ __forceinline__ void widen(Elements<kCount>& elements,
+                                          std::index_sequence<k...>) const {
       param.widen(elements.param);
       grad.widen(elements.grad);
-#pragma unroll
-      for (int k = 0; k < kStates; ++k) {
-        if (has(k)) state[k].widen(elements.state[k]);
-      }
+      ((has(k) ? state[k].template widen<Rule::kStates[k].coding>(elements.state[k]) : void()),
+       ...);
     }
 
     // The elements first, first + kStride, ... of the chunk.
-    template <int kStride, int kCount>
-    __device__ __forceinline__ void narrow(int first, const RandomBits& random,
-                                           Elements<kCount>& elements) const {
-      param.template narrow<kStride>(first, random, elements.param);
-#pragma unroll
-      for (int k = 0; k < kStates; ++k) {
-        if (has(k)) state[k].template narrow<kStride>(first, random, elements.state[k]);
-      }
+    template <int kStride, int kCount, size_t... k>
+    __device__ __forceinline__ void narrow(int first, int size, const RandomBits& random,
+                                           Elements<kCount>& elements,
+                                           std::index_sequence<k...>) const {
+      param.template narrow<kStride>(first, size, random, elements.param);
+      ((has(k) ? state[k].template narrow<kStride, Rule::kStates[k].coding>(first, size, random,
+                                                                            elements.state[k])
+               : void()),
+       ...);
     }
   };
 
@@ -198,10 +199,10 @@ class ChunkUpdate {
       }
 #pragma unroll
       for (int i = 0; i < kRowsInFlight; ++i) {
-        arrays_.widen(rows[i]);
+        arrays_.widen(rows[i], kAllStates);
         if (measures_) meter.add(rows[i].grad, format_, telemetry_);
         update(rows[i], [&](T grad, int) { return grad * grad_factor_; }, kAllStates);
-        arrays_.template narrow<1>(first + i * kRow, random_, rows[i]);
+        arrays_.template narrow<1>(first + i * kRow, size_, random_, rows[i], kAllStates);
         if (telemetry_) {  // load the parameter again, from the cache: no register is left for it
           const auto before = arrays_.param.template load<kVector>(first + i * kRow);
           squares_.template add<1>(first + i * kRow, size_, arrays_.param.widened(before),
@@ -222,25 +223,30 @@ class ChunkUpdate {
   }
 
   // Updates the elements that are left: all of them if an array is not aligned. Neighboring threads
-  // take neighboring elements, so that single accesses are coalesced too.
+  // take neighboring elements, so that single accesses are coalesced too. Of mixed formats, a warp
+  // takes kCount * kWarpSize neighbors, and its threads stay together: see blocks.cuh.
   __device__ __forceinline__ void update_singles(int done) {
     constexpr int kCount = kVectorBytes / sizeof(T);
+    constexpr int kStride = types::kSingleStride;
+    const int lane = threadIdx.x % kStride;
+    const int of_warp = done + (threadIdx.x - lane) * kCount;
 #pragma unroll 1
-    for (int first = done + threadIdx.x; first < size_; first += kCount * kThreads) {
+    for (int first = of_warp + lane; first - (types::is_mixed ? lane : 0) < size_;
+         first += kCount * kThreads) {
       Elements<kCount> singles = arrays_.template load<kCount>(
-          [&](auto array) { return array.template load_each<kCount, kThreads>(first, size_); });
-      arrays_.widen(singles);
+          [&](auto array) { return array.template load_each<kCount, kStride>(first, size_); });
+      arrays_.widen(singles, kAllStates);
       update(
-          singles, [&](T grad, int k) { return scaled_grad(grad, first + k * kThreads); },
+          singles, [&](T grad, int k) { return scaled_grad(grad, first + k * kStride); },
           kAllStates);
-      arrays_.template narrow<kThreads>(first, random_, singles);
+      arrays_.template narrow<kStride>(first, size_, random_, singles, kAllStates);
       if (telemetry_) {
-        const auto before = arrays_.param.template load_each<kCount, kThreads>(first, size_);
-        squares_.template add<kThreads>(first, size_, arrays_.param.widened(before),
-                                        arrays_.param.widened(singles.param), format_);
+        const auto before = arrays_.param.template load_each<kCount, kStride>(first, size_);
+        squares_.template add<kStride>(first, size_, arrays_.param.widened(before),
+                                       arrays_.param.widened(singles.param), format_);
       }
       arrays_.store(singles, [&](auto array, auto& it) {
-        array.template store_each<kCount, kThreads>(first, size_, it);
+        array.template store_each<kCount, kStride>(first, size_, it);
       });
     }
   }
@@ -268,8 +274,10 @@ class ChunkUpdate {
       });
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
+        (square<k>(state[k][i]), ...);
         update_element<Rule>(used_, coefficients_, scale(grad[i], begin + i), param[i],
                              state[k][i]...);
+        (root<k>(state[k][i]), ...);
       }
       format_.template visit<stored_t>([&](auto half) {
         narrow<decltype(half)>(param, begin, elements.param);
@@ -277,6 +285,23 @@ class ChunkUpdate {
       });
     }
   }
+
+  // States of 8 bits may be roots between widen() and narrow(). The compiler finds that a rule has
+  // computed the root before.
+  template <size_t k>
+  __device__ __forceinline__ void square(T& value) const {
+    if constexpr (may_be_root<k>) {
+      if (arrays_.state[k].is_in_blocks()) value *= value;
+    }
+  }
+  template <size_t k>
+  __device__ __forceinline__ void root(T& value) const {
+    if constexpr (may_be_root<k>) {
+      if (arrays_.state[k].is_in_blocks()) value = std::sqrt(value);
+    }
+  }
+  template <size_t k>
+  static constexpr bool may_be_root = types::is_mixed && Rule::kStates[k].coding == Coding::kRoot;
 
   static constexpr auto kAllStates = std::make_index_sequence<kStates>{};
 

@@ -6,6 +6,7 @@
 #include "cuda/block.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/types.cuh"
+#include "math/blocks.h"
 #include "math/random.h"
 
 namespace fusedopt::cuda {
@@ -80,14 +81,14 @@ struct Slice {
 
   // A MixedSlice converts here. The elements of a Slice are converted two at a time, where they are
   // used.
-  template <int kCount>
+  template <Coding = Coding::kNone, int kCount>
   __device__ void widen(Vector<scalar_t, kCount>&) const {}
   template <int kCount>
   __device__ const Vector<scalar_t, kCount>& widened(const Vector<scalar_t, kCount>& values) const {
     return values;
   }
-  template <int kStride, int kCount>
-  __device__ void narrow(int, const RandomBits&, Vector<scalar_t, kCount>&) const {}
+  template <int kStride, Coding = Coding::kNone, int kCount>
+  __device__ void narrow(int, int, const RandomBits&, Vector<scalar_t, kCount>&) const {}
 };
 
 // Convert the elements begin, begin + 1, ... of a vector to the type that they are computed in, and

@@ -22,7 +22,8 @@ struct Adadelta : RuleDefaults {
       {"maximize", &Hyperparameters::maximize}};
 
   static constexpr StateName kScalars[] = {{"step"}};
-  static constexpr StateName kStates[] = {{"square_avg"}, {"acc_delta"}};
+  static constexpr StateName kStates[] = {{"square_avg", 0, Coding::kRoot},
+                                          {"acc_delta", 0, Coding::kRoot}};
   enum : unsigned { kAverages = 0b11 };
   static constexpr unsigned kVariants[] = {kAverages};
 

@@ -27,7 +27,8 @@ struct Adam : RuleDefaults {
       {"decoupled_weight_decay", &Hyperparameters::decoupled_weight_decay}};
 
   static constexpr StateName kScalars[] = {{"step"}};
-  static constexpr StateName kStates[] = {{"exp_avg"}, {"exp_avg_sq"}, {"max_exp_avg_sq"}};
+  static constexpr StateName kStates[] = {
+      {"exp_avg", 0, Coding::kLinear}, {"exp_avg_sq", 0, Coding::kRoot}, {"max_exp_avg_sq"}};
   enum : unsigned { kMoments = 0b011, kMaxExpAvgSq = 0b100 };
   static constexpr unsigned kVariants[] = {kMoments, kMoments | kMaxExpAvgSq};
 

@@ -24,7 +24,7 @@ struct Adamax : RuleDefaults {
       {"maximize", &Hyperparameters::maximize}};
 
   static constexpr StateName kScalars[] = {{"step"}};
-  static constexpr StateName kStates[] = {{"exp_avg"}, {"exp_inf"}};
+  static constexpr StateName kStates[] = {{"exp_avg", 0, Coding::kLinear}, {"exp_inf"}};
   enum : unsigned { kMoments = 0b11 };
   static constexpr unsigned kVariants[] = {kMoments};
 

@@ -26,7 +26,8 @@ struct RAdam : RuleDefaults {
       {"decoupled_weight_decay", &Hyperparameters::decoupled_weight_decay}};
 
   static constexpr StateName kScalars[] = {{"step"}};
-  static constexpr StateName kStates[] = {{"exp_avg"}, {"exp_avg_sq"}};
+  static constexpr StateName kStates[] = {{"exp_avg", 0, Coding::kLinear},
+                                          {"exp_avg_sq", 0, Coding::kRoot}};
   enum : unsigned { kMoments = 0b11 };
   static constexpr unsigned kVariants[] = {kMoments};
 

@@ -24,7 +24,8 @@ struct RMSprop : RuleDefaults {
       {"maximize", &Hyperparameters::maximize}};
 
   static constexpr StateName kScalars[] = {{"step"}};
-  static constexpr StateName kStates[] = {{"square_avg"}, {"grad_avg"}, {"momentum_buffer"}};
+  static constexpr StateName kStates[] = {
+      {"square_avg", 0, Coding::kRoot}, {"grad_avg"}, {"momentum_buffer", 0, Coding::kLinear}};
   enum : unsigned { kSquareAvg = 0b001, kGradAvg = 0b010, kMomentumBuffer = 0b100 };
   static constexpr unsigned kVariants[] = {kSquareAvg, kSquareAvg | kGradAvg,
                                            kSquareAvg | kMomentumBuffer,

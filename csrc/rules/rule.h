@@ -3,7 +3,8 @@
 //   kName             the name that find_rule() takes
 //   Hyperparameters   a struct of doubles
 //   kHyperparameters  the options of a param group, and the fields that they fill
-//   kStates           the arrays that the rule keeps per parameter, shaped as the parameter
+//   kStates           the arrays that the rule keeps per parameter, shaped as the parameter, and
+//                     how each can be stored in 8 bits
 //   kScalars          the numbers that the rule keeps per parameter; the first counts its steps
 //   kVariants         all sets of states that options can select
 //   states_used(h)    the set that these hyperparameters select
@@ -15,6 +16,7 @@
 //   apply             moves the parameter along the direction
 #pragma once
 
+#include "math/blocks.h"
 #include "math/inline.h"
 
 namespace fusedopt {
@@ -31,10 +33,12 @@ struct Option {
   bool any_sign = false;  // else a number below 0 is refused
 };
 
-// A state or a scalar of a parameter, and its first value.
+// A state or a scalar of a parameter, and its first value. A state without a coding can't be stored
+// in 8 bits; nor can the other states of a variant that uses it.
 struct StateName {
   const char* name;
   double first_value = 0;
+  Coding coding = Coding::kNone;
 };
 
 // Declarations that most rules share.

@@ -21,7 +21,7 @@ struct SGD : RuleDefaults {
       {"maximize", &Hyperparameters::maximize}};
 
   static constexpr StateName kScalars[] = {{"momentum_steps"}};  // torch keeps no such state
-  static constexpr StateName kStates[] = {{"momentum_buffer"}};
+  static constexpr StateName kStates[] = {{"momentum_buffer", 0, Coding::kLinear}};
   enum : unsigned { kNone = 0b0, kMomentumBuffer = 0b1 };
   static constexpr unsigned kVariants[] = {kNone, kMomentumBuffer};
 

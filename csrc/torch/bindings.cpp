@@ -34,6 +34,15 @@ py::tuple describe(const LimitInfo (&limits)[kCount]) {
   return result;
 }
 
+py::dict codings_of(const std::vector<StateName>& states) {
+  py::dict result;
+  for (const StateName& state : states) {
+    if (state.coding == Coding::kLinear) result[state.name] = "linear";
+    if (state.coding == Coding::kRoot) result[state.name] = "root";
+  }
+  return result;
+}
+
 py::dict names_of(const std::vector<StateName>& states) {
   py::dict result;
   for (const StateName& state : states) result[state.name] = state.first_value;
@@ -48,6 +57,7 @@ py::dict constants() {
   result["run_size"] = kRunSize;
   result["smallest_sum"] = kSmallestSum;
   result["tensor_lanes"] = kTensorLanes;
+  result["block_size"] = kBlockSize;
   result["control"] = names_of(kControlFields);
   result["step_columns"] = names_of(kStepColumnNames);
   result["param_columns"] = names_of(kParamColumns);
@@ -55,19 +65,21 @@ py::dict constants() {
   result["message"] = py::make_tuple(kLimbs, names_of(kMessageCounts));
   py::dict rules;
   for (const RuleInfo& rule : all_rules()) {
-    rules[rule.name.c_str()] = py::make_tuple(names_of(rule.scalars), names_of(rule.states));
+    rules[rule.name.c_str()] =
+        py::make_tuple(names_of(rule.scalars), names_of(rule.states), codings_of(rule.states));
   }
   result["rules"] = rules;
   return result;
 }
 
-// By group: (bits of masters, stochastic parameters, names of stochastic states, seed).
-using FormatTuples = std::vector<std::tuple<int, bool, std::vector<std::string>, uint64_t>>;
+// By group: (bits of masters, stochastic parameters, names of stochastic states, seed, states of 8
+// bits).
+using FormatTuples = std::vector<std::tuple<int, bool, std::vector<std::string>, uint64_t, bool>>;
 
 std::vector<GroupFormat> formats_of(const RuleInfo& rule, const FormatTuples& tuples) {
   std::vector<GroupFormat> result;
-  for (const auto& [master_bits, stochastic_param, names, seed] : tuples) {
-    GroupFormat format{master_bits, stochastic_param, 0, seed};
+  for (const auto& [master_bits, stochastic_param, names, seed, in_blocks] : tuples) {
+    GroupFormat format{master_bits, stochastic_param, 0, seed, in_blocks};
     for (const std::string& name : names) {
       for (size_t k = 0; k < rule.states.size(); ++k) {
         if (name == rule.states[k].name) format.stochastic_states |= 1u << k;

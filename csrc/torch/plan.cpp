@@ -17,7 +17,10 @@ namespace fusedopt {
 
 namespace {
 
-constexpr const char* kRestName = "param_rest";  // in a parameter's state
+// Names in a parameter's state.
+constexpr const char* kRestName = "param_rest";
+constexpr const char* kCodesSuffix = "_8bit";
+constexpr const char* kScalesSuffix = "_scale";
 
 const at::Tensor& unpack(PyObject* object) { return THPVariable_Unpack(object); }
 
@@ -43,10 +46,19 @@ Storage param_storage(at::ScalarType dtype, const GroupFormat& format) {
   return to_storage(dtype);
 }
 
-// Of a state, if it has 16 bits.
-Storage rounded_at_random(at::ScalarType dtype) {
-  if (dtype == at::kBFloat16) return Storage::kBFloat16Stochastic;
-  return dtype == at::kHalf ? Storage::kFloat16Stochastic : to_storage(dtype);
+Storage state_storage(at::ScalarType dtype, Coding coding, bool at_random) {
+  switch (dtype) {
+    case at::kChar:
+    case at::kByte:
+      if (coding == Coding::kLinear) return Storage::kLinear8;
+      return at_random ? Storage::kRoot8Stochastic : Storage::kRoot8;
+    case at::kBFloat16:
+      return at_random ? Storage::kBFloat16Stochastic : Storage::kBFloat16;
+    case at::kHalf:
+      return at_random ? Storage::kFloat16Stochastic : Storage::kFloat16;
+    default:
+      return to_storage(dtype);
+  }
 }
 
 // The device on which the kernels can read a group's lr from a tensor.
@@ -118,11 +130,8 @@ Plan::Plan(const std::string& rule, const std::string& backend, const py::object
     state_entries_.push_back({key, value, 0, param, first_item, static_cast<int>(items_.size())});
   }
   for (PlanParam& plan_param : params_) {
-    const int states = __builtin_popcount(states_used_[plan_param.group]);
-    plan_param.complete =
-        plan_param.has_kernels && !plan_param.odd_state &&
-        plan_param.items == static_cast<int>(rule_.scalars.size()) + states +
-                                (rest_bytes(info_of(plan_param).param) > 0 ? 1 : 0);
+    plan_param.complete = plan_param.has_kernels && !plan_param.odd_state &&
+                          plan_param.items == expected_items(plan_param);
     // If its memory is too small, the guard fits no storage, and the first gradient needs a new
     // plan.
     if (plan_param.complete && !take_param(plan_param)) plan_param.guard.storage = nullptr;
@@ -210,7 +219,6 @@ void Plan::lay_out(PlanParam& plan_param, const at::Tensor& param) {
 
 void Plan::add_state(PlanParam& plan_param, PyObject* state) {
   if (!plan_param.has_kernels) return;
-  const uint32_t states_used = states_used_[plan_param.group];
   PyObject *key, *value;
   for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
     items_.push_back({key});
@@ -220,39 +228,61 @@ void Plan::add_state(PlanParam& plan_param, PyObject* state) {
       PyErr_Clear();  // not a name of the rule's
       continue;
     }
-    for (size_t k = 0; k < rule_.scalars.size(); ++k) {
-      if (std::strcmp(name, rule_.scalars[k].name) != 0) continue;
-      item.index = static_cast<int>(k);
-      add_item(plan_param, item, value);
-    }
-    for (size_t k = 0; k < rule_.states.size(); ++k) {
-      if (std::strcmp(name, rule_.states[k].name) != 0 || (states_used >> k & 1) == 0) continue;
-      item.index = static_cast<int>(k);
-      item.is_tensor = true;
-      add_item(plan_param, item, value);
-    }
-    if (std::strcmp(name, kRestName) == 0 && rest_bytes(info_of(plan_param).param) > 0) {
-      item.is_tensor = true;
-      item.rest_dtype = rest_bytes(info_of(plan_param).param) == 1 ? at::kChar : at::kShort;
-      add_item(plan_param, item, value);
+    name_item(plan_param, item, name, value);
+  }
+}
+
+// Adds an item if its name is one of those that the rule and the group's formats have.
+void Plan::name_item(PlanParam& plan_param, StateItem& item, const char* name, PyObject* value) {
+  using Kind = StateItem::Kind;
+  const auto add = [&](bool is_it, Kind kind, size_t index, at::ScalarType dtype) {
+    if (!is_it) return;
+    item.kind = kind;
+    item.index = static_cast<int>(index);
+    item.dtype = dtype;
+    add_item(plan_param, item, value);
+  };
+  for (size_t k = 0; k < rule_.scalars.size(); ++k) {
+    add(std::strcmp(name, rule_.scalars[k].name) == 0, Kind::kScalar, k, at::kFloat);
+  }
+  const bool in_blocks = formats_[plan_param.group].in_blocks;
+  for (size_t k = 0; k < rule_.states.size(); ++k) {
+    if ((states_used_[plan_param.group] >> k & 1) == 0) continue;
+    const StateName& state = rule_.states[k];
+    if (!in_blocks) {
+      add(std::strcmp(name, state.name) == 0, Kind::kState, k, plan_param.dtype);
+    } else if (state.coding != Coding::kNone) {
+      const auto dtype = state.coding == Coding::kLinear ? at::kChar : at::kByte;
+      add(name == std::string(state.name) + kCodesSuffix, Kind::kCodes, k, dtype);
+      add(name == std::string(state.name) + kScalesSuffix, Kind::kScales, k, at::kFloat);
     }
   }
+  const int rest = rest_bytes(info_of(plan_param).param);
+  add(rest > 0 && std::strcmp(name, kRestName) == 0, Kind::kRest, 0,
+      rest == 1 ? at::kChar : at::kShort);
 }
 
 // Ignores an item that no step can use, as if it did not exist.
 void Plan::add_item(PlanParam& plan_param, StateItem& item, PyObject* value) {
   if (!item.takes(value, plan_param)) return;
-  if (item.is_tensor && !item.is_rest()) {
+  if (item.kind == StateItem::Kind::kState || item.kind == StateItem::Kind::kCodes) {
     const GroupFormat& format = formats_[plan_param.group];
-    const at::ScalarType dtype = unpack(value).scalar_type();
     const bool at_random = (format.stochastic_states >> item.index & 1) != 0;
-    const Storage storage = at_random ? rounded_at_random(dtype) : to_storage(dtype);
+    const Storage storage =
+        state_storage(unpack(value).scalar_type(), rule_.states[item.index].coding, at_random);
     TensorInfo& info = info_of(plan_param);
     if (!can_be_state(info.param, storage)) return;
     info.states[item.index] = storage;
   }
   use_item(plan_param, item, value);
   ++plan_param.items;
+}
+
+int Plan::expected_items(const PlanParam& plan_param) {
+  const int states = __builtin_popcount(states_used_[plan_param.group]);
+  const int arrays = formats_[plan_param.group].in_blocks ? 2 * states : states;
+  const int rests = rest_bytes(info_of(plan_param).param) > 0 ? 1 : 0;
+  return static_cast<int>(rule_.scalars.size()) + arrays + rests;
 }
 
 // The counter is the rule's first scalar. Only the optimizer has it, so that its address never
@@ -274,10 +304,9 @@ void Plan::find_written() {
     for (int i = entry.first_item; i < entry.last_item; ++i) {
       StateItem& item = items_[i];
       if (item.guard.object == nullptr || !params_[entry.param].complete) continue;
-      const auto& names = item.is_tensor ? rule_.states : rule_.scalars;
-      const char* const name = item.is_rest() ? kRestName : names[item.index].name;
       item.written = static_cast<int>(written_.size());
-      written_.push_back({entry.param, name, region_of(item, params_[entry.param])});
+      written_.push_back(
+          {entry.param, PyUnicode_AsUTF8(item.key), item.region(params_[entry.param])});
     }
   }
 }
@@ -287,12 +316,6 @@ MemoryRegion Plan::region_of(const PlanParam& plan_param) const {
   if (plan_param.guard.storage == nullptr) return {};
   return MemoryRegion::of(plan_param.guard.impl, plan_param.sizes, plan_param.strides,
                           plan_param.written);
-}
-
-MemoryRegion Plan::region_of(const StateItem& item, const PlanParam& plan_param) const {
-  const c10::IntArrayRef none;
-  return MemoryRegion::of(item.guard.impl, item.is_tensor ? plan_param.sizes : none,
-                          item.is_tensor ? plan_param.dense_strides : none, item.written);
 }
 
 void Plan::find_shared_memory() {

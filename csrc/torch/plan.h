@@ -62,24 +62,27 @@ struct GroupFormat {
   bool stochastic_param = false;   // bfloat16 parameters are rounded at random
   unsigned stochastic_states = 0;  // bit k: of the rule's kStates[k], if it is bfloat16
   uint64_t seed = 0;
+  bool in_blocks = false;  // the states have 8 bits
 };
 
-// One item of a parameter's state: a scalar such as `step`, or a tensor shaped as the parameter.
+// One item of a parameter's state.
 struct StateItem {
-  PyObject* key;
-  TensorGuard guard;                         // empty: the item is a user's, and may change freely
-  bool is_tensor = false;                    // else a scalar
-  std::optional<at::ScalarType> rest_dtype;  // set if the item is the rest of a master
-  int index = 0;                             // index among the rule's states, or its scalars
-  int written = -1;                          // index in Plan::written_; -1: not there
+  // A scalar such as `step`, or a tensor shaped as the parameter: a state, the rest of a master, or
+  // the codes of a state of 8 bits. A state of 8 bits also has a float32 scale for each block.
+  enum class Kind { kScalar, kState, kRest, kCodes, kScales };
 
-  bool is_rest() const { return rest_dtype.has_value(); }
+  PyObject* key;
+  TensorGuard guard;  // empty: the item is a user's, and may change freely
+  Kind kind = Kind::kScalar;
+  at::ScalarType dtype = at::kFloat;  // of all but a kState
+  int index = 0;                      // index among the rule's states, or its scalars
+  int written = -1;                   // index in Plan::written_; -1: not there
+
   // Whether a step can use an object as this item.
   bool takes(PyObject* object, const PlanParam& plan_param) const;
-  bool laid_out_as(const PlanParam& plan_param) const {
-    if (!is_tensor) return guard.impl->dim() == 0;
-    return has_layout(guard.impl, plan_param.sizes, plan_param.dense_strides);
-  }
+  // Whether a tensor has this item's shape, and its elements lie where a step expects them.
+  bool fits(const c10::TensorImpl* impl, const PlanParam& plan_param) const;
+  MemoryRegion region(const PlanParam& plan_param) const;
 };
 
 class Plan {
@@ -152,11 +155,12 @@ class Plan {
   void add_entry(PlanParam& plan_param, const at::Tensor& param);
   void lay_out(PlanParam& plan_param, const at::Tensor& param);
   void add_state(PlanParam& plan_param, PyObject* state);
+  void name_item(PlanParam& plan_param, StateItem& item, const char* name, PyObject* value);
   void add_item(PlanParam& plan_param, StateItem& item, PyObject* value);
+  int expected_items(const PlanParam& plan_param);
   void add_counter(PlanParam& plan_param, PyObject* counter);
   void find_written();
   MemoryRegion region_of(const PlanParam& plan_param) const;
-  MemoryRegion region_of(const StateItem& item, const PlanParam& plan_param) const;
   void find_shared_memory();
 
   bool same_lists() const;

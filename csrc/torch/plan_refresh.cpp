@@ -75,19 +75,6 @@ bool is_direct(const PlanParam& plan_param, const c10::TensorImpl* grad) {
 
 }  // namespace
 
-bool StateItem::takes(PyObject* object, const PlanParam& plan_param) const {
-  if (!fusedopt::is_tensor(object)) return false;
-  const c10::TensorImpl* impl = unpack(object).unsafeGetTensorImpl();
-  if (!is_plain(impl) || unpack(object).is_neg() || impl->device() != plan_param.device) {
-    return false;
-  }
-  const at::ScalarType dtype = unpack(object).scalar_type();
-  const bool fits = is_tensor ? (is_rest() ? dtype == rest_dtype : has_kernels(dtype)) &&
-                                    has_layout(impl, plan_param.sizes, plan_param.dense_strides)
-                              : dtype == at::kFloat && impl->dim() == 0;
-  return fits && fits_its_storage(impl);
-}
-
 bool Plan::read_groups(const py::object& param_groups) {
   try {
     groups_.read(param_groups);
@@ -254,7 +241,7 @@ bool Plan::same_state(const py::dict& state) {
     for (int i = entry.first_item; i < entry.last_item; ++i) {
       StateItem& item = items_[i];
       if (item.guard.object == nullptr) continue;
-      if (item.guard.is_unchanged() && item.laid_out_as(plan_param)) continue;
+      if (item.guard.is_unchanged() && item.fits(item.guard.impl, plan_param)) continue;
       if (!move_item(item, item.guard.object, plan_param)) return false;
     }
   }
@@ -304,14 +291,22 @@ void Plan::use_item(const PlanParam& plan_param, StateItem& item, PyObject* valu
   TensorPointers& pointers = pointers_of(plan_param);
   void* const data = unpack(value).mutable_data_ptr();
   item.guard = TensorGuard::of(value);
-  if (item.is_rest()) {
-    pointers.rest = data;
-  } else if (item.is_tensor) {
-    pointers.states[item.index] = data;
-  } else {
-    pointers.scalars[item.index] = static_cast<float*>(data);
+  switch (item.kind) {
+    case StateItem::Kind::kScalar:
+      pointers.scalars[item.index] = static_cast<float*>(data);
+      break;
+    case StateItem::Kind::kState:
+    case StateItem::Kind::kCodes:
+      pointers.states[item.index] = data;
+      break;
+    case StateItem::Kind::kRest:
+      pointers.rest = data;
+      break;
+    case StateItem::Kind::kScales:
+      pointers.scales[item.index] = static_cast<float*>(data);
+      break;
   }
-  if (item.written >= 0) written_[item.written].region = region_of(item, plan_param);
+  if (item.written >= 0) written_[item.written].region = item.region(plan_param);
 }
 
 // Call it after pointers have changed. The tensors may now share memory with each other, or with

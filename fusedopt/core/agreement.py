@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fusedopt.core.extension import INSTALL, Found
-from fusedopt.reference import message, norms
+from fusedopt.reference import blocks, message, norms
 from fusedopt.reference.decision import Control
 from fusedopt.reference.limits import LIMITS
 from fusedopt.reference.rule import Rule
@@ -21,6 +21,7 @@ def known_here() -> dict[str, Any]:
         "run_size": norms.RUN_SIZE,
         "smallest_sum": norms.SMALLEST_SUM,
         "tensor_lanes": norms.TENSOR_LANES,
+        "block_size": blocks.BLOCK_SIZE,
         "control": Control.FIELDS,
         "step_columns": STEP_COLUMNS,
         "param_columns": PARAM_COLUMNS,
@@ -51,9 +52,9 @@ def check_rule(rule: Rule, constants: dict[str, Any]) -> None:
     Raises:
         ImportError: they differ.
     """
-    scalars, states = constants["rules"][rule.name]
-    kept = [*scalars.items()], (*states,)
-    expected = [*(rule.scalars or {rule.counter: 0}).items()], rule.tensors
+    scalars, states, codings = constants["rules"][rule.name]
+    kept = [*scalars.items()], (*states,), codings
+    expected = [*(rule.scalars or {rule.counter: 0}).items()], rule.tensors, {**rule.codings}
     if kept != expected:
         raise ImportError(
             f"the kernels of {rule.name} keep {kept!r} for a parameter, but this fusedopt "

@@ -9,13 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt.reference import Group
+from fusedopt.core.state_keys import found_keys
+from fusedopt.reference import Group, Rule
+from fusedopt.reference.arithmetic import is_subclass
+from fusedopt.reference.blocks import BLOCK_SIZE, CODE_DTYPES, keys_of, num_blocks
 from fusedopt.reference.formats import HALF_DTYPES, REST_DTYPES, Formats, formats_of
 from fusedopt.reference.rule import REST
 
 MASTER_WEIGHTS = ("exact", "24bit")
-STATE_DTYPES = (torch.float32, torch.bfloat16)
+STATE_DTYPES = (torch.float32, torch.bfloat16, "8bit")
 ROUNDINGS = ("nearest", "stochastic")
+
+# Why a state can't have 8 bits.
+UNCODED = {
+    "max_exp_avg_sq": "random rounding would raise a maximum step by step",
+    "exp_inf": "random rounding would raise a maximum step by step",
+    "grad_avg": "its square is subtracted from square_avg, and little is left of rounded numbers",
+}
 
 log = logging.getLogger("fusedopt")
 _has_warned = False
@@ -46,6 +56,20 @@ def check_formats(where: str, group: Group) -> None:
         )
 
 
+def check_rule_formats(rule: Rule, group: Group, index: int) -> None:
+    """Refuses states of 8 bits for a rule, or with options, that they don't suit."""
+    if not formats_of(group).in_blocks:
+        return
+    for state in rule.states(group):
+        if state not in rule.codings:
+            why = UNCODED.get(state, "its rule has no coding for it")
+            raise ValueError(
+                f"param group {index} has state_dtype='8bit', and with its options {rule.name} has "
+                f"{state!r}, which can't have 8 bits: {why}; expected torch.bfloat16, "
+                "torch.float32 or None"
+            )
+
+
 def check_param_formats(group: Group, param: Tensor, name: str) -> None:
     """Refuses a parameter that can't be stored as its group asks for."""
     formats = formats_of(group)
@@ -58,11 +82,38 @@ def check_param_formats(group: Group, param: Tensor, name: str) -> None:
             f"{name} is torch.float64, and its group has {asked}; expected float32, bfloat16 or "
             "float16, or a group of its own with None for these options"
         )
+    if formats.in_blocks and is_subclass(param):
+        raise TypeError(
+            f"{name} is a {type(param).__name__}, and its group has state_dtype='8bit', whose "
+            "blocks would be cut by shards; expected torch.bfloat16, torch.float32 or None"
+        )
     stochastic = formats.rounding == "stochastic" and not formats.has_rest(param)
     if stochastic and param.dtype == torch.float16:
         raise TypeError(
             f"{name} is torch.float16, and rounding='stochastic' rounds weights at random, which "
             "is for bfloat16; expected master_weights='exact' or '24bit', or rounding=None"
+        )
+
+
+def check_codes(rule: Rule, group: Group, state: dict[str, Any], name: str) -> None:
+    """Refuses codes of 8 bits that no step has left."""
+    for key in (it for it in rule.states(group) if it in rule.codings):
+        codes = keys_of(key)[0]
+        expected = CODE_DTYPES[rule.codings[key]]
+        if codes in found_keys(rule, group, key, state) and state[codes].dtype != expected:
+            raise TypeError(
+                f"state {codes!r} of {name} is {state[codes].dtype}; expected {expected}"
+            )
+
+
+def check_scales(scales: Tensor, name: str, param: Tensor) -> None:
+    """Refuses scales of another number of blocks, or of another dtype."""
+    if scales.dtype != torch.float32:
+        raise TypeError(f"{name} is {scales.dtype}; expected torch.float32")
+    if scales.shape != (blocks := num_blocks(param.numel()),):
+        raise RuntimeError(
+            f"{name} has shape {tuple(scales.shape)}; expected ({blocks},): one number for every "
+            f"{BLOCK_SIZE} elements of the parameter"
         )
 
 

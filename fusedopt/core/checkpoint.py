@@ -21,6 +21,7 @@ from torch import Tensor
 from fusedopt.core import checks, limit_state, takeover
 from fusedopt.core.arrange import arranged, loaded_names
 from fusedopt.core.checks import IMPLEMENTATION
+from fusedopt.core.forms import in_asked_form
 from fusedopt.core.names import Names
 from fusedopt.core.state import (
     is_empty,
@@ -31,6 +32,7 @@ from fusedopt.core.state import (
     scalar_like,
     tensor_like,
 )
+from fusedopt.core.state_keys import found_keys, scale_keys
 from fusedopt.distributed import check_placements, local_of
 from fusedopt.reference import Group, Rule
 from fusedopt.reference.arithmetic import compute_dtype
@@ -244,10 +246,13 @@ def _checked(rule: Rule, group: Group, param: Tensor, saved: dict[Any, Any], nam
     if REST not in own and not waits:
         saved.pop(REST, None)  # of a master that this optimizer doesn't keep
     if own:
-        check_placements([it for it in own if it not in rule.scalars], param, saved, name)
+        found = [key for it in rule.states(group) for key in found_keys(rule, group, it, saved)]
+        found += [REST] if REST in own else []
+        check_placements(found, param, saved, name)
         local = {key: local_of(value) for key, value in saved.items()}
         checks.check_state(rule, group, local_of(param), local, name)
         _check_values(rule, group, local, name)
+        saved = in_asked_form(rule, group, param, saved)
     return _Entry(group, param, saved, own)
 
 
@@ -260,7 +265,7 @@ def _check_values(rule: Rule, group: Group, state: dict[str, Any], name: str) ->
             expected = "a whole number >= 0" if key == "step" else "a finite number >= 0"
             raise ValueError(f"state {key!r} of {name} is {value}; expected {expected}")
     for key in rule.states(group):
-        if state[key].dtype not in checks.DTYPES:
+        if key in state and state[key].dtype not in checks.DTYPES:
             raise TypeError(
                 f"state {key!r} of {name} is {state[key].dtype}; expected {checks.DTYPE_NAMES}"
             )
@@ -283,10 +288,10 @@ def _params_and_grads(groups: list[Group]) -> Iterator[Tensor]:
 def _load_param_state(rule: Rule, entry: _Entry, shared: Container[int]) -> dict[str, Any]:
     """`shared`: the ids of this rank's tensors that need no copy."""
     param = entry.param
-    tensors = [key for key in entry.own if key not in rule.scalars and key != REST]
+    tensors = [key for key in entry.own if key in rule.states(entry.group)]
     dtypes = {entry.saved[key].dtype for key in tensors}
     computed = compute_dtype(param.dtype)
-    asked = formats_of(entry.group).state_dtype
+    formats = formats_of(entry.group)
     usable = len(dtypes) == 1 and dtypes <= {param.dtype, computed}
     loaded = {}
     for key, value in entry.saved.items():  # in the saved order
@@ -296,10 +301,16 @@ def _load_param_state(rule: Rule, entry: _Entry, shared: Container[int]) -> dict
         elif key in rule.scalars:
             taken = id(value) in shared and is_scalar_in_place(value, param)
             loaded[key] = value if taken else scalar_like(param, value)
+        elif key in scale_keys(rule):
+            taken = id(value) in shared
+            loaded[key] = value if taken else value.to(param.device, copy=True)
+        elif formats.in_blocks and key != REST:
+            taken = id(value) in shared
+            loaded[key] = value if taken else tensor_like(param, value, value.dtype)
         else:
-            dtype = asked or (value.dtype if usable else computed)
+            dtype = formats.asked_dtype or (value.dtype if usable else computed)
             if key == REST:
-                dtype = formats_of(entry.group).rest_dtype()
+                dtype = formats.rest_dtype()
                 value = convert_rest(value, dtype)
             taken = id(local_of(value)) in shared and value.dtype == dtype
             taken = taken and is_in_place(local_of(value), local_of(param))

@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 
 from fusedopt.core.backends import device_type_of
-from fusedopt.core.check_formats import check_formats, check_rest
+from fusedopt.core.check_formats import (
+    check_codes,
+    check_formats,
+    check_rest,
+    check_rule_formats,
+    check_scales,
+)
 from fusedopt.core.check_settings import OURS
 from fusedopt.core.plan import Plan
+from fusedopt.core.state_keys import found_keys, scale_keys
 from fusedopt.reference import Group, Rule
 from fusedopt.reference.arithmetic import DTYPES, can_be_updated, compute_dtype, is_subclass
 from fusedopt.reference.formats import formats_of
@@ -165,7 +172,7 @@ def check_new_state(name: str, expected: str) -> None:
 
 
 def check_options(
-    index: int, group: Group, defaults: dict[str, Any], settings: dict[str, Any]
+    rule: Rule, index: int, group: Group, defaults: dict[str, Any], settings: dict[str, Any]
 ) -> None:
     """Refuses a param group that lacks an option, has a wrong one, or has one of our settings.
 
@@ -183,6 +190,7 @@ def check_options(
             f"{', '.join(repr(key) for key in group if key not in ('params', *IMPLEMENTATION))}: "
             "is it another optimizer's?"
         )
+    check_rule_formats(rule, group, index)
     if group.get("differentiable"):
         raise RuntimeError(
             "differentiable=True is not supported: autograd can't look into a fused step"
@@ -252,7 +260,8 @@ def check_state(rule: Rule, group: Group, param: Tensor, state: dict[str, Any], 
     """Refuses a state that belongs to another optimizer, or to another parameter."""
     if not isinstance(state, dict):
         raise TypeError(f"the state of {name} is a {type(state).__name__}; expected a dict")
-    missing = [key for key in (*rule.scalars, *rule.states(group)) if key not in state]
+    found = [key for it in rule.states(group) for key in found_keys(rule, group, it, state)]
+    missing = [key for key in (*rule.scalars, *found) if key not in state]
     if missing:
         raise RuntimeError(
             f"the state of {name} has no {', '.join(map(repr, missing))}, only "
@@ -260,7 +269,7 @@ def check_state(rule: Rule, group: Group, param: Tensor, state: dict[str, Any], 
         )
     for key in rule.scalars:
         check_scalar(state[key], f"state {key!r} of {name}", counts=key == "step")
-    for key in rule.states(group):
+    for key in found:
         value = state[key]
         if not isinstance(value, Tensor) or is_subclass(value):
             raise TypeError(
@@ -269,12 +278,15 @@ def check_state(rule: Rule, group: Group, param: Tensor, state: dict[str, Any], 
         if value.layout != torch.strided or value.device.type == "meta":
             where = value.layout if value.layout != torch.strided else "on the meta device"
             raise TypeError(f"state {key!r} of {name} is {where}; expected a dense tensor")
-        if value.shape != param.shape:
+        if key in scale_keys(rule):
+            check_scales(value, f"state {key!r} of {name}", param)
+        elif value.shape != param.shape:
             raise RuntimeError(
                 f"state {key!r} of {name} has shape {tuple(value.shape)}; expected the parameter's "
                 f"{tuple(param.shape)}"
             )
         check_memory(value, f"state {key!r} of {name}")
+    check_codes(rule, group, state, name)
     if formats_of(group).has_rest(param):
         check_rest(param, state, name)
 
@@ -302,12 +314,13 @@ def check_state_dtypes(
     if formats_of(group).state_dtype is not None:
         return  # converts it
     dtypes = {param.dtype, compute_dtype(param.dtype)}
-    for key in rule.states(group):
+    names = [key for key in rule.states(group) if key in state]  # others have codes of 8 bits
+    for key in names:
         if state[key].dtype not in dtypes:
             expected = " or ".join(sorted(map(str, dtypes)))
             raise TypeError(f"state {key!r} of {name} is {state[key].dtype}; expected {expected}")
-    if len({state[key].dtype for key in rule.states(group)}) > 1:
-        found = ", ".join(f"{key!r} is {state[key].dtype}" for key in rule.states(group))
+    if len({state[key].dtype for key in names}) > 1:
+        found = ", ".join(f"{key!r} is {state[key].dtype}" for key in names)
         raise TypeError(f"the state of {name} mixes dtypes: {found}; expected one for all")
 
 

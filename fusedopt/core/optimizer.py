@@ -61,7 +61,9 @@ class FusedOptimizer(Persistence, Stepper):
     * `master_weights`: "exact" keeps, for every 16-bit parameter, the bits that are missing to a
       float32 in `state["param_rest"]` (int16), and trains as float32 does. "24bit" keeps 8 bits
       (int8): the master is rounded to 24 bits. None: no master.
-    * `state_dtype`: `torch.float32` or `torch.bfloat16` for the states; None: the parameter's.
+    * `state_dtype`: `torch.float32` or `torch.bfloat16` for the states; "8bit" for blocks of 64
+      codes with a scale, in `state["exp_avg_8bit"]`, `state["exp_avg_scale"]` and so on; None: the
+      parameter's dtype.
     * `rounding`: how 16-bit arrays are rounded. None: second moments at random if one of these
       options is set, all else to nearest; "nearest"; "stochastic": bfloat16 weights without a
       master at random, too.

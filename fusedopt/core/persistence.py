@@ -181,7 +181,7 @@ class Persistence(Readings):
         # torch's classes fill in the options that older checkpoints lack.
         self._twin().__setstate__({"state": {}, "param_groups": groups})
         for index, group in enumerate(groups):
-            checks.check_options(index, group, self.defaults, self._settings())
+            checks.check_options(self.rule, index, group, self.defaults, self._settings())
         states = checkpoint.load_state(self.rule, groups, read, self._keeps)
         counts = take_counts(self.rule, groups, states)
         loaded = self._twin()

@@ -20,6 +20,7 @@ TORCHS = ("state", "param_groups", "defaults")  # checkpoints and users replace 
 NonFinite = Literal["skip", "raise", "propagate"]
 Plain = Literal["replicated", "own"]
 MasterWeights = Literal["exact", "24bit"]
+StateDtype = torch.dtype | Literal["8bit"]
 Rounding = Literal["nearest", "stochastic"]
 
 

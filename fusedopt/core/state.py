@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fusedopt.core.backends import zeros_like
+from fusedopt.core.forms import in_asked_form, new_states
+from fusedopt.core.state_keys import asked_keys
 from fusedopt.reference import Group, Rule, all_state_names, distinct_params
 from fusedopt.reference.formats import convert_rest, formats_of
 from fusedopt.reference.rule import REST
@@ -36,7 +38,7 @@ def is_new(state: object) -> bool:
 def names_of(rule: Rule, group: Group, param: Tensor) -> tuple[str, ...]:
     """The names of all that a parameter's state has."""
     rest = (REST,) if formats_of(group).has_rest(param) else ()
-    return (*rule.scalars, *rule.states(group), *rest)
+    return (*rule.scalars, *asked_keys(rule, group), *rest)
 
 
 def complete(
@@ -63,10 +65,9 @@ def make_complete(
         known = 0 if new and not counted else counters.get(param, 1)
         counters[param] = _scalar_in_place(known, param)
     if new:
-        dtype = formats.dtype_of_state(param)
         new_state = {
             **{name: _scalar_in_place(value, param) for name, value in rule.scalars.items()},
-            **{name: zeros_like(param, dtype) for name in rule.states(group)},
+            **new_states(rule, group, param),
             **({REST: _new_rest(group, param)} if formats.has_rest(param) else {}),
         }
         # In a dict, as the kernels read only dicts. Users' items stay.
@@ -78,8 +79,10 @@ def make_complete(
     assert state is not None
     for name in rule.scalars:
         state[name] = _scalar_in_place(state[name], param)
-    for name in rule.states(group):
-        state[name] = _tensor_in_place(state[name], param, formats.state_dtype)
+    _change_form(rule, group, param, state)
+    if not formats.in_blocks:
+        for name in rule.states(group):
+            state[name] = _tensor_in_place(state[name], param, formats.asked_dtype)
     if not formats.has_rest(param):
         state.pop(REST, None)
     elif state.get(REST) is None:
@@ -87,6 +90,14 @@ def make_complete(
     else:
         state[REST] = rest_in_place(state[REST], group, param)
     return False
+
+
+def _change_form(rule: Rule, group: Group, param: Tensor, state: dict[str, Any]) -> None:
+    """Converts states from or to 8 bits, if the group asks for it, or the parameter has moved."""
+    changed = in_asked_form(rule, group, param, state)
+    for key in [key for key in state if key not in changed]:
+        del state[key]
+    state.update(changed)
 
 
 def _new_rest(group: Group, param: Tensor) -> Tensor:

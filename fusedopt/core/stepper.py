@@ -227,7 +227,7 @@ class Stepper(RankStepper):
 
     def _check_group(self, index: int) -> None:
         own, group = self._own, self.param_groups[index]
-        checks.check_options(index, group, self.defaults, self._settings())
+        checks.check_options(self.rule, index, group, self.defaults, self._settings())
         for position, param in enumerate(group["params"]):
             name = name_of(self.param_groups, index, position)
             self._check_layout(param, name)

@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from fusedopt.clip import AdaptiveClip
 from fusedopt.core.optimizer import Backend, FusedOptimizer
-from fusedopt.core.settings import MasterWeights, NonFinite, Plain, Rounding
+from fusedopt.core.settings import MasterWeights, NonFinite, Plain, Rounding, StateDtype
 from fusedopt.optimizers.moments import moment_options, update_moments
 from fusedopt.reference import Group, Rule, Twin, count_step
 from fusedopt.reference.arithmetic import power, sqrt
@@ -65,6 +65,7 @@ ADAM = Rule(
     "adam",
     scalars={"step": 0},
     tensors=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    codings={"exp_avg": "linear", "exp_avg_sq": "root"},
     optional={"max_exp_avg_sq": lambda group: group["amsgrad"]},
     advance=count_step,
     update=_update,
@@ -119,7 +120,8 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
             have in common; None: never.
         master_weights: "exact" trains 16-bit parameters as float32, with the missing bits in the
             state; "24bit" as numbers of 24 bits; None: there is no master.
-        state_dtype: torch.float32 or torch.bfloat16; None: the states have the parameter's.
+        state_dtype: torch.float32, torch.bfloat16 or "8bit"; None: the states have the
+            parameter's.
         rounding: "nearest", "stochastic", or None: of second moments at random, else to nearest.
         seed: of the random rounding.
 
@@ -152,7 +154,7 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
         plain: Plain = "replicated",
         check_replicas: int | None = None,
         master_weights: MasterWeights | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype | None = None,
         rounding: Rounding | None = None,
         seed: int | None = None,
     ) -> None:
@@ -219,7 +221,8 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
             have in common; None: never.
         master_weights: "exact" trains 16-bit parameters as float32, with the missing bits in the
             state; "24bit" as numbers of 24 bits; None: there is no master.
-        state_dtype: torch.float32 or torch.bfloat16; None: the states have the parameter's.
+        state_dtype: torch.float32, torch.bfloat16 or "8bit"; None: the states have the
+            parameter's.
         rounding: "nearest", "stochastic", or None: of second moments at random, else to nearest.
         seed: of the random rounding.
 
@@ -251,7 +254,7 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
         plain: Plain = "replicated",
         check_replicas: int | None = None,
         master_weights: MasterWeights | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype | None = None,
         rounding: Rounding | None = None,
         seed: int | None = None,
     ) -> None:

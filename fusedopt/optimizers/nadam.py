@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from fusedopt.clip import AdaptiveClip
 from fusedopt.core.optimizer import Backend, FusedOptimizer
-from fusedopt.core.settings import MasterWeights, NonFinite, Plain, Rounding
+from fusedopt.core.settings import MasterWeights, NonFinite, Plain, Rounding, StateDtype
 from fusedopt.optimizers.moments import moment_options, update_moments
 from fusedopt.reference import Group, Rule, Twin
 from fusedopt.reference.arithmetic import power, sqrt
@@ -72,6 +72,7 @@ NADAM = Rule(
     "nadam",
     scalars={"step": 0, "mu_product": 1},
     tensors=("exp_avg", "exp_avg_sq"),
+    codings={"exp_avg": "linear", "exp_avg_sq": "root"},
     advance=_advance,
     update=_update,
     twin=Twin(_torch_step),
@@ -125,7 +126,8 @@ class FusedNAdam(FusedOptimizer, torch.optim.NAdam):
             have in common; None: never.
         master_weights: "exact" trains 16-bit parameters as float32, with the missing bits in the
             state; "24bit" as numbers of 24 bits; None: there is no master.
-        state_dtype: torch.float32 or torch.bfloat16; None: the states have the parameter's.
+        state_dtype: torch.float32, torch.bfloat16 or "8bit"; None: the states have the
+            parameter's.
         rounding: "nearest", "stochastic", or None: of second moments at random, else to nearest.
         seed: of the random rounding.
 
@@ -157,7 +159,7 @@ class FusedNAdam(FusedOptimizer, torch.optim.NAdam):
         plain: Plain = "replicated",
         check_replicas: int | None = None,
         master_weights: MasterWeights | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype | None = None,
         rounding: Rounding | None = None,
         seed: int | None = None,
     ) -> None:

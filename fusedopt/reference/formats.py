@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedopt.reference import blocks
 from fusedopt.reference.arithmetic import compute_dtype
 from fusedopt.reference.groups import Group
 from fusedopt.reference.rule import REST, Rule
@@ -31,6 +32,7 @@ MASTER_BITS = {"exact": 32, "24bit": 24}  # by the value of `master_weights`
 REST_DTYPES = {"exact": torch.int16, "24bit": torch.int8}
 KEY_BITS = 14  # elements with the same index >> KEY_BITS share a key
 
+State = dict[str, Tensor]  # a parameter's
 _M32, _M64 = 2**32 - 1, 2**64 - 1
 
 
@@ -38,7 +40,7 @@ class Formats(NamedTuple):
     """What a param group asks for."""
 
     master_weights: str | None = None
-    state_dtype: torch.dtype | None = None
+    state_dtype: torch.dtype | str | None = None
     rounding: str | None = None
     seed: int | None = None
 
@@ -67,13 +69,24 @@ class Formats(NamedTuple):
 
     def dtype_of_state(self, param: Tensor) -> torch.dtype:
         """The dtype of a new state."""
-        return self.state_dtype or param.dtype
+        return self.asked_dtype or param.dtype
 
-    def for_kernels(self, rule: Rule) -> tuple[int, bool, list[str], int]:
+    @property
+    def asked_dtype(self) -> torch.dtype | None:
+        """The dtype that is asked for, of states that don't have 8 bits."""
+        return self.state_dtype if isinstance(self.state_dtype, torch.dtype) else None
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether the states have 8 bits."""
+        return self.state_dtype == "8bit"
+
+    def for_kernels(self, rule: Rule) -> tuple[int, bool, list[str], int, bool]:
         """The formats as a compiled backend takes them."""
         stochastic = [name for name in rule.tensors if self.rounds_state(name)]
         bits = MASTER_BITS.get(self.master_weights or "", 0)
-        return bits, self.rounding == "stochastic", stochastic, self.seed or 0
+        at_random = self.rounding == "stochastic"
+        return bits, at_random, stochastic, self.seed or 0, self.in_blocks
 
 
 def formats_of(group: Group) -> Formats:
@@ -211,7 +224,7 @@ def param_values(group: Group, param: Tensor, state: dict[str, Any] | None) -> T
 
 
 def store_param(
-    group: Group, param: Tensor, state: dict[str, Tensor], values: Tensor, random: RandomBits
+    group: Group, param: Tensor, state: State, values: Tensor, random: RandomBits
 ) -> None:
     """Writes new values to a parameter, and to its rest if it has a master."""
     formats = formats_of(group)
@@ -225,10 +238,33 @@ def store_param(
     param.copy_(number)  # of the same dtype: copy_ takes it wrong into another, negative one
 
 
+def state_values(rule: Rule, group: Group, name: str, param: Tensor, state: State) -> Tensor:
+    """A state in the dtype that it is computed in."""
+    if formats_of(group).in_blocks:
+        codes, scales = (state[key] for key in blocks.keys_of(name))
+        return blocks.decode(rule.codings[name], codes, scales)
+    return state[name].to(compute_dtype(param.dtype))
+
+
 def store_state(
-    group: Group, name: str, param: Tensor, state: Tensor, values: Tensor, random: RandomBits
+    rule: Rule,
+    group: Group,
+    name: str,
+    param: Tensor,
+    state: State,
+    values: Tensor,
+    random: RandomBits,
 ) -> None:
     """Writes new values to a state."""
-    if state.dtype in HALF_DTYPES and formats_of(group).rounds_state(name):
-        values = rounded_at_random(values, state.dtype, random.of(param, STATE_SHIFT))
-    state.copy_(values)
+    formats = formats_of(group)
+    at_random = formats.rounds_state(name)
+    if formats.in_blocks:
+        bits = random.of(param, STATE_SHIFT) & blocks.RANDOM_MASK if at_random else blocks.NEAREST
+        values = torch.empty_like(param, dtype=torch.float32).copy_(values)
+        codes, scales = blocks.encode(rule.codings[name], values, bits)
+        for key, value in zip(blocks.keys_of(name), (codes, scales), strict=True):
+            state[key].copy_(value)
+        return
+    if at_random and state[name].dtype in HALF_DTYPES:
+        values = rounded_at_random(values, state[name].dtype, random.of(param, STATE_SHIFT))
+    state[name].copy_(values)

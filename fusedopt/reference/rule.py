@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fusedopt.reference.blocks import Coding, keys_of
 from fusedopt.reference.groups import Group
 
 
@@ -61,6 +62,8 @@ class Rule:
         counter: the name of the scalar that counts steps. If torch's class keeps no such state, it
             is not among `scalars`, and it is kept apart from the state. It starts from 1 when a
             state is loaded.
+        codings: how those of `tensors` that can be stored in 8 bits are stored; see
+            `fusedopt.reference.blocks`. A group that uses another state can't have 8 bits.
         twin: torch's functions, which update parameters where nothing is compiled.
     """
 
@@ -73,11 +76,13 @@ class Rule:
         tuple[Tensor, dict[str, Tensor]],
     ]
     counter: str = "step"
+    codings: Mapping[str, Coding] = field(default_factory=dict)
     twin: Twin | None = None
     optional: Mapping[str, Callable[[Group], bool]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _state_names.update(dict.fromkeys((*self.scalars, *self.tensors)))
+        codes = [key for name in self.codings for key in keys_of(name)]
+        _state_names.update(dict.fromkeys((*self.scalars, *self.tensors, *codes)))
 
     def states(self, group: Group) -> tuple[str, ...]:
         """The names of the states shaped as the parameter that a group with these options uses."""

@@ -192,12 +192,15 @@ def update(
         scalars,
         formats.param_values(group, param, state),
         -grad if group["maximize"] else grad,
-        {name: state[name].to(dtype) for name in rule.states(group)},
+        {
+            name: formats.state_values(rule, group, name, param, state)
+            for name in rule.states(group)
+        },
     )
     seed = formats.formats_of(group).seed or 0
     random = formats.RandomBits(seed, int(scalars[rule.counter]), number)
     formats.store_param(group, param, state, new_param, random)
     for name, value in new_states.items():
-        formats.store_state(group, name, param, state[name], value, random)
+        formats.store_state(rule, group, name, param, state, value, random)
     for name, value in scalars.items():
         state[name].copy_(value)
