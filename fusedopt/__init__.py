@@ -1,6 +1,6 @@
 """The optimizer step of PyTorch training as one fast, safe operation."""
 
-from fusedopt import clip, reference
+from fusedopt import clip, convert, reference
 from fusedopt.core.checks import NonFiniteGradientError
 from fusedopt.core.masters import master_weights
 from fusedopt.core.optimizer import FusedOptimizer
@@ -48,6 +48,7 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grads_with_norm_",
     "consolidated_state_dict",
+    "convert",
     "get_total_norm",
     "master_weights",
     "read_log",
