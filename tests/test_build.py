@@ -177,12 +177,12 @@ def test_architectures(monkeypatch, nvcc):
             for flag in toolchain.architecture_flags(nvcc)
         ]
 
-    assert flags("8.0;9.0+PTX") == ["80,code=[sm_80]", "90,code=[sm_90,compute_90]"]
-    assert flags("8.0 9.0+PTX") == flags("8.0;9.0+PTX")
-    # One generation shares its first one's PTX; what runs on no other card is made for itself.
-    assert flags("8.0;8.6") == ["80,code=[sm_80,sm_86]"]
+    assert flags("7.5;8.0+PTX") == ["75,code=[sm_75]", "80,code=[sm_80,compute_80]"]
+    assert flags("7.5 8.0+PTX") == flags("7.5;8.0+PTX")
+    # Later ones share an older one's PTX; what runs on no other card is made for itself.
+    assert flags("8.0;8.6;9.0+PTX") == ["80,code=[sm_80,sm_86,sm_90,compute_80]"]
     assert flags("8.6;8.0") == ["86,code=[sm_86]", "80,code=[sm_80]"]
-    assert flags("8.0;8.6+PTX") == ["80,code=[sm_80,sm_86]", "86,code=[compute_86]"]
+    assert flags("9.0;10.0;12.0") == ["90,code=[sm_90]", "100,code=[sm_100,sm_120]"]
     assert flags("9.0a;9.0") == ["90a,code=[sm_90a]", "90,code=[sm_90]"]
     assert flags("9.0;9.0a") == ["90,code=[sm_90]", "90a,code=[sm_90a]"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;nine")
@@ -193,7 +193,7 @@ def test_architectures(monkeypatch, nvcc):
 def test_default_architectures_end_in_code_for_later_ones(monkeypatch, nvcc):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     codes = [flag.rpartition("code=")[2] for flag in toolchain.architecture_flags(nvcc)]
-    assert codes == ["[sm_75]", "[sm_80]", "[sm_90]", "[sm_100,compute_100]"]
+    assert codes == ["[sm_75]", "[sm_80,sm_90]", "[sm_100,compute_100]"]
 
 
 @pytest.mark.parametrize(

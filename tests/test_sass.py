@@ -8,6 +8,7 @@ import re
 import pytest
 from built_kernels import built_kernels
 from sass import Code, loops
+from test_build import ROOT
 
 ARCHITECTURE = "90"
 
@@ -29,6 +30,13 @@ def main_kernels(kernels: dict[str, Code]) -> dict[str, Code]:
 
 def update_kernels(kernels: dict[str, Code]) -> dict[str, Code]:
     return {n: code for n, code in kernels.items() if "update_kernel" in n}
+
+
+def test_a_rule_is_one_kernel(kernels):
+    """It selects dtypes, states and limits at run time: each further kernel would cost compile time
+    for every architecture."""
+    rules = re.findall(r"DO\((\w+)\)", (ROOT / "csrc/rules/all.h").read_text())
+    assert len(update_kernels(kernels)) == len(rules)
 
 
 def count(code: Code, pattern: str) -> int:
