@@ -29,7 +29,7 @@ struct Device {
 struct OptionInfo {
   std::string name;
   int first, count;
-  double (*on_host)(double);  // null, or a function that the host applies to the number
+  double (*on_host)(double);  // null, or a function that the host applies to each number
   bool any_sign;              // else a number below 0 is refused
 };
 

@@ -13,25 +13,35 @@ from fusedopt.gradients.clip_grad import clip_grad_norm_, clip_grads_with_norm_,
 from fusedopt.gradients.grad_scaler import GradScaler
 from fusedopt.monitoring import Monitor, NotALogError, RunLog, read_log
 from fusedopt.optimizers.adadelta import FusedAdadelta
+from fusedopt.optimizers.adagrad import FusedAdagrad
 from fusedopt.optimizers.adam import FusedAdam, FusedAdamW
 from fusedopt.optimizers.adamax import FusedAdamax
+from fusedopt.optimizers.ademamix import FusedAdEMAMix
+from fusedopt.optimizers.asgd import FusedASGD
+from fusedopt.optimizers.lion import FusedLion
 from fusedopt.optimizers.nadam import FusedNAdam
 from fusedopt.optimizers.radam import FusedRAdam
 from fusedopt.optimizers.rmsprop import FusedRMSprop
+from fusedopt.optimizers.rprop import FusedRprop
 from fusedopt.optimizers.sgd import FusedSGD
 from fusedopt.telemetry import ParamTelemetry, PendingTelemetry, Telemetry
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FusedASGD",
+    "FusedAdEMAMix",
     "FusedAdadelta",
+    "FusedAdagrad",
     "FusedAdam",
     "FusedAdamW",
     "FusedAdamax",
+    "FusedLion",
     "FusedNAdam",
     "FusedOptimizer",
     "FusedRAdam",
     "FusedRMSprop",
+    "FusedRprop",
     "FusedSGD",
     "GradScaler",
     "Monitor",

@@ -178,8 +178,10 @@ def run(cls: Any, backend: str, device: torch.device) -> list[Tensor]:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     params = [draw(shape, dtype).requires_grad_() for dtype in DTYPES for shape in SHAPES]
-    momentum = {"momentum": 0.9} if "momentum" in inspect.signature(cls).parameters else {}
-    optimizer = cls(params, weight_decay=0.1, max_grad_norm=1.0, backend=backend, **momentum)
+    known = inspect.signature(cls).parameters
+    asked = {"weight_decay": 0.1, "momentum": 0.9}
+    options = {name: value for name, value in asked.items() if name in known}
+    optimizer = cls(params, max_grad_norm=1.0, backend=backend, **options)
     for step in range(STEPS):
         for param in params:
             param.grad = draw(tuple(param.shape), param.dtype)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import twins
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -91,6 +92,41 @@ CASES = [
         {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3},
         {"betas": (0.0, 0.0)},
     ),
+    *cases_of(
+        fusedopt.FusedAdagrad,
+        torch.optim.Adagrad,
+        {"weight_decay": 0.1, "maximize": True},
+        {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.5, "eps": 1e-3},
+    ),
+    # Averaging begins at the third step.
+    *cases_of(
+        fusedopt.FusedASGD,
+        torch.optim.ASGD,
+        {"weight_decay": 0.1, "maximize": True},
+        {"lr": 0.1, "lambd": 0.1, "alpha": 0.6, "t0": 1.0},
+        {"lambd": -0.01, "alpha": -1.25, "t0": -2.0},
+    ),
+    *cases_of(
+        fusedopt.FusedRprop,
+        torch.optim.Rprop,
+        {"maximize": True},
+        {"lr": 0.1, "etas": (0.3, 1.5), "step_sizes": (0.05, 0.12)},
+    ),
+    *cases_of(
+        fusedopt.FusedLion,
+        twins.Lion,
+        {"weight_decay": 0.1, "maximize": True},
+        {"lr": 0.1, "betas": (0.5, 0.9)},
+    ),
+    # The warm-ups end within seven steps, and not.
+    *cases_of(
+        fusedopt.FusedAdEMAMix,
+        twins.AdEMAMix,
+        {"weight_decay": 0.1, "maximize": True},
+        {"lr": 0.1, "betas": (0.5, 0.9, 0.99), "alpha": 5.0, "eps": 1e-3},
+        {"beta3_warmup": 5, "alpha_warmup": 4},
+        {"beta3_warmup": 100, "alpha_warmup": 50},
+    ),
 ]
 # Each class once, with options under which it has a state to keep.
 TYPICAL = {fusedopt.FusedSGD: {"momentum": 0.9, "dampening": 0.5}}
@@ -128,7 +164,7 @@ def tensors_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def step_counts(optimizer: torch.optim.Optimizer) -> list[int]:
-    """How many steps each parameter has seen; of SGD, which keeps no count, whether any."""
+    """How many steps each parameter has seen; of rules that keep no count, whether any."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     counts = [optimizer.state.get(p, {"step": 0}) for p in params]
     return [int(state.get("step", 1)) for state in counts]

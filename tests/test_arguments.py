@@ -130,7 +130,7 @@ def test_docstring_explains_every_argument(case):
     text = inspect.getdoc(case.cls)
     assert text is not None
     args = text[text.index("Args:") :]
-    explained = re.findall(r"^    ([a-z_, ]+):", args, re.MULTILINE)
+    explained = re.findall(r"^    ([a-z0-9_, ]+):", args, re.MULTILINE)
     names = [name for line in explained for name in line.split(", ")]
     assert sorted(names) == sorted(inspect.signature(case.cls).parameters)
 

@@ -227,7 +227,11 @@ def test_checkpoint_of_another_class(case, source):
     lacking = optimizer.defaults.keys() - twin.param_groups[0].keys()
     needed = {*case.cls.rule.scalars, *states_of(case)}
     there = {*source.cls.rule.scalars, *states_of(source)}
-    if lacking or needed - there:
+    betas = [len(it.param_groups[0].get("betas", ())) for it in (twin, optimizer)]
+    if not lacking and 0 < betas[1] != betas[0]:
+        expected = f"expected {betas[1]} numbers"
+        check_refusal(optimizer, checkpoint, ValueError, "param group 0's betas", expected)
+    elif lacking or needed - there:
         named = lacking or needed - there
         check_refusal(
             optimizer,

@@ -23,8 +23,9 @@ def train(optimizer, seeds):
 
 
 def tensors_kept_by_torch(optimizer):
-    """All but mu_product, which torch casts to the parameter's dtype on loading."""
-    return {k: v for k, v in tensors_of(optimizer).items() if not k.startswith("mu_product")}
+    """All but NAdam's and ASGD's numbers, which torch casts to the parameter's dtype on loading."""
+    cast = ("mu_product", "eta", "mu")
+    return {k: v for k, v in tensors_of(optimizer).items() if k.split()[0] not in cast}
 
 
 # On a GPU torch's own says so of every step outside a graph.

@@ -63,6 +63,14 @@ OPTIONS = {
     "momentum_decay": st.sampled_from([0.0, 4e-3, 0.7, 30.0]),
     "alpha": FLOATS,
     "centered": st.booleans(),
+    "lambd": st.sampled_from([0.0, 1e-4, 0.3]),
+    "t0": st.sampled_from([-1.0, 2.0, 1e6]),
+    "lr_decay": st.sampled_from([0.0, 0.1]),
+    "initial_accumulator_value": st.sampled_from([0.0, 0.5]),
+    "etas": st.sampled_from([(0.5, 1.2), (0.3, 2.0)]),
+    "step_sizes": st.sampled_from([(1e-6, 50.0), (0.01, 0.02)]),
+    "beta3_warmup": st.sampled_from([0, 3, 50]),
+    "alpha_warmup": st.sampled_from([0, 3, 50]),
     "momentum": FLOATS,
     "dampening": FLOATS,
     "nesterov": st.booleans(),
@@ -75,6 +83,8 @@ def options(draw, case):
     for name in inspect.signature(case.twin).parameters:
         if name in OPTIONS and draw(st.booleans()):
             drawn[name] = draw(OPTIONS[name])
+    if case.cls is fusedopt.FusedAdEMAMix and "betas" in drawn:
+        drawn["betas"] = (*drawn["betas"][:2], draw(FLOATS))
     if drawn.get("nesterov") and (drawn.get("momentum", 0) <= 0 or drawn.get("dampening", 0) != 0):
         del drawn["nesterov"]  # torch refuses it
     return drawn

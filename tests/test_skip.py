@@ -77,6 +77,8 @@ def test_bad_first_step_leaves_no_state(backend, kwargs):
 def test_state_of_a_skipped_first_step_is_in_no_checkpoint(backend):
     """Where the host does not wait, the state is there, but unused."""
     for case in CLASSES:
+        if case.cls is fusedopt.FusedAdagrad:  # its constructor makes the state, as torch's
+            continue
         params = make_params(SHAPES, device=backend.device)
         optimizer = backend.make(case.cls, params, nonfinite="skip", **case.kwargs)
         set_bad_grads(params, 0, [(0, 3)])
@@ -187,7 +189,10 @@ def test_propagate_gives_what_torch_gives(backend, case, value):
     for optimizer in (fused, twin):
         set_bad_grads(optimizer.param_groups[0]["params"], 0, [(0, 2)], value)
         optimizer.step()
-    assert not params[0][2].isfinite() and not fused.step_skipped and fused.skipped_steps == 0
+    # These two take signs alone: 1 of inf, and 0 of nan.
+    takes_signs = case.cls in (fusedopt.FusedLion, fusedopt.FusedRprop)
+    assert params[0][2].isfinite() == takes_signs
+    assert not fused.step_skipped and fused.skipped_steps == 0
     torch.testing.assert_close(tensors_of(fused), tensors_of(twin), equal_nan=True)
 
 

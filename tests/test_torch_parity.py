@@ -6,6 +6,8 @@ import pytest
 import torch
 from cases import CASES, SHAPES, make_params, set_grads, tensors_of
 
+import fusedopt
+
 
 def tolerances(case, dtype):
     """torch's own tolerances; larger for a centered variance, which is a difference."""
@@ -48,7 +50,9 @@ def test_16_bits_as_torch_in_float32_rounded_once(case, dtype):
     # float32 results that differ in the last place may round apart: one unit of the 16-bit type.
     rtol = torch.finfo(dtype).eps
     actual = {name: value.float() for name, value in tensors_of(fused).items()}
-    torch.testing.assert_close(actual, tensors_of(twin), rtol=rtol, atol=1e-6)
+    # Rprop's step is a state of 16 bits itself.
+    atol = 0.1 * rtol if case.cls is fusedopt.FusedRprop else 1e-6
+    torch.testing.assert_close(actual, tensors_of(twin), rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("limit", [1e-3, 1.0, 1e3])

@@ -78,7 +78,7 @@ class Pointers {
   float* const* scales_;
 };
 
-// Changes `scalars` to the values of this step.
+// Changes `scalars` to the values that this step leaves.
 template <class Rule>
 FUSEDOPT_INLINE Prepared<Rule> prepare(const StepParams& step, int64_t group, float* scalars,
                                        double grad_factor) {
@@ -88,7 +88,9 @@ FUSEDOPT_INLINE Prepared<Rule> prepare(const StepParams& step, int64_t group, fl
     if (h.maximize != 0) grad_factor = -grad_factor;
   }
   const uint64_t steps = num_scalars<Rule> > 0 ? static_cast<uint64_t>(scalars[0]) : 0;
-  return {Rule::coefficients(h, scalars), grad_factor, step.groups[group].seed, steps};
+  const auto coefficients = Rule::coefficients(h, scalars);
+  Rule::prepare_next(h, scalars);
+  return {coefficients, grad_factor, step.groups[group].seed, steps};
 }
 
 // The random bits of a chunk's elements in this step.
@@ -104,7 +106,9 @@ FUSEDOPT_INLINE void advance(const StepParams& step, int64_t tensor) {
   const Pointers<Rule> pointers(step, tensor);
   float scalars[kMaxScalars];
   pointers.load_scalars(scalars);
-  Rule::advance(hyperparameters<Rule>(step, step.shapes[tensor].group), scalars);
+  const auto h = hyperparameters<Rule>(step, step.shapes[tensor].group);
+  Rule::advance(h, scalars);
+  Rule::prepare_next(h, scalars);
   for (int k = 0; k < num_scalars<Rule>; ++k) *pointers.scalar(k) = scalars[k];
 }
 

@@ -28,7 +28,7 @@ inline constexpr int kTensorLanes = 32;
 inline constexpr int64_t kRunSize = 512;
 
 inline constexpr int kMaxStates = 3;
-inline constexpr int kMaxScalars = 2;
+inline constexpr int kMaxScalars = 3;
 
 // The properties of a tensor that are the same at every step.
 struct TensorShape {

@@ -1,13 +1,15 @@
-// base ** exponent by repeated squaring. libm's pow gives other bits on the host, on the device and
-// in Python.
+// Powers by multiplications and roots alone. libm's pow and exp give other bits on the host, on the
+// device and in Python.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "math/inline.h"
 
 namespace fusedopt {
 
+// By repeated squaring.
 FUSEDOPT_INLINE double power(double base, uint64_t exponent) {
   double result = 1;
   for (; exponent != 0; exponent >>= 1) {
@@ -15,6 +17,32 @@ FUSEDOPT_INLINE double power(double base, uint64_t exponent) {
     base *= base;
   }
   return result;
+}
+
+// By repeated squaring, and a root for each binary digit after the point.
+FUSEDOPT_INLINE double real_power(double base, double exponent) {
+  const double size = std::fabs(exponent);
+  if (!(size < 9e18 && base >= 0)) return std::nan("");
+  const uint64_t whole = static_cast<uint64_t>(size);
+  double result = power(base, whole);
+  for (double rest = size - static_cast<double>(whole); rest > 0;) {
+    base = std::sqrt(base);
+    rest *= 2;
+    if (rest >= 1) {
+      result *= base;
+      rest -= 1;
+    }
+  }
+  return exponent < 0 ? 1 / result : result;
+}
+
+// e ** exponent, for an exponent <= 0: by the series for exponent / 256, squared eight times.
+FUSEDOPT_INLINE double exponential(double exponent) {
+  if (!(exponent > -700)) return 0;
+  const double part = exponent / 256;
+  double result = 1;
+  for (int k = 14; k > 0; --k) result = 1 + part * result / k;
+  return power(result, 256);
 }
 
 }  // namespace fusedopt

@@ -3,20 +3,30 @@
 #pragma once
 
 #include "rules/adadelta.h"
+#include "rules/adagrad.h"
 #include "rules/adam.h"
 #include "rules/adamax.h"
+#include "rules/ademamix.h"
+#include "rules/asgd.h"
+#include "rules/lion.h"
 #include "rules/nadam.h"
 #include "rules/radam.h"
 #include "rules/rmsprop.h"
+#include "rules/rprop.h"
 #include "rules/scale.h"
 #include "rules/sgd.h"
 
 #define FUSEDOPT_FOR_EACH_RULE(DO) \
   DO(Adadelta)                     \
+  DO(Adagrad)                      \
   DO(Adam)                         \
   DO(Adamax)                       \
+  DO(AdEMAMix)                     \
+  DO(ASGD)                         \
+  DO(Lion)                         \
   DO(NAdam)                        \
   DO(RAdam)                        \
   DO(RMSprop)                      \
+  DO(Rprop)                        \
   DO(Scale)                        \
   DO(SGD)

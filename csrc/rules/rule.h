@@ -10,7 +10,8 @@
 //   states_used(h)    the set that these hyperparameters select
 //   kHasLr            whether h.lr exists; the learning rate may be a tensor on the device
 //   kHasMaximize      whether h.maximize exists; if it is set, the kernels negate the gradient
-//   advance           updates the scalars for the next step
+//   advance           changes the scalars to those of this step
+//   prepare_next      changes the scalars, after coefficients() has read them, for the next step
 //   coefficients      the numbers that all elements of a tensor share in a step, in float64
 //   direction         turns the gradient into the direction of the update; updates the states
 //   apply             moves the parameter along the direction
@@ -27,7 +28,7 @@ struct Option {
   const char* name;
   double Hyperparameters::* first;
   int count = 1;  // how many fields; `betas` fills two
-  // Null, or a function that the host applies to the number. libm's functions give other bits on
+  // Null, or a function that the host applies to each number. libm's functions give other bits on
   // the device.
   double (*on_host)(double) = nullptr;
   bool any_sign = false;  // else a number below 0 is refused
@@ -50,12 +51,21 @@ struct RuleDefaults {
   static FUSEDOPT_INLINE void advance(const Hyperparameters&, float* scalars) {
     scalars[0] += 1;
   }
+
+  template <class Hyperparameters>
+  static FUSEDOPT_INLINE void prepare_next(const Hyperparameters&, float*) {}
 };
 
 // Adds weight decay to the gradient (L2 regularization).
 template <class T>
 FUSEDOPT_INLINE T with_l2(T grad, T weight_decay, T param) {
   return weight_decay != 0 ? grad + weight_decay * param : grad;
+}
+
+// 1, -1 or 0; 0 of nan.
+template <class T>
+FUSEDOPT_INLINE T sign_of(T value) {
+  return static_cast<T>(value > 0) - static_cast<T>(value < 0);
 }
 
 // Updates the averages of the gradient and of its square. Adam and NAdam share them.

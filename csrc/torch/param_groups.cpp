@@ -142,6 +142,7 @@ Group read_group(const RuleInfo& rule, const std::vector<PyObject*>& names, PyOb
       read_numbers(option, value, numbers);
       for (int k = 0; k < option.count; ++k) {
         if (!in_range(option, numbers[k])) refuse(option, value);
+        if (option.on_host != nullptr) numbers[k] = option.on_host(numbers[k]);
       }
     } else if (is_list_or_tuple(value.ptr())) {
       refuse(option, value);

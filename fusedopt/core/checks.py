@@ -29,8 +29,8 @@ from fusedopt.reference.limits import Unit
 DTYPE_NAMES = "float32, float64, bfloat16 or float16"
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")  # flags; ignored here
 
-_COUNTS = {"betas": 2}  # the number of numbers in an option; all others take one
-_UNRESTRICTED = ("dampening",)
+# The number of numbers in an option, if its default doesn't tell. All others take one.
+_COUNTS = {"betas": 2, "etas": 2, "step_sizes": 2}
 _TORCHS_WORDS = {"lr": "learning rate", "eps": "epsilon value", "betas": "beta parameter"}
 
 
@@ -197,21 +197,21 @@ def check_options(
         )
     for key, default in defaults.items():
         if key in _COUNTS or (key not in IMPLEMENTATION and _is_number(default)):
-            _check_numbers(key, group[key], f"param group {index}'s {key}")
+            count = len(default) if isinstance(default, tuple | list) else 1
+            _check_numbers(group[key], f"param group {index}'s {key}", count)
 
 
 def check_arguments(options: dict[str, Any], error: Exception) -> None:
     """Refuses by name an option that is no number, after torch's constructor has raised `error`."""
     for key, value in options.items():
-        if key not in IMPLEMENTATION:
+        if key not in (*IMPLEMENTATION, "defaults"):
             try:
-                _check_numbers(key, value, key)
+                _check_numbers(value, key, _COUNTS.get(key, 1))
             except (TypeError, ValueError) as ours:
                 raise ours from error
 
 
-def _check_numbers(key: str, value: Any, name: str) -> None:
-    count = _COUNTS.get(key, 1)
+def _check_numbers(value: Any, name: str, count: int) -> None:
     is_list = not (count == 1 and isinstance(value, Tensor)) and as_tuple(value) is not None
     numbers = (as_tuple(value) or ()) if is_list else (value,)
     for number in numbers:  # before torch reads or prints the number
@@ -241,10 +241,22 @@ def normalize_options(group: Group) -> None:
             group[key] = numbers
 
 
-def check_ranges(index: int, group: Group, defaults: dict[str, Any]) -> None:
-    """Refuses the values that torch's constructors refuse, in their words. Waits for no device."""
+def checked_defaults(rule: Rule, defaults: dict[str, Any], betas: int = 2) -> dict[str, Any]:
+    """The defaults of a class that torch doesn't have, if none is refused."""
+    for key, count in {**dict.fromkeys(defaults, 1), "betas": betas}.items():
+        if key not in IMPLEMENTATION:
+            _check_numbers(defaults[key], key, count)
+    check_ranges("", rule, defaults, defaults)
+    return defaults
+
+
+def check_ranges(where: str, rule: Rule, group: Group, defaults: dict[str, Any]) -> None:
+    """Refuses the values that torch's constructors refuse, in their words. Waits for no device.
+
+    `where`: "" or "param group 0: ".
+    """
     for key, default in defaults.items():
-        if key in (*IMPLEMENTATION, *_UNRESTRICTED) or not (key in _COUNTS or _is_number(default)):
+        if key in (*IMPLEMENTATION, *rule.any_sign) or not (key in _COUNTS or _is_number(default)):
             continue
         numbers = (as_tuple(group[key]) or ()) if key in _COUNTS else (group[key],)
         for position, number in enumerate(numbers):
@@ -253,7 +265,7 @@ def check_ranges(index: int, group: Group, defaults: dict[str, Any]) -> None:
                 what = _TORCHS_WORDS.get(key, f"{key} value")
                 what += f" at index {position}" if key in _COUNTS else ""
                 span = "a number >= 0 and < 1" if key in _COUNTS else "a number >= 0"
-                raise ValueError(f"param group {index}: Invalid {what}: {number}; expected {span}")
+                raise ValueError(f"{where}Invalid {what}: {number}; expected {span}")
 
 
 def check_state(rule: Rule, group: Group, param: Tensor, state: dict[str, Any], name: str) -> None:

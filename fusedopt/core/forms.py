@@ -20,17 +20,26 @@ from fusedopt.reference.formats import formats_of
 
 
 def new_states(rule: Rule, group: Group, param: Tensor) -> dict[str, Tensor]:
-    """States of zeros."""
+    """States of their first values, which are zeros without `rule.first_values`."""
     formats = formats_of(group)
     if not formats.in_blocks:
         dtype = formats.dtype_of_state(param)
-        return {name: zeros_like(param, dtype) for name in rule.states(group)}
+        first = {name: group[key] for name, key in rule.first_values.items()}
+        return {name: _filled(param, dtype, first.get(name)) for name in rule.states(group)}
     result = {}
     for name in rule.states(group):
         codes, scales = keys_of(name)
         result[codes] = zeros_like(param, CODE_DTYPES[rule.codings[name]])
         result[scales] = torch.zeros(num_blocks(param.numel()), device=param.device)
     return result
+
+
+def _filled(param: Tensor, dtype: torch.dtype, value: Any) -> Tensor:
+    """A tensor like the parameter, of one number; None: of zeros."""
+    zeros = zeros_like(param, dtype)
+    if value is None:
+        return zeros
+    return zeros.copy_(value.reshape(())) if isinstance(value, Tensor) else zeros.fill_(value)
 
 
 def in_asked_form(

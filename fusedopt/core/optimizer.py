@@ -197,7 +197,8 @@ class FusedOptimizer(Persistence, Stepper):
             group = self.param_groups[index]
             self._check_group(index)
             own = {key: it for key, it in self.defaults.items() if group[key] is not it}
-            checks.check_ranges(index, group, own)  # torch has looked at the defaults
+            # The constructor has looked at the defaults.
+            checks.check_ranges(f"param group {index}: ", self.rule, group, own)
             checks.normalize_options(group)
         except Exception:
             self.param_groups.pop()

@@ -65,8 +65,9 @@ def make_complete(
         known = 0 if new and not counted else counters.get(param, 1)
         counters[param] = _scalar_in_place(known, param)
     if new:
+        first = {**rule.scalars, **{name: group[key] for name, key in rule.first_values.items()}}
         new_state = {
-            **{name: _scalar_in_place(value, param) for name, value in rule.scalars.items()},
+            **{name: _scalar_in_place(first[name], param) for name in rule.scalars},
             **new_states(rule, group, param),
             **({REST: _new_rest(group, param)} if formats.has_rest(param) else {}),
         }

@@ -213,7 +213,7 @@ class Stepper(RankStepper):
         groups, states, _ = self._seen()
         for index, group in enumerate(groups):
             self._check_group(index)
-            checks.check_ranges(index, group, self.defaults)
+            checks.check_ranges(f"param group {index}: ", self.rule, group, self.defaults)
             for position, param in enumerate(group["params"]):
                 name = name_of(self.param_groups, index, position)
                 if param.grad is None:  # its state is left alone

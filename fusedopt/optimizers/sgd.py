@@ -76,6 +76,7 @@ SGD = Rule(
     optional={"momentum_buffer": lambda group: group["momentum"] != 0},
     advance=_advance,
     update=_update,
+    any_sign=("dampening",),
     counter="momentum_steps",
     # On a CPU, torch's fused SGD leaves wrong momentum of 16-bit parameters (2.13).
     twin=Twin(_torch_step, fused_dtypes=(torch.float32, torch.float64)),

@@ -21,6 +21,32 @@ def power(base: float, exponent: int) -> float:
     return result
 
 
+def real_power(base: float, exponent: float) -> float:
+    """`base ** exponent` by multiplications and square roots alone; see csrc/math/power.h."""
+    size = abs(exponent)
+    if not size < 9e18 or not base >= 0:
+        return math.nan
+    whole = int(size)
+    result, rest = power(base, whole), size - whole
+    while rest > 0:
+        base = math.sqrt(base)
+        rest *= 2
+        if rest >= 1:
+            result *= base
+            rest -= 1
+    return 1 / result if exponent < 0 else result
+
+
+def exponential(exponent: float) -> float:
+    """`e ** exponent` for an exponent <= 0, with the same bits in Python, C++ and CUDA."""
+    if not exponent > -700:
+        return 0.0
+    part, result = exponent / 256, 1.0
+    for k in range(14, 0, -1):
+        result = 1 + part * result / k
+    return power(result, 256)
+
+
 def sqrt(values: Tensor) -> Tensor:
     """The correctly rounded square root. torch's own on the CPU may be off by one unit.
 
@@ -33,6 +59,11 @@ def sqrt(values: Tensor) -> Tensor:
     if values.device.type == "cpu":
         return values.clone().apply_(math.sqrt)
     return values.sqrt()
+
+
+def sign(values: Tensor) -> Tensor:
+    """1, -1 or 0; 0 of nan."""
+    return (values > 0).to(values.dtype) - (values < 0).to(values.dtype)
 
 
 def scaled(grad: Tensor, factor: float | Tensor) -> Tensor:

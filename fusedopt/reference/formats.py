@@ -26,7 +26,7 @@ from fusedopt.reference.rule import REST, Rule
 FORMAT_OPTIONS = ("master_weights", "state_dtype", "rounding", "seed")
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 # Averages of squares, and the like: rounded to nearest, one that falls slowly would never fall.
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "square_avg", "acc_delta", "exp_inf"})
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "square_avg", "acc_delta", "exp_inf", "sum"})
 STATE_SHIFT, PARAM_SHIFT = 0, 16  # where the 16 of an element's 32 random bits begin
 MASTER_BITS = {"exact": 32, "24bit": 24}  # by the value of `master_weights`
 REST_DTYPES = {"exact": torch.int16, "24bit": torch.int8}

@@ -57,6 +57,8 @@ class Rule:
         optional: those of `tensors` that not every group uses. `optional[name](group)` says
             whether a group with these options does.
         advance: `advance(group, scalars)` returns the scalars of this step, for `update`.
+        prepare_next: `prepare_next(group, scalars)` returns the scalars that the next step starts
+            from, after `update` has used this step's.
         update: `update(group, scalars, param, grad, states)` returns the new parameter and the new
             states. All tensors have the dtype that the parameter is computed in.
         counter: the name of the scalar that counts steps. If torch's class keeps no such state, it
@@ -65,6 +67,9 @@ class Rule:
         codings: how those of `tensors` that can be stored in 8 bits are stored; see
             `fusedopt.reference.blocks`. A group that uses another state can't have 8 bits.
         twin: torch's functions, which update parameters where nothing is compiled.
+        first_values: the option of the group that a new state is filled with, by the state's name.
+            All others start from 0, or as `scalars` says.
+        any_sign: the options that may be negative.
     """
 
     name: str
@@ -79,6 +84,9 @@ class Rule:
     codings: Mapping[str, Coding] = field(default_factory=dict)
     twin: Twin | None = None
     optional: Mapping[str, Callable[[Group], bool]] = field(default_factory=dict)
+    prepare_next: Callable[[Group, dict[str, Tensor]], dict[str, Tensor]] = lambda group, it: it
+    first_values: Mapping[str, str] = field(default_factory=dict)
+    any_sign: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         codes = [key for name in self.codings for key in keys_of(name)]

@@ -202,5 +202,5 @@ def update(
     formats.store_param(group, param, state, new_param, random)
     for name, value in new_states.items():
         formats.store_state(rule, group, name, param, state, value, random)
-    for name, value in scalars.items():
+    for name, value in rule.prepare_next(group, scalars).items():
         state[name].copy_(value)
