@@ -86,6 +86,8 @@ def test_frozen_parameters_change_nothing_for_the_others(any_backend, kind, limi
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 @pytest.mark.parametrize("case", CLASSES, ids=str)
 def test_frozen_parameters_of_all_kinds_in_groups_of_their_own(any_backend, case):
+    if case.cls is fusedopt.FusedAdagrad:
+        pytest.skip("its constructor makes state for all of them, as torch's, which refuses some")
     frozen = [frozen_param(kind, any_backend.device) for kind in FROZEN]
     params = make_params([(5,)], device=any_backend.device)
     optimizer = any_backend.make(case.cls, [{"params": frozen}], **case.kwargs)

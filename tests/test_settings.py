@@ -172,8 +172,13 @@ OUT_OF_RANGE = [
 
 
 def cases_with(options):
+    """The classes that have these options, with so many numbers, and refuse them if negative."""
     return [
-        case for case in CLASSES if options.keys() <= case.cls([torch.zeros(1)]).defaults.keys()
+        case
+        for case in CLASSES
+        if options.keys() <= case.cls([torch.zeros(1)]).defaults.keys()
+        and not options.keys() & {*case.cls.rule.any_sign}
+        and ("betas" not in options or case.cls.rule.counts["betas"] == len(options["betas"]))
     ]
 
 
@@ -330,7 +335,11 @@ def test_users_items_in_a_state_that_has_yet_to_begin(backend, case):
     assert set(its_state) == expected
 
 
-@pytest.mark.parametrize("case", CLASSES, ids=str)
+# Adagrad's constructor makes the state, as torch's.
+LATE_STATE = [case for case in CLASSES if case.cls is not fusedopt.FusedAdagrad]
+
+
+@pytest.mark.parametrize("case", LATE_STATE, ids=str)
 def test_users_items_alone_are_saved_and_loaded(case):
     optimizers = [case.cls(make_params([(3,), (4,)]), **case.kwargs) for _ in range(2)]
     first = optimizers[0].param_groups[0]["params"][0]

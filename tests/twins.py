@@ -92,7 +92,7 @@ class AdEMAMix(Twin):
         defaults |= {"alpha_warmup": alpha_warmup or 0, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"maximize": maximize, "foreach": foreach}
         defaults |= {"capturable": capturable, "differentiable": differentiable}
-        super().__init__(params, checked_defaults(ADEMAMIX, defaults, betas=3))
+        super().__init__(params, checked_defaults(ADEMAMIX, defaults))
 
     def update(self, group, param, grad, state):
         if not state:

@@ -29,8 +29,6 @@ from fusedopt.reference.limits import Unit
 DTYPE_NAMES = "float32, float64, bfloat16 or float16"
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")  # flags; ignored here
 
-# The number of numbers in an option, if its default doesn't tell. All others take one.
-_COUNTS = {"betas": 2, "etas": 2, "step_sizes": 2}
 _TORCHS_WORDS = {"lr": "learning rate", "eps": "epsilon value", "betas": "beta parameter"}
 
 
@@ -196,17 +194,17 @@ def check_options(
             "differentiable=True is not supported: autograd can't look into a fused step"
         )
     for key, default in defaults.items():
-        if key in _COUNTS or (key not in IMPLEMENTATION and _is_number(default)):
-            count = len(default) if isinstance(default, tuple | list) else 1
+        if key in rule.counts or (key not in IMPLEMENTATION and _is_number(default)):
+            count = rule.counts.get(key, 1)
             _check_numbers(group[key], f"param group {index}'s {key}", count)
 
 
-def check_arguments(options: dict[str, Any], error: Exception) -> None:
+def check_arguments(rule: Rule, options: dict[str, Any], error: Exception) -> None:
     """Refuses by name an option that is no number, after torch's constructor has raised `error`."""
     for key, value in options.items():
         if key not in (*IMPLEMENTATION, "defaults"):
             try:
-                _check_numbers(value, key, _COUNTS.get(key, 1))
+                _check_numbers(value, key, rule.counts.get(key, 1))
             except (TypeError, ValueError) as ours:
                 raise ours from error
 
@@ -233,19 +231,19 @@ def as_tuple(value: Any) -> tuple[Any, ...] | None:
         return None
 
 
-def normalize_options(group: Group) -> None:
+def normalize_options(rule: Rule, group: Group) -> None:
     """Turns other sequences into tuples, which checkpoints can keep and kernels can read."""
-    for key in _COUNTS.keys() & group.keys():
+    for key in rule.counts.keys() & group.keys():
         numbers = as_tuple(group[key])
         if numbers is not None and not isinstance(group[key], tuple | list):
             group[key] = numbers
 
 
-def checked_defaults(rule: Rule, defaults: dict[str, Any], betas: int = 2) -> dict[str, Any]:
+def checked_defaults(rule: Rule, defaults: dict[str, Any]) -> dict[str, Any]:
     """The defaults of a class that torch doesn't have, if none is refused."""
-    for key, count in {**dict.fromkeys(defaults, 1), "betas": betas}.items():
+    for key, value in defaults.items():
         if key not in IMPLEMENTATION:
-            _check_numbers(defaults[key], key, count)
+            _check_numbers(value, key, rule.counts.get(key, 1))
     check_ranges("", rule, defaults, defaults)
     return defaults
 
@@ -256,15 +254,17 @@ def check_ranges(where: str, rule: Rule, group: Group, defaults: dict[str, Any])
     `where`: "" or "param group 0: ".
     """
     for key, default in defaults.items():
-        if key in (*IMPLEMENTATION, *rule.any_sign) or not (key in _COUNTS or _is_number(default)):
+        if key in (*IMPLEMENTATION, *rule.any_sign) or not (
+            key in rule.counts or _is_number(default)
+        ):
             continue
-        numbers = (as_tuple(group[key]) or ()) if key in _COUNTS else (group[key],)
+        numbers = (as_tuple(group[key]) or ()) if key in rule.counts else (group[key],)
         for position, number in enumerate(numbers):
             on_device = isinstance(number, Tensor) and number.device.type != "cpu"
-            if not (on_device or (number >= 0 and (number < 1 or key not in _COUNTS))):
+            if not (on_device or (number >= 0 and (number < 1 or key not in rule.counts))):
                 what = _TORCHS_WORDS.get(key, f"{key} value")
-                what += f" at index {position}" if key in _COUNTS else ""
-                span = "a number >= 0 and < 1" if key in _COUNTS else "a number >= 0"
+                what += f" at index {position}" if key in rule.counts else ""
+                span = "a number >= 0 and < 1" if key in rule.counts else "a number >= 0"
                 raise ValueError(f"{where}Invalid {what}: {number}; expected {span}")
 
 

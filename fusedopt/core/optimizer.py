@@ -98,7 +98,8 @@ class FusedOptimizer(Persistence, Stepper):
             super().__init__(params, *args, **kwargs)
         except TypeError as error:  # torch's words don't name the option
             given = inspect.signature(super().__init__).bind(params, *args, **kwargs).arguments
-            checks.check_arguments({key: it for key, it in given.items() if key != "params"}, error)
+            del given["params"]
+            checks.check_arguments(self.rule, given, error)
             raise
 
     def _configure(
@@ -186,7 +187,7 @@ class FusedOptimizer(Persistence, Stepper):
     def add_param_group(self, param_group: Group) -> None:
         sharded = self._own["sharded"]
         self._plan = None
-        checks.normalize_options(self.defaults)
+        checks.normalize_options(self.rule, self.defaults)
         if isinstance(param_group, dict):
             for key, value in self._own["formats"].items():
                 param_group.setdefault(key, value)
@@ -199,7 +200,7 @@ class FusedOptimizer(Persistence, Stepper):
             own = {key: it for key, it in self.defaults.items() if group[key] is not it}
             # The constructor has looked at the defaults.
             checks.check_ranges(f"param group {index}: ", self.rule, group, own)
-            checks.normalize_options(group)
+            checks.normalize_options(self.rule, group)
         except Exception:
             self.param_groups.pop()
             self._own["sharded"] = sharded

@@ -159,7 +159,7 @@ class Stepper(RankStepper):
         devices = (param.device for param in params)
         backend = backends.choose(self._backend, devices, self._only_exact())
         for group in self.param_groups:
-            checks.normalize_options(group)
+            checks.normalize_options(self.rule, group)
         rings = self._make_rings()
         new_states = [
             param

@@ -60,6 +60,7 @@ ADEMAMIX = Rule(
     tensors=("exp_avg_fast", "exp_avg_slow", "exp_avg_sq"),
     advance=count_step,
     update=_update,
+    counts={"betas": 3},
 )
 
 
@@ -121,7 +122,6 @@ class FusedAdEMAMix(OwnOptimizer):
     """
 
     rule = ADEMAMIX
-    betas = 3
 
     def __init__(
         self,

@@ -16,10 +16,8 @@ FLAGS = {"maximize": False, "foreach": None, "capturable": False, "differentiabl
 class OwnOptimizer(FusedOptimizer):
     """What torch's classes do for the others: check the options, and fill in missing ones."""
 
-    betas = 2  # the number of numbers in the option
-
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        super().__init__(params, checked_defaults(self.rule, defaults, self.betas))
+        super().__init__(params, checked_defaults(self.rule, defaults))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

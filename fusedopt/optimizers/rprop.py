@@ -63,6 +63,7 @@ RPROP = Rule(
     advance=count_step,
     update=_update,
     any_sign=("etas", "step_sizes"),
+    counts={"etas": 2, "step_sizes": 2},
     twin=Twin(_torch_step),
 )
 
