@@ -31,7 +31,9 @@ struct AdEMAMix : RuleDefaults {
       {"betas", &Hyperparameters::inverse_log1, 3, inverse_log}};
 
   static constexpr StateName kScalars[] = {{"step"}};
-  static constexpr StateName kStates[] = {{"exp_avg_fast"}, {"exp_avg_slow"}, {"exp_avg_sq"}};
+  static constexpr StateName kStates[] = {{"exp_avg_fast", 0, Coding::kLinear},
+                                          {"exp_avg_slow", 0, Coding::kLinear},
+                                          {"exp_avg_sq", 0, Coding::kRoot}};
   enum : unsigned { kMoments = 0b111 };
   static constexpr unsigned kVariants[] = {kMoments};
 

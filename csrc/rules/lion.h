@@ -19,7 +19,7 @@ struct Lion : RuleDefaults {
       {"maximize", &Hyperparameters::maximize}};
 
   static constexpr StateName kScalars[] = {{"steps"}};  // lion-pytorch keeps no such state
-  static constexpr StateName kStates[] = {{"exp_avg"}};
+  static constexpr StateName kStates[] = {{"exp_avg", 0, Coding::kLinear}};
   enum : unsigned { kExpAvg = 0b1 };
   static constexpr unsigned kVariants[] = {kExpAvg};
 

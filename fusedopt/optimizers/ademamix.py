@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from fusedopt.clip import AdaptiveClip
 from fusedopt.core.optimizer import Backend
-from fusedopt.core.settings import MasterWeights, NonFinite, Plain, Rounding
+from fusedopt.core.settings import MasterWeights, NonFinite, Plain, Rounding, StateDtype
 from fusedopt.optimizers.own import OwnOptimizer
 from fusedopt.reference import Group, Rule, count_step
 from fusedopt.reference.arithmetic import exponential, power, sqrt
@@ -58,6 +57,7 @@ ADEMAMIX = Rule(
     "ademamix",
     scalars={"step": 0},
     tensors=("exp_avg_fast", "exp_avg_slow", "exp_avg_sq"),
+    codings={"exp_avg_fast": "linear", "exp_avg_slow": "linear", "exp_avg_sq": "root"},
     advance=count_step,
     update=_update,
     counts={"betas": 3},
@@ -114,7 +114,8 @@ class FusedAdEMAMix(OwnOptimizer):
             have in common; None: never.
         master_weights: "exact" trains 16-bit parameters as float32, with the missing bits in the
             state; "24bit" as numbers of 24 bits; None: there is no master.
-        state_dtype: torch.float32 or torch.bfloat16; None: the states have the parameter's.
+        state_dtype: torch.float32, torch.bfloat16 or "8bit"; None: the states have the
+            parameter's.
         rounding: "nearest", "stochastic", or None: of second moments at random, else to nearest.
         seed: of the random rounding.
 
@@ -147,7 +148,7 @@ class FusedAdEMAMix(OwnOptimizer):
         plain: Plain = "replicated",
         check_replicas: int | None = None,
         master_weights: MasterWeights | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype | None = None,
         rounding: Rounding | None = None,
         seed: int | None = None,
     ) -> None:

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from fusedopt.clip import AdaptiveClip
 from fusedopt.core.optimizer import Backend, FusedOptimizer
-from fusedopt.core.settings import MasterWeights, NonFinite, Plain, Rounding
+from fusedopt.core.settings import MasterWeights, NonFinite, Plain, Rounding, StateDtype
 from fusedopt.reference import Group, Rule, Twin
 from fusedopt.reference.arithmetic import real_power
 from fusedopt.reference.rule import column, with_l2
@@ -117,7 +117,8 @@ class FusedASGD(FusedOptimizer, torch.optim.ASGD):
             have in common; None: never.
         master_weights: "exact" trains 16-bit parameters as float32, with the missing bits in the
             state; "24bit" as numbers of 24 bits; None: there is no master.
-        state_dtype: torch.float32 or torch.bfloat16; None: the states have the parameter's.
+        state_dtype: torch.float32, torch.bfloat16 or "8bit"; None: the states have the
+            parameter's.
         rounding: "nearest", "stochastic", or None: of second moments at random, else to nearest.
         seed: of the random rounding.
 
@@ -148,7 +149,7 @@ class FusedASGD(FusedOptimizer, torch.optim.ASGD):
         plain: Plain = "replicated",
         check_replicas: int | None = None,
         master_weights: MasterWeights | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype | None = None,
         rounding: Rounding | None = None,
         seed: int | None = None,
     ) -> None:

@@ -11,7 +11,7 @@ from torch.optim.rprop import rprop
 
 from fusedopt.clip import AdaptiveClip
 from fusedopt.core.optimizer import Backend, FusedOptimizer
-from fusedopt.core.settings import MasterWeights, NonFinite, Plain, Rounding
+from fusedopt.core.settings import MasterWeights, NonFinite, Plain, Rounding, StateDtype
 from fusedopt.reference import Group, Rule, Twin, count_step
 from fusedopt.reference.arithmetic import sign
 from fusedopt.reference.rule import column
@@ -106,7 +106,8 @@ class FusedRprop(FusedOptimizer, torch.optim.Rprop):
             have in common; None: never.
         master_weights: "exact" trains 16-bit parameters as float32, with the missing bits in the
             state; "24bit" as numbers of 24 bits; None: there is no master.
-        state_dtype: torch.float32 or torch.bfloat16; None: the states have the parameter's.
+        state_dtype: torch.float32, torch.bfloat16 or "8bit"; None: the states have the
+            parameter's.
         rounding: "nearest", "stochastic", or None: of second moments at random, else to nearest.
         seed: of the random rounding.
 
@@ -135,7 +136,7 @@ class FusedRprop(FusedOptimizer, torch.optim.Rprop):
         plain: Plain = "replicated",
         check_replicas: int | None = None,
         master_weights: MasterWeights | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype | None = None,
         rounding: Rounding | None = None,
         seed: int | None = None,
     ) -> None:
