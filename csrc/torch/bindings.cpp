@@ -9,6 +9,7 @@
 #include "torch/clip_grads.h"
 #include "torch/cuda_stream.h"
 #include "torch/huge_pages.h"
+#include "torch/local_view.h"
 #include "torch/no_python.h"
 #include "torch/plan.h"
 #include "torch/size_lock.h"
@@ -167,6 +168,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       py::arg("tensors"), py::arg("of_params"), py::arg("checked"), py::arg("backend"),
       py::arg("max_norm"), py::arg("norm_type"), py::arg("skip_nonfinite"), py::arg("total_norm"));
+
+  m.def("is_same_view", &is_same_view, py::arg("seen"), py::arg("param_groups"), py::arg("state"));
+  m.def("take_local_grads", &take_local_grads, py::arg("params"), py::arg("locals"),
+        py::arg("layouts"));
+  m.def("drop_local_grads", &drop_local_grads, py::arg("locals"));
 
   m.def("first_overlap", &first_overlap, py::arg("grads"));
 

@@ -13,6 +13,7 @@ from fusedopt import reference
 from fusedopt.core import agreement, extension, fallback
 from fusedopt.core.check_formats import warn_once_of_naive_params
 from fusedopt.core.plan import Plan
+from fusedopt.distributed import LocalView
 from fusedopt.reference import Group, Rule
 from fusedopt.reference.arithmetic import is_subclass
 from fusedopt.reference.formats import formats_of
@@ -112,6 +113,11 @@ def new_plan(
         return _C.Plan(rule.name, backend or "", param_groups, state, counters, rings)
     asked = [it.for_kernels(rule) for it in formats]
     return _C.Plan(rule.name, backend or "", param_groups, state, counters, rings, asked)
+
+
+def new_view() -> LocalView:
+    """A view of sharded parameters."""
+    return LocalView(_C)
 
 
 def clip_grads(

@@ -17,7 +17,6 @@ from fusedopt.core.names import ParamNames
 from fusedopt.core.persistence import Persistence
 from fusedopt.core.provisional_state import ProvisionalState
 from fusedopt.core.stepper import Stepper
-from fusedopt.distributed import LocalView
 from fusedopt.reference import Group
 from fusedopt.telemetry import Rings
 
@@ -136,12 +135,13 @@ class FusedOptimizer(Persistence, Stepper):
             "ranks": None,
             "share": None,
             "last_message": None,
+            "counted": None,
             "all_replicated": False,
             "is_sharded": False,
             "part": None,
             "was_part": False,
             "together": None,
-            "view": LocalView(),
+            "view": backends.new_view(),
         }
         check_formats("", self._own["formats"])
         if not self._knows_ranks():

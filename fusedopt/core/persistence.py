@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from fusedopt.core import checkpoint, checks, limit_state
+from fusedopt.core import backends, checkpoint, checks, limit_state
 from fusedopt.core.checkpoint import SHARE
 from fusedopt.core.names import ParamNames, check_named
 from fusedopt.core.provisional_state import ProvisionalState
 from fusedopt.core.readings import Readings
 from fusedopt.core.settings import TORCHS
 from fusedopt.core.state import is_new, make_complete, take_counts, with_counts
-from fusedopt.distributed import LocalView, Share, local_of
+from fusedopt.distributed import Share, local_of
 from fusedopt.reference import Control, Group, distinct_params
 from fusedopt.reference.groups import name_of
 from fusedopt.reference.limits import AdaptiveClip
@@ -227,8 +227,14 @@ class Persistence(Readings):
     def __getstate__(self) -> dict[str, Any]:
         self._follow_names()
         kept = ("_backend", "_rings", "_names")
-        own = {**self._own, "plan": None, "ranks": None, "together": None, "view": LocalView()}
-        own["last_message"] = None
+        own = {
+            **self._own,
+            "plan": None,
+            "ranks": None,
+            "together": None,
+            "view": backends.new_view(),
+        }
+        own |= {"last_message": None, "counted": None}
         return {"_own": own, **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -118,13 +118,13 @@ class RankStepper(GatheredStep):
     ) -> StepOptions:
         """A step that gets its sum of squares from a message."""
         try:
-            self._take_grads()
             if not self._look():
                 plan = None
+            self._take_grads()
             options = self._step_options(mode)
             exchange.ask(options.found_inf, self._own["is_sharded"])
             groups, states, _ = self._seen()
-            exchange.counted = self._counted_chunks()
+            exchange.counted = [] if plan is None else self._counted_chunks(plan)
             if plan is None or not plan.step(
                 groups, states, *options.for_kernels(), control=control, exchange=exchange
             ):
@@ -156,7 +156,16 @@ class RankStepper(GatheredStep):
         view: LocalView = self._own["view"]
         return view.groups, view.state, view.counters
 
-    def _counted_chunks(self) -> list[Tensor]:
+    def _counted_chunks(self, plan: Plan | None) -> list[Tensor]:
+        """By device, which chunks this rank counts; as long as a plan fits, the same ones."""
+        own = self._own
+        flags = [group.get("counted", True) for group in own["param_groups"]]
+        known = own["counted"]
+        if plan is None or known is None or known[0] is not plan or known[1] != flags:
+            own["counted"] = known = plan, flags, self._count_chunks()
+        return known[2]
+
+    def _count_chunks(self) -> list[Tensor]:
         ranks: Ranks | None = self._own["ranks"]
         pairs = distinct_params(self.param_groups)
         if ranks is None:

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedopt.core import sharding
+from fusedopt.core import backends, sharding
 from fusedopt.core.checkpoint import SHARE
 from fusedopt.core.optimizer import FusedOptimizer
-from fusedopt.distributed import LocalView, PeerError, Ranks, Share, is_dtensor
+from fusedopt.distributed import PeerError, Ranks, Share, is_dtensor
 from fusedopt.reference import distinct_params
 from fusedopt.reference.groups import name_of
 
@@ -54,7 +54,12 @@ def shard_states(optimizer: FusedOptimizer, group: Any = None) -> FusedOptimizer
         for param in away:
             optimizer.state.pop(param, None)
         optimizer._provisional_state.drop(away, optimizer.state)
-        optimizer._own |= {"share": share, "plan": None, "together": None, "view": LocalView()}
+        optimizer._own |= {
+            "share": share,
+            "plan": None,
+            "together": None,
+            "view": backends.new_view(),
+        }
     return optimizer
 
 

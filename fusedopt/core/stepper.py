@@ -115,7 +115,7 @@ class Stepper(RankStepper):
         arguments: dict[str, Any] = {"control": control}
         if exchange is not None:
             arguments["exchange"] = exchange
-            exchange.counted = self._counted_chunks()
+            exchange.counted = self._counted_chunks(plan)
         try:
             if plan is None:
                 reference.step(
@@ -173,6 +173,8 @@ class Stepper(RankStepper):
         try:
             self._look()
             groups, states, counters = self._seen()
+            if not any(group["params"] for group in groups):
+                backend = backends.REFERENCE  # no kernel would write the readings of other ranks
             plan = backends.new_plan(backend, self.rule, groups, states, counters, rings)
             checks.check_shared_memory(plan, self.param_groups)
         except Exception:

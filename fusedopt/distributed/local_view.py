@@ -38,14 +38,22 @@ class LocalView:
     """An optimizer's groups and state as this rank's plain tensors, which share their memory.
 
     The gradients of sharded parameters are on the local tensors from `take_grads` until `end`.
+
+    Args:
+        compiled: the extension, which does the same in less time; None: there is none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, compiled: Any = None) -> None:
         self.groups: list[Group] = []
         self.state: States = {}
         self.counters: dict[Tensor, Tensor] = {}
+        self._compiled = compiled
         self._seen: list[Any] = []
-        self._sharded: list[Tensor] = []
+        # The parameters that are DTensors, their local tensors, and the layouts of their gradients.
+        # A layout is known, and not None, once it was found to be the parameter's.
+        self._dtensors: list[Any] = []
+        self._locals: list[Tensor] = []
+        self._layouts: list[Any] = []
 
     def look(
         self,
@@ -59,18 +67,23 @@ class LocalView:
         Args:
             part_of: gives this rank's plain tensor for a parameter, always the same one.
         """
-        seen = list(_objects(param_groups, state))
-        same = len(seen) == len(self._seen) and all(map(operator.is_, seen, self._seen))
+        same = self._is_same(param_groups, state)
         if not same:
-            self._seen = seen
-            self.groups = [{} for _ in param_groups]
+            self._seen = _objects(param_groups, state)
+            self.groups = [
+                {"params": [part_of(param) for param in group["params"]]} for group in param_groups
+            ]
             self.state = {
                 local_of(key): _local_values(value) if isinstance(value, dict) else value
                 for key, value in state.items()
             }
+            params: list[Any] = [param for group in param_groups for param in group["params"]]
+            self._dtensors = [param for param in params if is_dtensor(param)]
+            self._locals = [*map(local_of, self._dtensors)]
+            self._layouts = [None] * len(self._dtensors)
         self.counters = {local_of(param): value for param, value in counters.items()}
         for own, group in zip(self.groups, param_groups, strict=True):
-            params = own.get("params") or [part_of(param) for param in group["params"]]
+            params = own["params"]
             own.clear()
             own.update(group, params=params)
         return same
@@ -84,32 +97,47 @@ class LocalView:
         Raises:
             TypeError: a DTensor has a gradient that is no DTensor.
         """
-        error, misplaced, pairs = None, {}, []
+        if self._compiled is not None:
+            known = self._compiled.take_local_grads(self._dtensors, self._locals, self._layouts)
+        else:
+            known = False
+        if not known:
+            self.end()
+            self._place_grads(param_groups, announce)
+
+    def end(self) -> None:
+        """Takes the gradients off the local tensors."""
+        if self._compiled is not None:
+            self._compiled.drop_local_grads(self._locals)
+            return
+        for local in self._locals:
+            local.grad = None
+
+    def _is_same(self, param_groups: list[Group], state: States) -> bool:
+        if self._compiled is not None:
+            return self._compiled.is_same_view(self._seen, param_groups, state)
+        seen = _objects(param_groups, state)
+        return len(seen) == len(self._seen) and all(map(operator.is_, seen, self._seen))
+
+    def _place_grads(self, param_groups: list[Group], announce: Announce) -> None:
+        error, misplaced = None, {}
         for g, group in enumerate(param_groups):
             for i, param in enumerate(group["params"]):
-                if not is_dtensor(param):
-                    continue
-                grad = param.grad
+                grad = param.grad if is_dtensor(param) else None
                 if grad is not None and not is_dtensor(grad):
                     error = not_sharded(grad, name_of(param_groups, g, i))
                 elif grad is not None and not is_placed_as(param, grad):
                     misplaced[param.device_mesh] = None
-                pairs.append((param, grad))
         if misplaced:
             announce(error is not None, misplaced)
         if error is not None:
             raise error
-        for param, grad in pairs:
-            local = param._local_tensor
-            local.grad = None if grad is None else placed_as(param, grad)._local_tensor
+        for index, param in enumerate(self._dtensors):
+            grad = param.grad
             if grad is not None:
-                self._sharded.append(local)
-
-    def end(self) -> None:
-        """Takes the gradients off the local tensors."""
-        for local in self._sharded:
-            local.grad = None
-        self._sharded.clear()
+                placed = placed_as(param, grad)
+                self._locals[index].grad = placed._local_tensor
+                self._layouts[index] = getattr(grad, "_spec", None) if placed is grad else None
 
 
 def counted_chunks(params: list[Tensor], counts: list[bool]) -> list[Tensor]:
@@ -129,17 +157,19 @@ def counted_chunks(params: list[Tensor], counts: list[bool]) -> list[Tensor]:
     return [torch.cat(it) for it in chunks.values()]
 
 
-def _objects(param_groups: list[Group], state: States) -> Iterable[Any]:
-    """All objects that a view is made of."""
+def _objects(param_groups: list[Group], state: States) -> list[Any]:
+    """All objects that a view is made of, in the order that csrc/torch/local_view.cpp has too."""
+    found: list[Any] = []
     for group in param_groups:
-        yield group
+        found.append(group)
         for param in group["params"]:
-            yield local_of(param)
+            found += param, local_of(param)
     for key, entry in state.items():
-        yield local_of(key)
+        found += key, local_of(key), entry
         if isinstance(entry, dict):
-            yield from entry.keys()
-            yield from map(local_of, entry.values())
+            for name, value in entry.items():
+                found += name, value, local_of(value)
+    return found
 
 
 def _local_values(entry: dict[str, Any]) -> dict[str, Any]:
