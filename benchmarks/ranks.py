@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.multiprocessing.spawn import spawn
 from torch.nn import Parameter
 
 import fusedopt
@@ -69,13 +69,14 @@ def cases(args: Namespace) -> dict[str, Callable[[], object]]:
         return [DTensor.from_local(it, mesh, [Shard(0)]) for it in plain()]
 
     own = torch.zeros(message.SIZE, dtype=torch.int64)
-    options = {"max_grad_norm": 1.0}
     return {
         "fusedopt, plain tensors, no message": fusedopt.FusedAdamW(
-            with_grads(plain(), plain()), **options
+            with_grads(plain(), plain()), max_grad_norm=1.0
         ).step,
         "all-reduce of the message": lambda: dist.all_reduce(own),
-        "fusedopt, DTensors": fusedopt.FusedAdamW(with_grads(sharded(), sharded()), **options).step,
+        "fusedopt, DTensors": fusedopt.FusedAdamW(
+            with_grads(sharded(), sharded()), max_grad_norm=1.0
+        ).step,
         "torch, DTensors: clip_grad_norm_, fused AdamW": torch_recipe(
             with_grads(sharded(), sharded())
         ),
@@ -84,8 +85,7 @@ def cases(args: Namespace) -> dict[str, Callable[[], object]]:
 
 def run_rank(rank: int, store: str, args: Namespace) -> None:
     torch.set_num_threads(1)
-    shared = dist.FileStore(store, WORLD)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, store=shared)
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=WORLD)
     for name, step in cases(args).items():
         times = times_of(step)
         if rank == 0:
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--numel", type=int, default=64, help="of each (default: 64)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, (str(Path(folder) / "store"), args), nprocs=WORLD)
+        spawn(run_rank, (str(Path(folder) / "store"), args), nprocs=WORLD)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Plan(Protocol):
         found_inf: Tensor | None,
         clip: Any,
         control: Tensor,
-        exchange: message.Exchange = ...,
+        exchange: message.Exchange | None = ...,
     ) -> bool:
         """Takes one whole step. Returns False, and changes nothing, if this plan no longer fits.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,9 +111,7 @@ class Stepper(RankStepper):
         self._plan = plan
         options = self._step_options(mode)  # a limit's state may have moved
         groups, states, counters = self._seen()
-        arguments: dict[str, Any] = {"control": control}
         if exchange is not None:
-            arguments["exchange"] = exchange
             exchange.counted = self._counted_chunks(plan)
         try:
             if plan is None:
@@ -128,7 +125,9 @@ class Stepper(RankStepper):
                     self._rings,
                     exchange,
                 )
-            elif not plan.step(groups, states, *options.for_kernels(), **arguments):
+            elif not plan.step(
+                groups, states, *options.for_kernels(), control=control, exchange=exchange
+            ):
                 raise RuntimeError("fusedopt: a new plan doesn't fit its parameters; please report")
         except BaseException:  # of a refusal, by another rank as well
             self._drop_state(new_states)
