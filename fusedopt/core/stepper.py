@@ -116,14 +116,7 @@ class Stepper(RankStepper):
         try:
             if plan is None:
                 reference.step(
-                    self.rule,
-                    groups,
-                    states,
-                    counters,
-                    options,
-                    control,
-                    self._rings,
-                    exchange,
+                    self.rule, groups, states, counters, options, control, self._rings, exchange
                 )
             elif not plan.step(
                 groups, states, *options.for_kernels(), control=control, exchange=exchange
