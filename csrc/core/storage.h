@@ -102,8 +102,7 @@ template <class tag>
 using type_of = typename tag::type;
 
 // Calls body(Tag<scalar_t>{}) with the type of this storage's main memory. Arrays of 8 bits have
-// none. A backend that selects
-// the 16-bit format at run time passes one type for both formats.
+// none. A backend that selects the 16-bit format at run time passes one type for both formats.
 template <class bfloat16_t = bfloat16, class float16_t = float16, class Body>
 FUSEDOPT_INLINE auto visit_storage(Storage storage, Body&& body) {
   switch (storage) {

@@ -89,8 +89,8 @@ class Plan {
  public:
   // `counters` maps a parameter to the scalar that its rule keeps outside of the state, if there is
   // one. `rings` are telemetry's: the ring of the steps, then one per device. It is empty without
-  // telemetry. `formats` has one
-  // entry per group; it is empty if all arrays are stored as their dtypes say.
+  // telemetry. `formats` has one entry per group; it is empty if all arrays are stored as their
+  // dtypes say.
   Plan(const std::string& rule, const std::string& backend, const py::object& param_groups,
        const py::object& state, const py::dict& counters, const std::vector<at::Tensor>& rings,
        std::vector<GroupFormat> formats);
