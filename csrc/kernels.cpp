@@ -1,5 +1,6 @@
 #include "kernels.h"
 
+#include <algorithm>
 #include <cstring>
 #include <iterator>
 #include <stdexcept>
@@ -133,7 +134,9 @@ int read_message(const StepParams& step, const int64_t* total, float* skip,
 #if FUSEDOPT_WITH_CUDA
   if (device.is_cuda) return cuda::read_message(step, total, skip, launch_on(device));
 #endif
-  read_message(total, &step.control->sum_of_squares, skip);
+  uint64_t limbs[kLimbs];
+  std::copy_n(total, kLimbs, limbs);
+  read_message(total, limbs, &step.control->sum_of_squares, skip);
   return 0;
 }
 

@@ -34,7 +34,8 @@ IN_BLOCKS = [it for it in FORMATS if it.get("state_dtype") == "8bit"]
 UNCODED = [
     case
     for case in CASES
-    if case.cls is fusedopt.FusedAdamax or {"amsgrad", "centered"} & case.kwargs.keys()
+    if not {*case.cls.rule.tensors} <= case.cls.rule.codings.keys()
+    or {"amsgrad", "centered"} & case.kwargs.keys()
 ]
 
 

@@ -61,7 +61,7 @@ def changes(mesh):
 
 
 def every_change_is_seen(mesh, compiled):
-    view, (groups, state) = LocalView(compiled), make(mesh)
+    view, (groups, state) = LocalView(lambda: compiled), make(mesh)
     assert not view.look(groups, state, {})
     for change in changes(mesh):
         assert view.look(groups, state, {})
@@ -73,7 +73,7 @@ def every_change_is_seen(mesh, compiled):
 
 
 def gradients_are_lent(mesh, compiled):
-    view, (groups, state) = LocalView(compiled), make(mesh)
+    view, (groups, state) = LocalView(lambda: compiled), make(mesh)
     view.look(groups, state, {})
     params = groups[0]["params"] + groups[1]["params"][:2]
     announced = []

@@ -38,10 +38,9 @@ FUSEDOPT_INLINE bool is_agreed(const int64_t* total) {
 }
 
 // Reads the total of all ranks: the sum of squares, and whether the step is to be skipped because a
-// rank asks for it or can't take the step.
-FUSEDOPT_INLINE void read_message(const int64_t* total, double* sum_of_squares, float* skip) {
-  uint64_t limbs[kLimbs];
-  for (int i = 0; i < kLimbs; ++i) limbs[i] = static_cast<uint64_t>(total[i]);
+// rank asks for it or can't take the step. `limbs` is a copy of the total's, and is overwritten.
+FUSEDOPT_INLINE void read_message(const int64_t* total, uint64_t* limbs, double* sum_of_squares,
+                                  float* skip) {
   double sum = round_limbs(limbs);
   if (total[kInfs] != 0) sum = bit_cast<double>(uint64_t{0x7ff} << 52);
   if (total[kNans] != 0) sum = bit_cast<double>(uint64_t{0xfff} << 51);

@@ -47,7 +47,13 @@ __global__ void __launch_bounds__(kThreads)
 
 __global__ void __launch_bounds__(kThreads)
     read_message_kernel(const __grid_constant__ MessageArguments it) {
-  if (threadIdx.x == 0) fusedopt::read_message(it.total, &it.control->sum_of_squares, it.skip);
+  __shared__ uint64_t limbs[kLimbs];
+  for (int i = threadIdx.x; i < kLimbs; i += kThreads) {
+    limbs[i] = static_cast<uint64_t>(it.total[i]);
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  fusedopt::read_message(it.total, limbs, &it.control->sum_of_squares, it.skip);
 }
 
 }  // namespace fusedopt::cuda

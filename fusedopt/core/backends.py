@@ -117,7 +117,12 @@ def new_plan(
 
 def new_view() -> LocalView:
     """A view of sharded parameters."""
-    return LocalView(_C)
+    return LocalView(compiled)
+
+
+def compiled() -> Any:
+    """The extension, or None if nothing is compiled."""
+    return _C
 
 
 def clip_grads(

@@ -40,14 +40,15 @@ class LocalView:
     The gradients of sharded parameters are on the local tensors from `take_grads` until `end`.
 
     Args:
-        compiled: the extension, which does the same in less time; None: there is none.
+        extension: finds the extension, which does the same in less time, or None. A function can
+            be copied and pickled, a module can't.
     """
 
-    def __init__(self, compiled: Any = None) -> None:
+    def __init__(self, extension: Callable[[], Any]) -> None:
         self.groups: list[Group] = []
         self.state: States = {}
         self.counters: dict[Tensor, Tensor] = {}
-        self._compiled = compiled
+        self._extension = extension
         self._seen: list[Any] = []
         # The parameters that are DTensors, their local tensors, and the layouts of their gradients.
         # A layout is known, and not None, once it was found to be the parameter's.
@@ -97,25 +98,27 @@ class LocalView:
         Raises:
             TypeError: a DTensor has a gradient that is no DTensor.
         """
-        if self._compiled is not None:
-            known = self._compiled.take_local_grads(self._dtensors, self._locals, self._layouts)
-        else:
-            known = False
+        compiled = self._extension()
+        known = compiled is not None and compiled.take_local_grads(
+            self._dtensors, self._locals, self._layouts
+        )
         if not known:
             self.end()
             self._place_grads(param_groups, announce)
 
     def end(self) -> None:
         """Takes the gradients off the local tensors."""
-        if self._compiled is not None:
-            self._compiled.drop_local_grads(self._locals)
+        compiled = self._extension()
+        if compiled is not None:
+            compiled.drop_local_grads(self._locals)
             return
         for local in self._locals:
             local.grad = None
 
     def _is_same(self, param_groups: list[Group], state: States) -> bool:
-        if self._compiled is not None:
-            return self._compiled.is_same_view(self._seen, param_groups, state)
+        compiled = self._extension()
+        if compiled is not None:
+            return compiled.is_same_view(self._seen, param_groups, state)
         seen = _objects(param_groups, state)
         return len(seen) == len(self._seen) and all(map(operator.is_, seen, self._seen))
 
