@@ -55,7 +55,7 @@ unrandomized = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 # ignore_noninstrumented_modules: torch is not compiled for ThreadSanitizer.
 tsan-options := halt_on_error=1 history_size=0 ignore_noninstrumented_modules=1
 
-cpp := $(wildcard csrc/*.* csrc/*/*.*)
+cpp := $(filter-out csrc/__pycache__/%,$(wildcard csrc/*.* csrc/*/*.*))
 emulation := $(wildcard tests/emulator/*.*)
 measuring := benchmarks/ceiling.cpp benchmarks/ceiling.cu tests/front_end.cpp $(wildcard tests/guard/*.c)
 
