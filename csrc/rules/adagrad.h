@@ -12,14 +12,16 @@ struct Adagrad : RuleDefaults {
   static constexpr const char* kName = "adagrad";
 
   struct Hyperparameters {
-    double lr, lr_decay, eps, weight_decay, maximize;
+    double lr, lr_decay, eps, weight_decay, maximize, initial_accumulator_value;
   };
   static constexpr Option<Hyperparameters> kHyperparameters[] = {
       {"lr", &Hyperparameters::lr},
       {"lr_decay", &Hyperparameters::lr_decay},
       {"eps", &Hyperparameters::eps},
       {"weight_decay", &Hyperparameters::weight_decay},
-      {"maximize", &Hyperparameters::maximize}};
+      {"maximize", &Hyperparameters::maximize},
+      // The first values: see the rule's Python class.
+      {"initial_accumulator_value", &Hyperparameters::initial_accumulator_value}};
 
   static constexpr StateName kScalars[] = {{"step"}};
   static constexpr StateName kStates[] = {{"sum"}};
