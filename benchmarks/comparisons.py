@@ -56,12 +56,8 @@ class Comparison(Protocol):
 
 
 @dataclass(frozen=True)
-class StepComparison:
-    """Compares a step of an optimizer between sides that share parameters and gradients.
-
-    Our side comes first, the ceiling last. Each side has its own state. If the tensors don't fit
-    into the cache, they are evicted from it before every step, as by a backward pass of that size.
-    """
+class CaseComparison:
+    """What a comparison knows from its case."""
 
     case: Case
 
@@ -75,6 +71,14 @@ class StepComparison:
 
     def facts(self) -> dict[str, Any]:
         return self.case.facts()
+
+
+class StepComparison(CaseComparison):
+    """Compares a step of an optimizer between sides that share parameters and gradients.
+
+    Our side comes first, the ceiling last. Each side has its own state. If the tensors don't fit
+    into the cache, they are evicted from it before every step, as by a backward pass of that size.
+    """
 
     def run(self, sides: list[str], device: str, effort: Effort) -> Outcome:
         torch.compiler.reset()  # drop code compiled for other tensors or another number of threads
@@ -130,22 +134,8 @@ class StepComparison:
         return passes * self.case.elements * self.case.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class NormComparison:
+class NormComparison(CaseComparison):
     """Compares the global norm of the same gradients between libraries. The ceiling reads them."""
-
-    case: Case
-
-    @property
-    def title(self) -> str:
-        return self.case.title
-
-    @property
-    def any_threads(self) -> bool:
-        return self.case.any_threads
-
-    def facts(self) -> dict[str, Any]:
-        return self.case.facts()
 
     def run(self, sides: list[str], device: str, effort: Effort) -> Outcome:
         torch.manual_seed(0)

@@ -199,8 +199,8 @@ def check_options(
             _check_numbers(group[key], f"param group {index}'s {key}", count)
 
 
-def check_arguments(rule: Rule, options: dict[str, Any], error: Exception) -> None:
-    """Refuses by name an option that is no number, after torch's constructor has raised `error`."""
+def check_arguments(rule: Rule, options: dict[str, Any], error: Exception | None = None) -> None:
+    """Refuses by name an option that is no number. `error`: what torch's constructor has raised."""
     for key, value in options.items():
         if key not in (*IMPLEMENTATION, "defaults"):
             try:
@@ -241,9 +241,7 @@ def normalize_options(rule: Rule, group: Group) -> None:
 
 def checked_defaults(rule: Rule, defaults: dict[str, Any]) -> dict[str, Any]:
     """The defaults of a class that torch doesn't have, if none is refused."""
-    for key, value in defaults.items():
-        if key not in IMPLEMENTATION:
-            _check_numbers(value, key, rule.counts.get(key, 1))
+    check_arguments(rule, defaults)
     check_ranges("", rule, defaults, defaults)
     return defaults
 

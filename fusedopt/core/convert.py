@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedopt.core.forms import in_asked_form
 from fusedopt.core.limit_state import KEY
-from fusedopt.core.optimizer import FusedOptimizer
+from fusedopt.core.optimizer import FusedOptimizer, check_optimizer
 from fusedopt.reference import Group, Rule
 from fusedopt.reference.arithmetic import compute_dtype
 from fusedopt.reference.formats import FORMAT_OPTIONS
@@ -32,11 +32,7 @@ def to_torch(optimizer: FusedOptimizer) -> dict[str, Any]:
     Raises:
         TypeError: the optimizer is another library's.
     """
-    if not isinstance(optimizer, FusedOptimizer):
-        raise TypeError(
-            f"to_torch was given a {type(optimizer).__name__}; expected one of fusedopt's "
-            "optimizers"
-        )
+    check_optimizer("to_torch", optimizer)
     saved = optimizer.state_dict()
     states = dict(saved["state"])
     for group, listed in zip(optimizer.param_groups, saved["param_groups"], strict=True):

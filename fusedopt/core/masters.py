@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedopt.core.optimizer import FusedOptimizer
+from fusedopt.core.optimizer import FusedOptimizer, check_optimizer
 from fusedopt.reference.formats import param_values
 from fusedopt.reference.groups import distinct_params, named_params
 
@@ -24,11 +24,7 @@ def master_weights(optimizer: FusedOptimizer) -> dict[str, Tensor]:
     Raises:
         TypeError: the optimizer is another library's.
     """
-    if not isinstance(optimizer, FusedOptimizer):
-        raise TypeError(
-            f"master_weights was given a {type(optimizer).__name__}; expected one of fusedopt's "
-            "optimizers"
-        )
+    check_optimizer("master_weights", optimizer)
     optimizer._follow_names()
     groups = {id(param): group for group, param in distinct_params(optimizer.param_groups)}
     return {

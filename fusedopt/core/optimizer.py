@@ -252,3 +252,12 @@ class FusedOptimizer(Persistence, Stepper):
 
 # torch.compile breaks its graph at a step. It doesn't compile the code inside.
 _untraced_step = _disable_dynamo(FusedOptimizer._locked_step)
+
+
+def check_optimizer(function: str, optimizer: object) -> None:
+    """Refuses another library's optimizer as the argument of a function."""
+    if not isinstance(optimizer, FusedOptimizer):
+        raise TypeError(
+            f"{function} was given a {type(optimizer).__name__}; expected one of fusedopt's "
+            "optimizers"
+        )

@@ -233,8 +233,9 @@ class Persistence(Readings):
             "ranks": None,
             "together": None,
             "view": backends.new_view(),
+            "last_message": None,
+            "counted": None,
         }
-        own |= {"last_message": None, "counted": None}
         return {"_own": own, **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

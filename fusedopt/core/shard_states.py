@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedopt.core import backends, sharding
 from fusedopt.core.checkpoint import SHARE
-from fusedopt.core.optimizer import FusedOptimizer
+from fusedopt.core.optimizer import FusedOptimizer, check_optimizer
 from fusedopt.distributed import PeerError, Ranks, Share, is_dtensor
 from fusedopt.reference import distinct_params
 from fusedopt.reference.groups import name_of
@@ -80,11 +80,7 @@ def consolidated_state_dict(optimizer: FusedOptimizer, to: int = 0) -> dict[str,
         TypeError: the optimizer is another library's.
         ValueError: there is no such rank in the group.
     """
-    if not isinstance(optimizer, FusedOptimizer):
-        raise TypeError(
-            f"consolidated_state_dict was given a {type(optimizer).__name__}; expected one of "
-            "fusedopt's optimizers"
-        )
+    check_optimizer("consolidated_state_dict", optimizer)
     share: Share | None = optimizer._own["share"]
     state_dict = _on_cpu(optimizer.state_dict())
     if share is None:
@@ -145,11 +141,7 @@ def _check_on_all_ranks(optimizer: FusedOptimizer, ranks: Ranks) -> None:
 
 
 def _check(optimizer: Any) -> None:
-    if not isinstance(optimizer, FusedOptimizer):
-        raise TypeError(
-            f"shard_states was given a {type(optimizer).__name__}; expected one of fusedopt's "
-            "optimizers"
-        )
+    check_optimizer("shard_states", optimizer)
     own, groups = optimizer._own, optimizer.param_groups
     if own["share"] is not None:
         raise RuntimeError("shard_states was called twice for this optimizer; expected once")
