@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/params.h"
+#include "cpu/fork.h"
 
 namespace fusedopt::cpu {
 
@@ -26,10 +27,12 @@ class IeeeArithmetic {
   fenv_t before_;
 };
 
-// Calls body() in `threads` threads at once. The caller's thread is one of them.
+// Calls body() in `threads` threads at once. The caller's thread is one of them. A forked child has
+// no other.
 template <class Body>
 void in_parallel(int threads, Body body) {
-#pragma omp parallel num_threads(threads)
+  [[maybe_unused]] const int usable = in_forked_child() ? 1 : threads;
+#pragma omp parallel num_threads(usable)
   {
     const IeeeArithmetic ieee;
     body();

@@ -1,10 +1,8 @@
 #include "torch/launch.h"
 
 #include <ATen/Parallel.h>
-#include <pthread.h>
 
 #include <algorithm>
-#include <atomic>
 
 #include "torch/cuda_stream.h"
 #include "torch/exchange.h"
@@ -21,13 +19,8 @@ constexpr int64_t kElementsPerThread = kChunkSize;
 // A step over at least so many elements lets other Python threads run: it takes long enough.
 constexpr int64_t kElementsToReleaseGil = 1 << 20;
 
-// A forked child has none of its parent's threads, but GNU's OpenMP would wait for them forever.
-std::atomic<bool> in_forked_child{false};
-[[maybe_unused]] const int at_fork =
-    pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
-
 int threads_for(int64_t elements) {
-  if (at::in_parallel_region() || in_forked_child) return 1;
+  if (at::in_parallel_region()) return 1;
   const int64_t worthwhile = std::max<int64_t>(1, elements / kElementsPerThread);
   return static_cast<int>(std::min<int64_t>(at::get_num_threads(), worthwhile));
 }
