@@ -1,12 +1,12 @@
-"""Builds the kernels' library, and fusedopt._C, torch's binding to it.
+"""Builds the kernels' library, and where torch is installed fusedopt._C, torch's binding to it.
 
 The CPU kernels are always built, the CUDA kernels where there are an nvcc and a GPU. What is built,
-for which torch, and why something is left out, is recorded beside the extension: see
+for which torch, and why something is left out, is recorded beside the library: see
 fusedopt/core/extension.py.
 
 Environment:
     FUSEDOPT_CUDA=0 or 1      leave the CUDA kernels out, or build them without a GPU too
-    FUSEDOPT_PURE_PYTHON=1    build no extension at all
+    FUSEDOPT_PURE_PYTHON=1    compile nothing at all
     TORCH_CUDA_ARCH_LIST      architectures as torch's own extensions take them: "8.0;9.0+PTX"
     CUDA_HOME                 where to look for nvcc first
 """
@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -47,6 +47,10 @@ from toolchain import (  # noqa: E402
 )
 
 CSRC = Path("csrc")
+NO_TORCH = (
+    "the build saw no torch. pip builds in an environment of its own, which hides an installed "
+    "torch: run `pip install --no-build-isolation .` after `pip install torch`"
+)
 
 # No contraction into FMA and no fast-math: every operation rounds once, on every backend. Neither
 # errno nor floating-point traps are used, and both would keep loops from being vectorized.
@@ -142,7 +146,7 @@ def binding_sources() -> list[Path]:
 
 
 def kernel_sources() -> list[Path]:
-    return [*CSRC.glob("*.cpp"), *CSRC.glob("core/*.cpp"), *CSRC.glob("cpu/*.cpp")]
+    return [path for folder in (".", "core", "cpu", "c") for path in CSRC.glob(f"{folder}/*.cpp")]
 
 
 def make_extension(kind: Callable[..., Extension]) -> Extension:
@@ -167,54 +171,54 @@ def link_library(
     return library, [f"-L{library.parent}", f"-l{name}", f"-Wl,-rpath,{here}"]
 
 
-def make_build_ext() -> type[build_ext]:
-    from torch.utils.cpp_extension import BuildExtension
+def build_kernels(
+    folder: Path, compiling: list[str], linking: list[str]
+) -> tuple[Path, list[str], str | None]:
+    """`link_library`'s results, and why there are no CUDA kernels, if so."""
+    nvcc, no_cuda = choose_cuda()
+    say(f"building the CPU kernels; CUDA kernels: {no_cuda or f'with {nvcc}'}")
+    if nvcc:
+        say("CUDA kernels take minutes to compile; TORCH_CUDA_ARCH_LIST names fewer GPUs")
+    libraries = linking.copy()
+    with_cuda = f"-DFUSEDOPT_WITH_CUDA={int(nvcc is not None)}"
+    compiler = [*cxx(), *KERNEL_FLAGS, *compiling, with_cuda]
+    if nvcc:
+        root = cuda_root(nvcc)
+        compiler.append(f"-I{root / 'include'}")
+        libraries += [static_runtime(root), "-ldl", "-lrt", "-lpthread"]
+    commands = objects(folder, kernel_sources(), compiler)
+    if nvcc:
+        commands |= objects(folder, [*CSRC.glob("cuda/*.cu")], nvcc_command(nvcc))
+    return *link_library(folder, commands, libraries), no_cuda
 
-    class BuildWithKernels(BuildExtension):
-        """Torch's build of the binding, which links to the kernels' library beside it."""
+
+def make_build_ext(base: type[build_ext], torch: str | None) -> type[build_ext]:
+    class BuildWithKernels(base):
+        """Builds the kernels' library, and then the extension, which links to it."""
 
         def run(self) -> None:
-            check_compiler()
+            check_compiler(python=torch is not None)
+            compiling, linking = openmp()
+            folder = Path(self.build_temp)
+            library, arguments, no_cuda = build_kernels(folder, compiling, linking)
+            for extension in self.extensions:
+                extension.extra_compile_args = [*CXX_FLAGS, *compiling, *BINDING_INCLUDES]
+                extension.extra_link_args += [*linking, *arguments]
+                extension.depends.append(str(library))
             super().run()
+            package = ROOT / "fusedopt" if self.inplace else Path(self.build_lib) / "fusedopt"
+            package.mkdir(parents=True, exist_ok=True)
+            shutil.copy(library, package)
+            missing = None if torch else NO_TORCH
+            write_record(package, torch=torch, no_cuda=no_cuda, missing=missing)
+            say("built" + (f", without CUDA kernels: {no_cuda}" if no_cuda else ""))
+            if missing:
+                say(f"built WITHOUT the extension for torch: {missing}")
 
         def build_extensions(self) -> None:
-            nvcc, no_cuda = choose_cuda()
-            say(f"building the CPU kernels; CUDA kernels: {no_cuda or f'with {nvcc}'}")
-            if nvcc:
-                say("CUDA kernels take minutes to compile; TORCH_CUDA_ARCH_LIST names fewer GPUs")
-            folder = Path(self.build_temp)
-            compiling, linking = openmp()
-            compiler = [
-                *cxx(),
-                *KERNEL_FLAGS,
-                *compiling,
-                f"-DFUSEDOPT_WITH_CUDA={int(nvcc is not None)}",
-            ]
-            libraries = linking.copy()
-            if nvcc:
-                root = cuda_root(nvcc)
-                compiler.append(f"-I{root / 'include'}")
-                libraries += [static_runtime(root), "-ldl", "-lrt", "-lpthread"]
-            commands = objects(folder, kernel_sources(), compiler)
-            if nvcc:
-                commands |= objects(folder, [*CSRC.glob("cuda/*.cu")], nvcc_command(nvcc))
-            library, arguments = link_library(folder, commands, libraries)
-            (extension,) = self.extensions
-            extension.extra_compile_args = [*CXX_FLAGS, *compiling, *BINDING_INCLUDES]
-            extension.extra_link_args += [*linking, *arguments]
-            extension.depends.append(str(library))
-            if not self.use_ninja:
+            if not getattr(self, "use_ninja", True):
                 compile_at_once(self.compiler)
             super().build_extensions()
-            package = Path(self.build_lib) / "fusedopt"
-            record = write_record(package, torch=torch_version(), no_cuda=no_cuda)
-            self.beside = [shutil.copy(library, package), record]
-            say("built" + (f", without CUDA kernels: {no_cuda}" if no_cuda else ""))
-
-        def copy_extensions_to_source(self) -> None:  # where it is built in place
-            super().copy_extensions_to_source()
-            for path in self.beside:
-                shutil.copy(path, ROOT / "fusedopt")
 
     return BuildWithKernels
 
@@ -239,15 +243,11 @@ def compile_at_once(compiler) -> None:
     compiler.compile = compile
 
 
-class BuildWithoutTorch(build_ext):
-    """Metadata and source distributions need no torch; the extension does."""
+class BinaryDistribution(Distribution):
+    """A distribution of one platform, even if the kernels' library is all that is compiled."""
 
-    def run(self) -> None:
-        sys.exit(
-            "fusedopt is compiled for the torch that it will run with, but this build sees no "
-            "torch. pip builds in an environment of its own, which hides an installed torch: run "
-            "`pip install --no-build-isolation .` after `pip install torch`."
-        )
+    def has_ext_modules(self) -> bool:
+        return True
 
 
 def make_build_py(missing: str) -> type[build_py]:
@@ -273,12 +273,6 @@ def write_record(package: Path, **record: str | None) -> Path:
     return path
 
 
-def torch_version() -> str:
-    import torch
-
-    return str(torch.__version__)
-
-
 def why_pure_python() -> str | None:
     """Why no extension is to be built, if so."""
     if os.environ.get("FUSEDOPT_PURE_PYTHON") == "1":
@@ -291,16 +285,22 @@ def why_pure_python() -> str | None:
 
 
 def build_options() -> dict:
-    """setup()'s arguments for the extension; none of them without a compiler."""
+    """setup()'s arguments for what is compiled; nothing is without a compiler."""
     if missing := why_pure_python():
         return {"cmdclass": {"build_py": make_build_py(missing)}}
     if find_spec("torch") is None:
-        extension, command = make_extension(Extension), BuildWithoutTorch
+        extensions, command = [], make_build_ext(build_ext, None)
     else:
-        from torch.utils.cpp_extension import CppExtension
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-        extension, command = make_extension(CppExtension), make_build_ext()
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": command}}
+        extensions = [make_extension(CppExtension)]
+        command = make_build_ext(BuildExtension, str(torch.__version__))
+    return {
+        "ext_modules": extensions,
+        "cmdclass": {"build_ext": command},
+        "distclass": BinaryDistribution,
+    }
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 PROGRAM = "#include <vector>\nint main() { return std::vector<int>(1)[0]; }\n"
@@ -39,12 +40,15 @@ def compiler_error(*flags: str) -> str | None:
     return None if done.returncode == 0 else f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
 
 
-def check_compiler() -> None:
-    """Ends the build where nothing can be compiled, with a word of what to do."""
+def check_compiler(python: bool = True) -> None:
+    """Ends the build where nothing can be compiled, with a word of what to do.
+
+    `python`: whether Python's headers are needed.
+    """
     needed = None
     if error := compiler_error():
         needed = f"The C++ compiler makes no program:\n{error}\nInstall g++ or clang++, or set CXX."
-    elif not (header := Path(sysconfig.get_path("include"), "Python.h")).exists():
+    elif python and not (header := Path(sysconfig.get_path("include"), "Python.h")).exists():
         needed = f"There is no {header}. Install Python's headers (python3-dev)."
     if needed is not None:
         sys.exit(
@@ -82,6 +86,8 @@ def has_gpu() -> bool:
     smi = shutil.which("nvidia-smi")
     if smi is not None:
         return b"GPU " in subprocess.run([smi, "-L"], capture_output=True).stdout
+    if find_spec("torch") is None:
+        return False
     import torch
 
     return torch.cuda.is_available()

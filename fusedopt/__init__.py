@@ -1,30 +1,8 @@
 """The optimizer step of PyTorch training as one fast, safe operation."""
 
-from fusedopt import clip, convert, reference
-from fusedopt.core.checks import NonFiniteGradientError
-from fusedopt.core.masters import master_weights
-from fusedopt.core.optimizer import FusedOptimizer
-from fusedopt.core.replicas import ReplicasDifferError
-from fusedopt.core.shard_states import consolidated_state_dict, shard_states
-from fusedopt.core.skip_limit import TooManySkipsError
-from fusedopt.core.together import step_together
-from fusedopt.distributed import PeerError
-from fusedopt.gradients.clip_grad import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
-from fusedopt.gradients.grad_scaler import GradScaler
-from fusedopt.monitoring import Monitor, NotALogError, RunLog, read_log
-from fusedopt.optimizers.adadelta import FusedAdadelta
-from fusedopt.optimizers.adagrad import FusedAdagrad
-from fusedopt.optimizers.adam import FusedAdam, FusedAdamW
-from fusedopt.optimizers.adamax import FusedAdamax
-from fusedopt.optimizers.ademamix import FusedAdEMAMix
-from fusedopt.optimizers.asgd import FusedASGD
-from fusedopt.optimizers.lion import FusedLion
-from fusedopt.optimizers.nadam import FusedNAdam
-from fusedopt.optimizers.radam import FusedRAdam
-from fusedopt.optimizers.rmsprop import FusedRMSprop
-from fusedopt.optimizers.rprop import FusedRprop
-from fusedopt.optimizers.sgd import FusedSGD
-from fusedopt.telemetry import ParamTelemetry, PendingTelemetry, Telemetry
+# ruff: noqa: F403, F405
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -66,3 +44,33 @@ __all__ = [
     "shard_states",
     "step_together",
 ]
+
+_MODULES = ("clip", "convert", "reference")
+_WITHOUT_TORCH = {"NonFiniteGradientError": "fusedopt.core.nonfinite"}
+
+if TYPE_CHECKING:
+    from fusedopt._torch_api import *
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Imports torch and all public names as soon as one of them is used."""
+        if name not in __all__:
+            raise AttributeError(f"module 'fusedopt' has no attribute {name!r}")
+        import importlib
+
+        try:
+            if name in _MODULES:
+                return importlib.import_module(f"fusedopt.{name}")
+            home = importlib.import_module(_WITHOUT_TORCH.get(name, "fusedopt._torch_api"))
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise ModuleNotFoundError(
+                f"fusedopt.{name} needs torch, which is not installed: `pip install torch`. "
+                "fusedopt.arrays takes steps on NumPy arrays without it",
+                name="torch",
+            ) from error
+        return globals().setdefault(name, getattr(home, name))
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

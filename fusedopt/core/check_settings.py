@@ -13,7 +13,6 @@ from fusedopt.distributed.ranks import PLAIN
 from fusedopt.reference.formats import FORMAT_OPTIONS
 from fusedopt.reference.limits import LIMITS, AdaptiveClip
 
-NONFINITE_MODES = ("skip", "raise", "propagate")
 BACKENDS = ("cuda", "cpu", "reference")
 OURS = (
     *("max_grad_norm", "nonfinite", "backend", "telemetry", "max_consecutive_skips"),
@@ -88,13 +87,6 @@ def check_attribute(owner: type, name: str, value: Any) -> None:
     close = difflib.get_close_matches(name, (*OURS, *FORMAT_OPTIONS), 1, cutoff=0.8)
     if close:
         raise AttributeError(f"{owner.__name__} has no {name}; did you mean {close[0]}?")
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
-    if value is not None and value not in choices:
-        expected = ", ".join(map(repr, choices))
-        raise ValueError(f"Invalid {name} value: {value!r}; expected one of {expected} or None")
-    return value
 
 
 def check_plain(value: Any) -> str:

@@ -32,26 +32,6 @@ IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")  # flags; 
 _TORCHS_WORDS = {"lr": "learning rate", "eps": "epsilon value", "betas": "beta parameter"}
 
 
-class NonFiniteGradientError(RuntimeError):
-    """Gradients held inf or nan, and `nonfinite` is "raise". Nothing was changed.
-
-    Attributes:
-        names: the parameters of these gradients.
-        description: the parameters and the numbers of inf and nan, in words.
-    """
-
-    def __init__(self, names: list[str], description: str) -> None:
-        super().__init__(
-            f"inf or nan in the gradients: {description}. Parameters and state are as they were "
-            "before the step"
-        )
-        self.names = names
-        self.description = description
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.names, self.description)
-
-
 def check_rows(limit: object, param: Tensor, name: str) -> None:
     """Refuses a parameter whose rows are not contiguous, if the limit is a `Unit`."""
     if not isinstance(limit, Unit) or torch.nn.parameter.is_lazy(param):

@@ -14,6 +14,7 @@ from fusedopt.core import backends, check_settings, checks, sharding
 from fusedopt.core.callers import asks_for_state
 from fusedopt.core.check_formats import check_formats
 from fusedopt.core.names import ParamNames
+from fusedopt.core.nonfinite import check_choice
 from fusedopt.core.persistence import Persistence
 from fusedopt.core.provisional_state import ProvisionalState
 from fusedopt.core.stepper import Stepper
@@ -153,7 +154,7 @@ class FusedOptimizer(Persistence, Stepper):
         self.max_consecutive_skips = max_consecutive_skips
         kept_steps = check_settings.check_telemetry(telemetry)
         self._rings = None if kept_steps is None else Rings(kept_steps)
-        self._backend = check_settings.check_choice("backend", backend, check_settings.BACKENDS)
+        self._backend = check_choice("backend", backend, check_settings.BACKENDS)
         backends.choose(self._backend, [])
 
     def __repr__(self) -> str:

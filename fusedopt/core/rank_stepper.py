@@ -10,11 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedopt.core import sharding
-from fusedopt.core.checks import NonFiniteGradientError
 from fusedopt.core.gathered_step import GatheredStep
+from fusedopt.core.nonfinite import NonFinite, NonFiniteGradientError
 from fusedopt.core.plan import Plan
 from fusedopt.core.replicas import check_replicas
-from fusedopt.core.settings import NonFinite
 from fusedopt.distributed import (
     Exchange,
     LocalView,

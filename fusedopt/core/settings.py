@@ -11,13 +11,13 @@ from torch.optim import Optimizer
 
 from fusedopt.core import check_settings, checks, sharding
 from fusedopt.core.names import ParamNames
+from fusedopt.core.nonfinite import NONFINITE_MODES, NonFinite, check_choice
 from fusedopt.core.shared import Shared
 from fusedopt.core.skip_limit import SkipLimit
 from fusedopt.reference.groups import name_of
 from fusedopt.reference.limits import AdaptiveClip, Unit
 
 TORCHS = ("state", "param_groups", "defaults")  # checkpoints and users replace these
-NonFinite = Literal["skip", "raise", "propagate"]
 Plain = Literal["replicated", "own"]
 MasterWeights = Literal["exact", "24bit"]
 StateDtype = torch.dtype | Literal["8bit"]
@@ -99,7 +99,7 @@ class Settings(Optimizer):
 
     @nonfinite.setter
     def nonfinite(self, value: NonFinite | None) -> None:
-        value = check_settings.check_choice("nonfinite", value, check_settings.NONFINITE_MODES)
+        value = check_choice("nonfinite", value, NONFINITE_MODES)
         sharding.refuse(self._own["sharded"], *asks_for_norm(None, value))
         self._own["nonfinite"] = value
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fusedopt import reference
 from fusedopt.core import backends, check_formats, checks, sharding, state
+from fusedopt.core.nonfinite import NonFinite, NonFiniteGradientError
 from fusedopt.core.plan import Plan
 from fusedopt.core.rank_stepper import Common, RankStepper
-from fusedopt.core.settings import NonFinite, asks_for_norm
+from fusedopt.core.settings import asks_for_norm
 from fusedopt.core.skip_limit import SkipLimit, TooManySkipsError
 from fusedopt.distributed import local_of
 from fusedopt.reference import Control, StepOptions, norms
@@ -244,7 +245,7 @@ class Stepper(RankStepper):
         finite = math.isfinite(control[Control.SUM_OF_SQUARES].item())
         return not finite and not options.asks_for_skip()
 
-    def _nonfinite_error(self) -> checks.NonFiniteGradientError:
+    def _nonfinite_error(self) -> NonFiniteGradientError:
         self._take_grads()
         places = self._nonfinite_places()
         self._own["view"].end()
@@ -253,8 +254,8 @@ class Stepper(RankStepper):
             return self._nonfinite_error_over_ranks(names)
         grads = [list(self.param_groups[g]["params"])[i].grad for g, i in places]
         if self._rings is not None:
-            return checks.NonFiniteGradientError(names, explain.last_step(self.telemetry()))
-        return checks.NonFiniteGradientError(names, explain.describe_grads(names, grads))
+            return NonFiniteGradientError(names, explain.last_step(self.telemetry()))
+        return NonFiniteGradientError(names, explain.describe_grads(names, grads))
 
     def _nonfinite_places(self) -> list[tuple[int, int]]:
         """(group, index in the group) of the parameters whose gradients hold inf or nan."""

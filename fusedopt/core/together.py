@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 from torch import Tensor
 
-from fusedopt.core.checks import NonFiniteGradientError
+from fusedopt.core.nonfinite import NonFiniteGradientError
 from fusedopt.core.optimizer import FusedOptimizer
 from fusedopt.distributed import Exchange, Ranks, find_ranks
 

@@ -18,6 +18,7 @@ from fusedopt import reference
 from fusedopt.clip import AdaptiveClip
 from fusedopt.core import backends, check_settings
 from fusedopt.core.checked_grads import checked_grads
+from fusedopt.core.nonfinite import check_choice
 from fusedopt.core.optimizer import Backend
 from fusedopt.core.rank_clip import RankClip, find_ranks, with_local_grads
 from fusedopt.core.settings import Plain
@@ -210,7 +211,7 @@ def _run(
     Returns:
         The norm (0-d float64; None if there is no gradient), and whether a gradient is float64.
     """
-    check_settings.check_choice("backend", backend, check_settings.BACKENDS)
+    check_choice("backend", backend, check_settings.BACKENDS)
     request = (max_norm, norm_type, skip_nonfinite, total_norm)
     if backend != "reference" and backends._C is not None:
         done = backends._C.clip_grads(tensors, of_params, False, backend or "", *request)

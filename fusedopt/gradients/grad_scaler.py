@@ -12,7 +12,7 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from fusedopt.core import sharding
-from fusedopt.core.checks import NonFiniteGradientError
+from fusedopt.core.nonfinite import NonFiniteGradientError
 from fusedopt.core.optimizer import FusedOptimizer
 from fusedopt.core.skip_limit import TooManySkipsError
 

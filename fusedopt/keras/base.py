@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import numbers
 import os
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -11,9 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fusedopt.core import check_settings
+from fusedopt.core.nonfinite import NONFINITE_MODES, NonFinite, check_choice, check_limit
 from fusedopt.core.optimizer import FusedOptimizer
-from fusedopt.core.settings import NonFinite
 from fusedopt.keras.torch_step import TorchStep, foreach
 
 
@@ -42,12 +40,8 @@ def _check_settings(optimizer: Any) -> None:
                 f"{name}={getattr(optimizer, name)} is not supported by {type(optimizer).__name__};"
                 " expected None. global_clipnorm clips all gradients by one factor"
             )
-    limit: Any = optimizer.global_clipnorm
-    if limit is not None and not (isinstance(limit, numbers.Real) and float(limit) > 0):
-        expected = "expected a float > 0 or None"
-        raise ValueError(f"Invalid global_clipnorm value: {limit}; {expected}")
-    modes = check_settings.NONFINITE_MODES
-    check_settings.check_choice("nonfinite", optimizer.nonfinite, modes)
+    check_limit("global_clipnorm", optimizer.global_clipnorm)
+    check_choice("nonfinite", optimizer.nonfinite, NONFINITE_MODES)
 
 
 class FusedKerasOptimizer(keras.optimizers.Optimizer):
