@@ -90,6 +90,11 @@ void check(const RuleInfo& rule, const StepParams& step, const Device& device) {
 
 }  // namespace
 
+bool in_range(const OptionInfo& option, double number) {
+  if (option.any_sign) return true;
+  return number >= 0 && (option.count == 1 || number < 1);
+}
+
 const std::vector<RuleInfo>& all_rules() {
 #define FUSEDOPT_DESCRIBE(Rule) describe<Rule>(),
   static const std::vector<RuleInfo> rules{FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_DESCRIBE)};

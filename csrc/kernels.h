@@ -33,6 +33,10 @@ struct OptionInfo {
   bool any_sign;              // else a number below 0 is refused
 };
 
+// Whether an option may have this number. torch's ranges: numbers of pairs, such as betas, are in
+// [0, 1), all others are not negative. nan is in no range.
+FUSEDOPT_API bool in_range(const OptionInfo& option, double number);
+
 // A rule as a front end sees it.
 struct RuleInfo {
   std::string name;

@@ -18,6 +18,7 @@ KERNELS = {"cpu", "cuda", "core", "rules", "math"}
 # From each layer, the layers that it may include beside itself. "door" is kernels.h.
 ALLOWED = {
     "torch": {"door"},
+    "c": {"door"},
     "door": {"core", "rules"},
     "cpu": {"core", "rules", "math"},
     "cuda": {"core", "rules", "math"},

@@ -70,12 +70,6 @@ void read_numbers(const OptionInfo& option, const py::object& value, double* num
   for (int k = 0; k < option.count; ++k) numbers[k] = to_double(py::object(items[k]).ptr());
 }
 
-// torch's ranges: betas are in [0, 1), all other numbers are not negative. nan is in no range.
-bool in_range(const OptionInfo& option, double number) {
-  if (option.any_sign) return true;
-  return number >= 0 && (option.count == 1 || number < 1);
-}
-
 bool stays_on_device(PyObject* value, c10::Device device) {
   if (device.is_cpu() || !is_tensor(value)) return false;
   const at::Tensor& tensor = THPVariable_Unpack(value);

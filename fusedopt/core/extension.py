@@ -1,4 +1,4 @@
-"""Finds the compiled extension. If there is none, it says why in words.
+"""Finds the compiled extension and the kernels' library. If there is none, it says why in words.
 
 It imports only the standard library: setup.py, which writes the record of a build, reads this file
 before anything is installed.
@@ -75,6 +75,29 @@ def _find_installed(torch_version: str, source: Path, path: list[str] | None) ->
     return Found(None, reason, False, {})
 
 
+def find_library(package: Path = PACKAGE, path: list[str] | None = None) -> Path:
+    """The kernels' library in `package`, or for a source folder in the installed package.
+
+    Raises:
+        ImportError: there is none.
+    """
+    if library := library_in(package):
+        return library
+    if is_source(package):
+        sources = fingerprint(package.parent)
+        for other in packages_on(path):
+            if (library := library_in(other)) and read_record(other).get("sources") == sources:
+                return library
+    why = read_record(package).get("missing") or f"run `{INSTALL}` in the source folder"
+    raise ImportError(f"there are no compiled kernels in {package}: {why}")
+
+
+def library_in(package: Path) -> Path | None:
+    """The file of the kernels' library."""
+    files = [package / f"libfusedopt_kernels.{suffix}" for suffix in ("so", "dylib")]
+    return next((file for file in files if file.is_file()), None)
+
+
 def packages_on(path: list[str] | None = None) -> list[Path]:
     """The folders of this package's name on Python's path, the first one first."""
     entries = sys.path if path is None else path
@@ -98,8 +121,8 @@ def read_record(package: Path) -> dict[str, Any]:
     """The record that the build left in the package; empty if there is none.
 
     Its keys are "torch": the version that the extension was compiled for, or None; "missing": why
-    nothing was compiled, or None; "no_cuda": why there are no CUDA kernels, or None; "sources": the
-    `fingerprint` of the compiled sources.
+    there is no extension, or None; "no_cuda": why there are no CUDA kernels, or None; "sources":
+    the `fingerprint` of the compiled sources.
     """
     try:
         record = json.loads((package / RECORD).read_text())

@@ -1,0 +1,56 @@
+/* The kernels for front ends in other languages: optimizers over arrays in host memory, in C.
+ *
+ * A plan lays out tensors of fixed sizes and formats. Every step passes the addresses of all
+ * arrays, so that they may move. Steps of one plan must not overlap; those of several plans may.
+ * A function that fails changes nothing, and fusedopt_error() says why. */
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if !defined(FUSEDOPT_API)
+#define FUSEDOPT_API
+#endif
+
+typedef struct fusedopt_plan fusedopt_plan;
+
+typedef struct fusedopt_step {
+  void* const* arrays;      /* per tensor: the parameter, the rule's states, the rule's scalars
+                               (float32); null for a state that the options don't use */
+  const void* const* grads; /* per tensor; null: there is none, and the tensor is left alone */
+  const double* options;    /* the numbers of all options of the rule, in the order of describe() */
+  double max_grad_norm;     /* infinity: never clip */
+  int32_t measure;          /* measure the norm before the update; else the update sums it up */
+  int32_t skip_nonfinite;   /* change nothing if a gradient holds inf or nan; needs `measure` */
+  const float* grad_scale;  /* null, or the factor that the loss was multiplied by */
+  const float* found_inf;   /* null, or a number that asks for a skip if it is not 0 */
+  double* control; /* the readings, in the order of describe(); zeros before the first step */
+  int32_t threads; /* at most so many; 0: as many as OpenMP allows */
+} fusedopt_step;
+
+/* Why the last function that failed in this thread did so. */
+FUSEDOPT_API const char* fusedopt_error(void);
+
+/* JSON: {"rules": {name: {"options": {name: how many numbers}, "scalars": {name: first value},
+ * "states": {name: first value}}}, "dtypes": [name], "control": [name], "step_bytes": the size of a
+ * fusedopt_step}. The order is that of the numbers and addresses that the other functions take. */
+FUSEDOPT_API const char* fusedopt_describe(void);
+
+/* Bit k: the rule's state k is used with these options. -1: an option is refused. */
+FUSEDOPT_API int64_t fusedopt_states_used(const char* rule, const double* options);
+
+/* `sizes`: elements per tensor. `dtypes`: of the parameter, the states and the gradient of each
+ * tensor, as an index into the dtypes of describe(). Null: the tensors are refused. */
+FUSEDOPT_API fusedopt_plan* fusedopt_new_plan(const char* rule, int64_t num_tensors,
+                                              const int64_t* sizes, const int32_t* dtypes);
+FUSEDOPT_API void fusedopt_free_plan(fusedopt_plan* plan);
+
+/* Takes one step, or skips it. Returns 0; or -1: an option is refused. */
+FUSEDOPT_API int fusedopt_take_step(fusedopt_plan* plan, const fusedopt_step* step);
+
+#ifdef __cplusplus
+}
+#endif
