@@ -46,6 +46,8 @@ from toolchain import (  # noqa: E402
     static_runtime,
 )
 
+sys.path.pop(0)  # or else csrc/torch would pass for an installed torch
+
 CSRC = Path("csrc")
 NO_TORCH = (
     "the build saw no torch. pip builds in an environment of its own, which hides an installed "

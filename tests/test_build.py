@@ -146,6 +146,10 @@ def test_without_torch_the_library_is_built_and_the_record_says_what_is_missing(
         assert "`pip install --no-build-isolation .` after `pip install torch`" in text
 
 
+def test_the_folder_of_the_binding_does_not_pass_for_torch():
+    assert ROOT / "csrc" not in [Path(entry).resolve() for entry in sys.path]
+
+
 def test_a_source_distribution_has_what_the_makefile_needs():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode != 0:
