@@ -272,6 +272,28 @@ def tied_embedding(rank, value, grad):
     torch.testing.assert_close(opt.grad_norm, grad.norm())
 
 
+def unclipped_group(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    ours, plain = sharded(mesh, [Shard(0)]), [torch.nn.Parameter(value) for value in tensors(0)]
+    opt, alone = (
+        fusedopt.FusedAdamW(
+            [{"params": its[:2]}, {"params": its[2:], "clipped": False}], lr=0.1, max_grad_norm=1.0
+        )
+        for its in (ours, plain)
+    )
+    for step in range(5):
+        for params in (ours, plain):
+            set_grads(params, step, scale=math.inf if step == 2 else 1.0)
+        for it in (opt, alone):
+            it.param_groups[1]["clipped"] = step == 3
+            it.step()
+        assert bool(opt.step_skipped) == (step == 2)
+        if step != 2:
+            torch.testing.assert_close(opt.grad_norm, alone.grad_norm, rtol=1e-6, atol=0)
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(full(a), b, rtol=1e-6, atol=1e-7)
+
+
 def both_scalers(rank):
     mesh = init_device_mesh("cpu", (2,))
     for scaler_class in (fusedopt.GradScaler, torch.amp.GradScaler):
@@ -296,7 +318,7 @@ def both_scalers(rank):
     "body",
     [
         *(fully_sharded_model, older_fsdp, partial_gradients, decisions),
-        *(counted_collectives, own_tensors, both_scalers),
+        *(counted_collectives, own_tensors, unclipped_group, both_scalers),
     ],
     ids=lambda body: body.__name__,
 )

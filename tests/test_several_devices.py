@@ -13,6 +13,7 @@ from conftest import emulated
 import fusedopt
 from fusedopt.clip import Percentile, PerTensor, Unit, ZScore
 from fusedopt.core import backends
+from fusedopt.reference import Control
 from fusedopt.telemetry import Rings
 
 DEVICES = 3
@@ -105,6 +106,20 @@ def test_telemetry_of_one_device(several_devices, limit):
         found.append(optimizer.telemetry().columns())
     assert_same_bits(*found)
     assert found[0]["step"].tolist() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=str)
+def test_unclipped_groups(several_devices, limit):
+    found = []
+    for count in (1, DEVICES):
+        several_devices(count)
+        params = make_params(SHAPES)
+        groups = [{"params": params[:4]}, {"params": params[4:], "clipped": False}]
+        optimizer = fusedopt.FusedAdam(groups, backend="cuda", max_grad_norm=limit)
+        readings = train(optimizer, params)
+        found.append({**tensors_of(optimizer), "readings": readings})
+    assert_same_bits(*found)
+    assert found[0]["readings"][2, Control.STEP_SKIPPED] == (limit is not None)
 
 
 @pytest.mark.parametrize("norm_type", [2.0, math.inf])

@@ -10,7 +10,7 @@
 //   sum.of<Norm>(value) combines value(c) of the tensor's chunks c in kTensorLanes lanes.
 //   sum.exact(value) adds them exactly, and rounds once.
 //   sum.leads() is true in the worker that must store the result.
-// - total(step): the sum of squares of all chunks; every worker gets it.
+// - total(step): the sum of squares of all chunks that count; every worker gets it.
 // - smallest(count, start, value): the smallest of start and every value(i); every worker gets it.
 // - ranked(norms, size, rank): the sorted norms at rank and rank + 1; every worker gets them.
 // - load(pointer): loads a value that another worker has written.
@@ -81,7 +81,7 @@ FUSEDOPT_INLINE void update_per_tensor(const StepParams& step, const Decision& d
                                        const Workers& workers) {
   const PerTensor per_tensor(step.options.limit);
   workers.each_tensor(step, [&](int64_t t, const auto& sum) {
-    if (step.grads[t] == nullptr) return;
+    if (step.grads[t] == nullptr || is_unclipped(step, static_cast<uint32_t>(t))) return;
     const TensorShape& shape = step.shapes[t];
     const double squares =
         sum.exact([&](int64_t chunk) { return Workers::load(step.chunk_sums + chunk); });

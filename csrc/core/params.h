@@ -86,6 +86,7 @@ struct Span {
 struct Group {
   const void* lr;        // null, or the address of a learning rate on the device
   Storage lr_storage;    // float32 or float64
+  bool is_unclipped;     // its gradients are neither clipped nor part of the norm that clips
   uint32_t states_used;  // bit k: the rule's kStates[k] is used
   uint64_t seed;         // of stochastic rounding
 };
@@ -123,6 +124,7 @@ struct StepParams {
   StepControl* control;
   StepOptions options;
   bool updates_limit;  // this device adds the step's norms to the statistics of options.limit
+  bool has_unclipped;  // a group is not clipped; false: Group::is_unclipped is not read
   Telemetry telemetry;
 
   // Memory that the kernels work with; see core/layout.h.
@@ -134,5 +136,16 @@ struct StepParams {
   unsigned* tickets;       // CUDA only: one per pass, zero between launches
   void* step_args;         // CUDA only: room for StepArgs that exceed kInlinedArgs; else null
 };
+
+FUSEDOPT_INLINE bool is_unclipped(const StepParams& step, uint32_t tensor) {
+  return step.has_unclipped && step.groups[step.shapes[tensor].group].is_unclipped;
+}
+
+// What a chunk with this sum of squares adds to the norm that clips. A chunk that is not clipped
+// adds nothing, but inf and nan always count: they skip the step.
+FUSEDOPT_INLINE double counted_sum(const StepParams& step, int64_t chunk, double sum) {
+  const bool is_finite = sum - sum == 0;
+  return is_finite && is_unclipped(step, step.chunks[chunk].tensor) ? 0 : sum;
+}
 
 }  // namespace fusedopt

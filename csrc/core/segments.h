@@ -81,7 +81,8 @@ struct PartWalk {
   int64_t size_, count_;
 };
 
-// The clip coefficient of one segment, from the sums of squares over its elements.
+// The clip coefficient of one segment, from the sums of squares over its elements. Not for tensors
+// that are not clipped.
 FUSEDOPT_INLINE double segment_coef(const StepParams& step, const Decision& decision,
                                     const TensorShape& shape, SegmentSums sums) {
   const Limit& limit = step.options.limit;

@@ -102,11 +102,13 @@ void measure_chunk(const StepParams& step, int64_t index) {
 }
 
 double total_of_chunks(const StepParams& step) {
-  const auto chunk_sum = [&](int64_t chunk) { return step.chunk_sums[chunk]; };
   if (step.options.norm_type == NormType::kL2) {
-    return exact_total_of(0, step.num_chunks, chunk_sum);
+    return exact_total_of(0, step.num_chunks, [&](int64_t chunk) {
+      return counted_sum(step, chunk, step.chunk_sums[chunk]);
+    });
   }
-  return total_of<MaxAbs>(0, step.num_chunks, chunk_sum);
+  return total_of<MaxAbs>(0, step.num_chunks,
+                          [&](int64_t chunk) { return step.chunk_sums[chunk]; });
 }
 
 void measure(const StepParams& step, int threads) {

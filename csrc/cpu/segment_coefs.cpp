@@ -68,26 +68,18 @@ SegmentCoefs::SegmentCoefs(const StepParams& step, Isa isa, const Decision& deci
 Segments SegmentCoefs::segments_of(uint32_t tensor) const { return Segments(step_, tensor, kind_); }
 
 bool SegmentCoefs::is_shared(int64_t index) const {
-  if (kind_ != SegmentKind::kRows) return true;
   const Chunk chunk = step_.chunks[index];
+  if (kind_ != SegmentKind::kRows || is_unclipped(step_, chunk.tensor)) return true;
   const Segments segments = segments_of(chunk.tensor);
   const int64_t last = chunk.begin() + chunk.size(step_.shapes[chunk.tensor].numel) - 1;
   return segments.at(chunk.begin()) == segments.at(last);
 }
 
-double SegmentCoefs::factor_of(uint32_t tensor, int64_t segment, double* coef) {
-  if (kind_ == SegmentKind::kNone) return decision_.grad_factor;
-  *coef = coef_of(tensor, segment);
-  return decision_.inv_scale * *coef;
-}
-
 std::optional<double> SegmentCoefs::segment_factor(int64_t index) {
   if (!is_shared(index)) return std::nullopt;
   const Chunk chunk = step_.chunks[index];
-  double coef = 0;
-  const int64_t segment =
-      kind_ == SegmentKind::kNone ? 0 : segments_of(chunk.tensor).at(chunk.begin());
-  const double factor = factor_of(chunk.tensor, segment, &coef);
+  const double coef = coef_of(chunk.tensor, segments_of(chunk.tensor).at(chunk.begin()));
+  const double factor = decision_.inv_scale * coef;
   if (kind_ != SegmentKind::kNone) step_.chunk_coefs[index] = coef;
   const bool is_double = step_.shapes[chunk.tensor].param == Storage::kFloat64;
   if (!is_double && is_tiny<float>(factor)) return std::nullopt;
@@ -98,20 +90,19 @@ const void* SegmentCoefs::scaled_grads(int64_t index) {
   scaled_.resize(kChunkSize);
   const Chunk chunk = step_.chunks[index];
   const TensorShape& shape = step_.shapes[chunk.tensor];
-  const SegmentKind kind = kind_ == SegmentKind::kNone ? SegmentKind::kTensors : kind_;
-  const Segments segments(step_, chunk.tensor, kind);
+  const Segments segments = segments_of(chunk.tensor);
   visit_storage(shape.grad, [&](auto grad) {
     using grad_t = type_of<decltype(grad)>;
     using T = opmath_t<grad_t>;
     const auto* grads = static_cast<const grad_t*>(step_.grads[chunk.tensor]) + chunk.begin();
     T* const result = reinterpret_cast<T*>(scaled_.data());
-    double smallest = decision_.clip_coef, coef = decision_.clip_coef;
+    double smallest = decision_.clip_coef;
     PartWalk part(segments, chunk.begin(), chunk.size(shape.numel));
     for (; part.is_there(); part.next()) {
-      const double factor = factor_of(chunk.tensor, part.segment, &coef);
+      const double coef = coef_of(chunk.tensor, part.segment);
       smallest = smaller(coef, smallest);
-      run_best<PartScale<grad_t>>(isa_, grads + part.first, part.last - part.first, factor,
-                                  result + part.first);
+      run_best<PartScale<grad_t>>(isa_, grads + part.first, part.last - part.first,
+                                  decision_.inv_scale * coef, result + part.first);
     }
     if (kind_ != SegmentKind::kNone) step_.chunk_coefs[index] = smallest;
   });
@@ -119,6 +110,8 @@ const void* SegmentCoefs::scaled_grads(int64_t index) {
 }
 
 double SegmentCoefs::coef_of(uint32_t tensor, int64_t segment) {
+  if (is_unclipped(step_, tensor)) return 1.0;
+  if (kind_ == SegmentKind::kNone) return decision_.clip_coef;
   if (tensor == tensor_ && segment == segment_) return coef_;
   tensor_ = tensor;
   segment_ = segment;

@@ -20,7 +20,8 @@ class SegmentCoefs {
   // The factor that all gradients of a chunk share. nullopt if they lie in several segments, or if
   // the factor is tiny: then use scaled_grads().
   std::optional<double> shared_factor(int64_t chunk) {
-    const bool is_simple = kind_ == SegmentKind::kNone && !is_tiny<float>(decision_.grad_factor);
+    const bool is_simple = kind_ == SegmentKind::kNone && !step_.has_unclipped &&
+                           !is_tiny<float>(decision_.grad_factor);
     return is_simple ? decision_.grad_factor : segment_factor(chunk);
   }
 
@@ -31,7 +32,6 @@ class SegmentCoefs {
  private:
   std::optional<double> segment_factor(int64_t chunk);
   bool is_shared(int64_t chunk) const;
-  double factor_of(uint32_t tensor, int64_t segment, double* coef);
   double coef_of(uint32_t tensor, int64_t segment);
   SegmentSums sums_of(uint32_t tensor, int64_t segment) const;
   Segments segments_of(uint32_t tensor) const;

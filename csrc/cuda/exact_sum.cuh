@@ -84,11 +84,12 @@ __device__ double block_exact_total(int64_t count, Value value) {
   return result;
 }
 
-// The exact sum of all chunks; thread 0 gets it. Other blocks have written the chunks' sums: the
-// loads go past the L1 cache.
+// The exact sum of all chunks that count; thread 0 gets it. Other blocks have written the chunks'
+// sums: the loads go past the L1 cache.
 __device__ inline double exact_total_of_chunks(const StepParams& step) {
-  return block_exact_total(step.num_chunks,
-                           [&](int64_t chunk) { return __ldcg(step.chunk_sums + chunk); });
+  return block_exact_total(step.num_chunks, [&](int64_t chunk) {
+    return counted_sum(step, chunk, __ldcg(step.chunk_sums + chunk));
+  });
 }
 
 }  // namespace fusedopt::cuda

@@ -91,8 +91,9 @@ __global__ void __launch_bounds__(kThreads, detailed ? 3 : 4)
 }
 
 template <class Norm>
-__global__ void __launch_bounds__(kThreads) reduce_kernel(const __grid_constant__ StepParams step) {
-  reduce_chunks<Norm>(step);
+__global__ void __launch_bounds__(kThreads)
+    reduce_kernel(const __grid_constant__ Arguments<kInlinedArgs> arguments) {
+  reduce_chunks<Norm>(arguments.on_device());
 }
 
 }  // namespace fusedopt::cuda

@@ -46,7 +46,8 @@ cudaError_t reduce(const StepParams& step, Launch launch) {
   const DeviceScope scope(launch.device);
   FUSEDOPT_RETURN_IF_ERROR(scope.error);
   return visit_norm(step.options.norm_type, [&](auto norm) {
-    return launch_kernel(reduce_kernel<decltype(norm)>, 1, launch.stream, step);
+    return launch_kernel(reduce_kernel<decltype(norm)>, 1, launch.stream,
+                         make_arguments(step, true));
   });
 }
 

@@ -347,7 +347,7 @@ __device__ __forceinline__ int update_chunk(StepParams& step, int index,
     return index;
   }
   __syncthreads();
-  if (step.chunk_coefs != nullptr)
+  if (step.chunk_coefs != nullptr || step.has_unclipped)
     SegmentCoefs(step, shared.decision, index).leave(shared.segments);
   if (threadIdx.x == 0) {
     shared.index = index;

@@ -57,6 +57,8 @@ StepParams DeviceTensors::step_params(SegmentKind segments) {
   if (segments != SegmentKind::kRows) step.part_sums = nullptr;
   step.grads = grads.data();
   step.groups = group(0);
+  step.has_unclipped =
+      std::any_of(group(0), group(num_groups), [](const Group& it) { return it.is_unclipped; });
   step.control = static_cast<StepControl*>(control.data_ptr());
   if (param_ring.defined()) {
     step.telemetry.params = static_cast<ParamRow*>(param_ring.data_ptr());

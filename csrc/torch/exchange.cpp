@@ -14,6 +14,15 @@ at::Tensor sum_of(const DeviceTensors& tensors) {
   return control_slot(tensors, offsetof(StepControl, sum_of_squares));
 }
 
+// Of the sums of a device's chunks, leaves those that are not clipped only if they are inf or nan.
+void leave_out_unclipped(DeviceTensors& tensors, const at::Tensor& chunk_sums) {
+  for (const TensorShape& shape : tensors.layout->shapes()) {
+    if (!tensors.group(shape.group)->is_unclipped) continue;
+    const at::Tensor its = chunk_sums.narrow(0, shape.first_chunk, chunks_of(shape.numel));
+    its.mul_(its.isfinite().logical_not_());
+  }
+}
+
 }  // namespace
 
 void exchange_with_ranks(std::vector<DeviceTensors>& devices, const std::vector<StepParams>& steps,
@@ -46,10 +55,12 @@ void exchange_with_ranks(std::vector<DeviceTensors>& devices, const std::vector<
 
 void exchange_norms(std::vector<DeviceTensors>& devices, StepParams step) {
   std::vector<at::Tensor> chunk_sums;
-  for (const DeviceTensors& it : devices) {
-    chunk_sums.push_back(it.chunk_sums().to(devices[0].device));
+  for (DeviceTensors& it : devices) {
+    chunk_sums.push_back(it.chunk_sums().to(devices[0].device, at::kDouble, false, /*copy=*/true));
+    leave_out_unclipped(it, chunk_sums.back());
   }
   const at::Tensor all = at::cat(chunk_sums);
+  step.has_unclipped = false;  // the table of chunks is that of one device
   step.chunk_sums = all.data_ptr<double>();
   step.num_chunks = all.numel();
   check_launch(reduce(step, kernels_device(devices[0])), devices[0].device);

@@ -70,6 +70,16 @@ void read_numbers(const OptionInfo& option, const py::object& value, double* num
   for (int k = 0; k < option.count; ++k) numbers[k] = to_double(py::object(items[k]).ptr());
 }
 
+// Whether the group says that its gradients are not clipped.
+bool read_unclipped(PyObject* group) {
+  static PyObject* const kClipped = PyUnicode_InternFromString("clipped");
+  const py::object value = item_of(group, kClipped);
+  if (!value || value.ptr() == Py_True) return false;
+  if (value.ptr() == Py_False) return true;
+  throw py::value_error("a param group's clipped is " + py::cast<std::string>(py::repr(value)) +
+                        "; expected True or False");
+}
+
 bool stays_on_device(PyObject* value, c10::Device device) {
   if (device.is_cpu() || !is_tensor(value)) return false;
   const at::Tensor& tensor = THPVariable_Unpack(value);
@@ -127,6 +137,7 @@ void CurrentGroups::read(py::handle param_groups) {
 Group read_group(const RuleInfo& rule, const std::vector<PyObject*>& names, PyObject* group,
                  c10::Device device, double* hyperparameters) {
   Group result{};
+  result.is_unclipped = read_unclipped(group);
   for (size_t i = 0; i < names.size(); ++i) {
     const OptionInfo& option = rule.options[i];
     double* const numbers = hyperparameters + option.first;

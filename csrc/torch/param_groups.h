@@ -36,7 +36,8 @@ class CurrentGroups {
   std::vector<std::pair<py::object, py::object>> groups_;
 };
 
-// Reads the options that the rule names into `hyperparameters`. If lr is a tensor on `device`, only
+// Reads the options that the rule names into `hyperparameters`, and "clipped", which may be missing
+// and is then true. If lr is a tensor on `device`, only
 // its address is read: nothing waits for the device. All other tensors are read at once. May run
 // Python code.
 Group read_group(const RuleInfo& rule, const std::vector<PyObject*>& names, PyObject* group,

@@ -3,7 +3,7 @@
 Loading differs from torch's in four ways. A state keeps its dtype if a step can use it; torch
 rounds it to its parameter's dtype. A tensor of the checkpoint is copied if writing to it would be
 wrong (see `takeover`). Names count before places (see `arrange`). The flags of `IMPLEMENTATION` and
-the formats of `FORMAT_OPTIONS` are not loaded.
+the settings of `FORMAT_OPTIONS` and `GROUP_SETTINGS` are not loaded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fusedopt.distributed import check_placements, local_of
 from fusedopt.reference import Group, Rule
 from fusedopt.reference.arithmetic import compute_dtype
 from fusedopt.reference.formats import FORMAT_OPTIONS, convert_rest, formats_of
-from fusedopt.reference.groups import name_of
+from fusedopt.reference.groups import GROUP_SETTINGS, name_of
 from fusedopt.reference.rule import REST
 
 MAX_COUNT = 2**24  # a float32 can't count further
@@ -140,7 +140,7 @@ def load_groups(groups: list[Group], names: Names, checkpoint: Checkpoint) -> li
 
 
 def _load_group(group: Group, saved: Group) -> Group:
-    kept = (*IMPLEMENTATION, *FORMAT_OPTIONS)
+    kept = (*IMPLEMENTATION, *FORMAT_OPTIONS, *GROUP_SETTINGS)
     not_loaded = ("params", "param_names", *kept)
     options = {key: value for key, value in saved.items() if key not in not_loaded}
     own = {key: group[key] for key in kept if key in group}

@@ -23,7 +23,7 @@ from fusedopt.core.state_keys import found_keys, scale_keys
 from fusedopt.reference import Group, Rule
 from fusedopt.reference.arithmetic import DTYPES, can_be_updated, compute_dtype, is_subclass
 from fusedopt.reference.formats import formats_of
-from fusedopt.reference.groups import name_of
+from fusedopt.reference.groups import GROUP_SETTINGS, name_of
 from fusedopt.reference.limits import Unit
 
 DTYPE_NAMES = "float32, float64, bfloat16 or float16"
@@ -161,6 +161,9 @@ def check_options(
             f"param group {index} has {', '.join(map(repr, ours))}, which one group can't have for "
             f"itself; expected it as an argument of the optimizer, or as its attribute"
         )
+    for key in GROUP_SETTINGS:
+        if type(value := group.get(key, True)) is not bool:
+            raise TypeError(f"param group {index}'s {key} is {value!r}; expected True or False")
     check_formats(f"param group {index}'s ", group)
     if missing := [key for key in defaults if key not in group]:
         raise ValueError(

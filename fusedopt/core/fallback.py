@@ -8,8 +8,9 @@ function of torch's keeps our promises for a parameter, the reference's formula 
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,16 +127,26 @@ class TorchPlan:
             return False
         options = StepOptions(max_grad_norm, measure, skip_nonfinite, grad_scale, found_inf)
         with torch.no_grad():
-            grads = [_grad(param) for param in self._places]
-            norm = total_norm(grads, 2.0) if measure else _norm_to_read(grads)
+            norm = self._norm(param_groups, total_norm if measure else _norm_to_read)
             decision = reference.decide(options, norm * norm if measure else 0.0)
             if not decision.skip:
                 for batch in self._batches:
-                    self._update(batch, param_groups[batch.group], decision.grad_factor)
+                    group = param_groups[batch.group]
+                    clipped = reference.is_clipped(group)
+                    factor = decision.grad_factor if clipped else decision.inv_scale
+                    self._update(batch, group, factor)
             if not measure:
                 decision = reference.decide(options, norm * norm)
             reference.write_readings(control, norm * norm, decision)
         return True
+
+    def _norm(self, param_groups: list[Group], norm_of: Callable[[list[Tensor]], float]) -> float:
+        """The norm over the gradients that are clipped. inf and nan count in any group."""
+        grads: dict[bool, list[Tensor]] = {True: [], False: []}
+        for param, (index, _) in self._places.items():
+            grads[reference.is_clipped(param_groups[index])].append(_grad(param))
+        others = norm_of(grads[False])
+        return norm_of(grads[True]) + (0.0 if math.isfinite(others) else others)
 
     def _fits(self, param_groups: list[Group], state: States) -> bool:
         looks = _looks(self._rule, param_groups, state)
@@ -166,7 +177,9 @@ class TorchPlan:
         return [place for param, place in places if not _grad(param).isfinite().all()]
 
 
-def total_norm(grads: list[Tensor], norm_type: float, dtype: torch.dtype = torch.float64) -> float:
+def total_norm(
+    grads: list[Tensor], norm_type: float = 2.0, dtype: torch.dtype = torch.float64
+) -> float:
     """The norm of order 2 or inf of all gradients, summed in `dtype` over a block of elements."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for grad in grads:
@@ -273,6 +286,7 @@ def _looks(rule: Rule, param_groups: list[Group], state: States) -> Iterator[Any
     """Everything that a plan depends on, as values that can be compared."""
     for group in param_groups:
         yield rule.states(group)
+        yield group.get("clipped", True)
         for param in group["params"]:
             yield id(param)
             yield _look(param)

@@ -76,7 +76,11 @@ class FusedOptimizer(Persistence, Stepper):
     attributes and may be changed between steps. `foreach`, `fused` and `capturable` are accepted
     where the twin has them, and change nothing: the step is always fused and capturable.
 
-    The others hold for all param groups. In a group they are refused.
+    The others hold for all param groups. In a group they are refused. But a group with
+    `"clipped": False` is not clipped: its gradients don't count in the norm that clips (`grad_norm`
+    is that of the other groups), and its update takes them as they are. inf or nan in them skips
+    the step of all groups, as anywhere. It may be changed between steps, and is not taken from a
+    checkpoint.
 
     Parameters are float32, float64, bfloat16 or float16, of any shape and strides, on CPU and CUDA,
     in any mix. 16-bit parameters are computed in float32 and rounded once. Frozen parameters may be

@@ -26,7 +26,8 @@ from fusedopt.distributed import (
     is_dtensor,
     local_of,
 )
-from fusedopt.reference import Group, StepOptions, distinct_params
+from fusedopt.reference import Group, StepOptions, distinct_params, is_clipped
+from fusedopt.reference.groups import GROUP_SETTINGS
 from fusedopt.reference.limits import PerTensor, Unit
 
 
@@ -158,7 +159,7 @@ class RankStepper(GatheredStep):
     def _counted_chunks(self, plan: Plan | None) -> list[Tensor]:
         """By device, which chunks this rank counts; as long as a plan fits, the same ones."""
         own = self._own
-        flags = [group.get("counted", True) for group in own["param_groups"]]
+        flags = [[*map(group.get, GROUP_SETTINGS)] for group in own["param_groups"]]
         known = own["counted"]
         if plan is None or known is None or known[0] is not plan or known[1] != flags:
             own["counted"] = known = plan, flags, self._count_chunks()
@@ -166,11 +167,11 @@ class RankStepper(GatheredStep):
 
     def _count_chunks(self) -> list[Tensor]:
         ranks: Ranks | None = self._own["ranks"]
-        pairs = distinct_params(self.param_groups)
-        if ranks is None:
-            counts = [group.get("counted", True) for group, _ in pairs]
-        else:
-            counts = [ranks.counts(param, group) for group, param in pairs]
+        counts = [
+            is_clipped(group)
+            and (group.get("counted", True) if ranks is None else ranks.counts(param, group))
+            for group, param in distinct_params(self.param_groups)
+        ]
         params = [param for _, param in distinct_params(self._seen()[0])]
         return counted_chunks(params, counts)
 

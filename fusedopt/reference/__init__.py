@@ -8,7 +8,7 @@ The order of every sum is a part of the specification: see `fusedopt.reference.n
 from fusedopt.reference.clip_grads import clip_grads, total_norm
 from fusedopt.reference.coefficients import Decision, clip_coefficient, smaller
 from fusedopt.reference.decision import Control, StepOptions, decide
-from fusedopt.reference.groups import Group, distinct_params
+from fusedopt.reference.groups import Group, distinct_params, is_clipped
 from fusedopt.reference.rule import Rule, Twin, all_state_names, count_step
 from fusedopt.reference.step import step, update, write_readings
 
@@ -25,6 +25,7 @@ __all__ = [
     "count_step",
     "decide",
     "distinct_params",
+    "is_clipped",
     "smaller",
     "step",
     "total_norm",

@@ -10,7 +10,15 @@ from torch import Tensor
 
 Group = dict[str, Any]
 
+# Settings that a single group may have, True or False; where one is missing it is True.
+GROUP_SETTINGS = ("clipped", "counted")
+
 _PLACE = re.compile(r"parameter \d+ of param group \d+")
+
+
+def is_clipped(group: Group) -> bool:
+    """Whether the group's gradients are clipped, and count in the norm that clips."""
+    return group.get("clipped", True)
 
 
 def distinct_params(param_groups: list[Group]) -> Iterator[tuple[Group, Tensor]]:

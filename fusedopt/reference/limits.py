@@ -81,7 +81,7 @@ class AdaptiveClip:
         """
         return 1.0
 
-    def observe(self, state: Tensor, params: list[Tensor], decision: Decision) -> None:
+    def observe(self, state: Tensor, params: list[Tensor | None], decision: Decision) -> None:
         """Adds a step to the statistics. It is called for steps that were not skipped."""
 
     def _state_shape(self, num_params: int) -> tuple[int, ...]:
@@ -132,7 +132,7 @@ class Percentile(AdaptiveClip):
     def limit(self, state: Tensor, norm: float) -> float:
         return math.inf if state[_COUNT] < self.warmup else state[_LIMIT].item()
 
-    def observe(self, state: Tensor, params: list[Tensor], decision: Decision) -> None:
+    def observe(self, state: Tensor, params: list[Tensor | None], decision: Decision) -> None:
         count = int(state[_COUNT])
         state[_NORMS + count % self.window] = decision.grad_norm
         state[_COUNT] = count + 1
@@ -197,7 +197,7 @@ class ZScore(AdaptiveClip):
             return math.inf
         return mean + (self.threshold * deviation) / (z / self.threshold)
 
-    def observe(self, state: Tensor, params: list[Tensor], decision: Decision) -> None:
+    def observe(self, state: Tensor, params: list[Tensor | None], decision: Decision) -> None:
         count, mean, variance = state[:_NORMS].tolist()
         clipped = min(decision.grad_norm, self.limit(state, decision.grad_norm))
         if count < self.warmup:  # Welford (1962): the variance, times the count
@@ -268,9 +268,9 @@ class PerTensor(AdaptiveClip):
         limit = self.threshold * average
         return limit / norm if norm > limit else 1.0
 
-    def observe(self, state: Tensor, params: list[Tensor], decision: Decision) -> None:
+    def observe(self, state: Tensor, params: list[Tensor | None], decision: Decision) -> None:
         for index, param in enumerate(params):
-            if param.grad is None:
+            if param is None or param.grad is None:
                 continue
             own = self.own_coef(state, index, param, decision)
             clipped = _grad_norm(param, decision) * smaller(own, decision.clip_coef)
@@ -312,8 +312,8 @@ class Unit(AdaptiveClip):
 
     One index of the first dimension selects a row: a row of a linear layer, a filter of a
     convolution. A parameter with fewer than two dimensions is a single row. AGC does not clip the
-    last linear layer: put it in an optimizer without this limit. On the device, a row takes 24
-    bytes of memory.
+    last linear layer: put it in a param group with `"clipped": False`. On the device, a row takes
+    24 bytes of memory.
 
     Args:
         clipping: how many times its weights' norm a gradient's norm may be. 0.01 suits batches of

@@ -12,7 +12,8 @@ threads or blocks.
 4. If this sum is not finite or is below `SMALLEST_SUM`, the chunk is measured again with float64
    lanes. Squares of finite float32 numbers don't overflow in float64, and none of them is lost.
 5. The sums of all chunks, of all devices, are added exactly, and rounded once. A parameter without
-   a gradient counts as zeros.
+   a gradient counts as zeros. So does a parameter of a group that is not clipped, except for its
+   chunks that are not finite.
 
 Telemetry and limits of tensors need a parameter's own norm: the sums of its chunks are added
 exactly, and rounded once.
@@ -171,6 +172,11 @@ def sum_of_squares(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> float:
     """The sum of squares over all pairs (parameter, gradient), in the specified order."""
     sums = [it.cpu() for it in chunk_sums_by_device(pairs)]
     return exact_sum(torch.cat(sums)) if sums else 0.0
+
+
+def counted_sums(sums: Tensor, is_clipped: bool) -> Tensor:
+    """What a parameter's chunks add to the norm that clips; of one that isn't, inf and nan."""
+    return sums if is_clipped else sums[~sums.isfinite()]
 
 
 def chunk_sums_by_device(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> list[Tensor]:

@@ -13,7 +13,8 @@ from fusedopt.reference import formats, message, norms
 from fusedopt.reference.arithmetic import can_be_updated, cast_grad, compute_dtype, scaled
 from fusedopt.reference.coefficients import Decision, least, smaller
 from fusedopt.reference.decision import Control, StepOptions, decide
-from fusedopt.reference.groups import Group, distinct_params
+from fusedopt.reference.exact_sum import exact_sum
+from fusedopt.reference.groups import Group, distinct_params, is_clipped
 from fusedopt.reference.rule import Rule
 
 
@@ -41,11 +42,11 @@ def step(
     `exchange` adds up messages over ranks.
     """
     pairs = list(distinct_params(param_groups))
-    measured = [(param, param.grad) for _, param in pairs if can_be_updated(param)]
+    measured = [pair for pair in pairs if can_be_updated(pair[1])]
     if exchange is None:
-        total = norms.sum_of_squares(measured)
+        total = sum_of_squares(measured)
     else:
-        sums = norms.chunk_sums_by_device(measured)
+        sums = norms.chunk_sums_by_device((param, param.grad) for _, param in measured)
         messages = exchange([*map(message.write, sums, exchange.counted)])
         total = message.sum_of_squares(messages.tolist())
         found_inf = message.asks_for_skip(messages)
@@ -54,7 +55,7 @@ def step(
     before = None if rings is None else _values(pairs, state)
     coefs = []
     if not decision.skip:
-        coefs = [coef_of(options, index, param, decision) for index, (_, param) in enumerate(pairs)]
+        coefs = [coef_of(options, index, *pair, decision) for index, pair in enumerate(pairs)]
     for index, ((group, param), coef) in enumerate(zip(pairs, coefs, strict=False)):
         if param.grad is not None:
             kept = dict(state.get(param) or {})
@@ -66,13 +67,23 @@ def step(
     if options.clip is not None and not decision.skip:
         clip, clip_state = options.clip
         if math.isfinite(decision.grad_norm) and decision.grad_norm > 0:
-            clip.observe(clip_state, [param for _, param in pairs], decision)
+            clipped = [param if is_clipped(group) else None for group, param in pairs]
+            clip.observe(clip_state, clipped, decision)
         for coef in coefs:
             decision = decision._replace(clip_coef=smaller(least(coef), decision.clip_coef))
     if rings is not None and before is not None:
         after = _values(pairs, state)
         record(rings, int(control[Control.STEPS]), param_groups, before, after, decision)
     write_readings(control, total, decision)
+
+
+def sum_of_squares(measured: list[tuple[Group, Tensor]]) -> float:
+    """The sum of squares over the gradients that are clipped. inf and nan count in any group."""
+    sums = [
+        norms.counted_sums(norms.chunk_sums(param, param.grad), is_clipped(group)).cpu()
+        for group, param in measured
+    ]
+    return exact_sum(torch.cat(sums)) if sums else 0.0
 
 
 def _values(
@@ -94,11 +105,15 @@ def write_readings(control: Tensor, sum_of_squares: float, decision: Decision) -
     control.copy_(control.new_tensor((sum_of_squares, *readings, consecutive, steps)))
 
 
-def coef_of(options: StepOptions, index: int, param: Tensor, decision: Decision) -> float | Tensor:
+def coef_of(
+    options: StepOptions, index: int, group: Group, param: Tensor, decision: Decision
+) -> float | Tensor:
     """The clip coefficient of a parameter, in float64: the smaller of its own and the global one.
 
     A tensor holds a coefficient per row, in a shape that broadcasts.
     """
+    if not is_clipped(group):
+        return 1.0
     if options.clip is None or param.grad is None:
         return decision.clip_coef
     clip, clip_state = options.clip

@@ -138,7 +138,8 @@ def _growth(param: ParamTelemetry, row: int) -> str:
 
 def _largest(telemetry: Telemetry, row: int) -> str:
     """The parameter whose gradient is the largest part of the norm."""
-    squares = {name: _finite(p.grad_norm[row]) ** 2 for name, p in telemetry.params.items()}
+    params = telemetry.params.items()
+    squares = {name: _finite(p.grad_norm[row]) ** 2 for name, p in params if p.clipped}
     total = sum(squares.values())
     if len(squares) < 2 or not total > 0:
         return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedopt.reference import Group, distinct_params
+from fusedopt.reference import Group, distinct_params, is_clipped
 from fusedopt.reference.groups import named_params
 
 # The columns that the kernels write for every step (the groups' learning rates follow), and for
@@ -60,15 +60,19 @@ class Rings:
     def _unknown(shape: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.full(shape, torch.nan, dtype=torch.float64, device=device)
 
-    def numbered_params(self, param_groups: list[Group]) -> list[tuple[str, int, int, int]]:
-        """For every parameter: its name, elements, ring (an index into `params`) and column."""
+    def numbered_params(self, param_groups: list[Group]) -> list[tuple[str, int, bool, int, int]]:
+        """For every parameter: its name, elements, whether it is clipped, and its place.
+
+        The place is a ring (an index into `params`) and a column.
+        """
+        unclipped = {id(p) for group, p in distinct_params(param_groups) if not is_clipped(group)}
         where = {
             id(param): (ring, column)
             for ring, params in enumerate(self._owners.values())
             for column, param in enumerate(params)
         }
         return [
-            (name, _numel(param), *where[id(param)])
+            (name, _numel(param), id(param) not in unclipped, *where[id(param)])
             for param, name in named_params(param_groups)
             if id(param) in where
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class ParamTelemetry:
         infs, nans: how many of the gradient's elements were inf and nan.
         update_norm: the L2 norm of the parameter's change; 0 for a skipped step.
         param_norm: the L2 norm of the parameter before the step; nan for a skipped step.
+        clipped: whether its gradient counts in the global norm and is clipped, as its group says
+            now.
     """
 
     numel: int
@@ -34,6 +36,7 @@ class ParamTelemetry:
     nans: Tensor
     update_norm: Tensor
     param_norm: Tensor
+    clipped: bool = field(default=True, kw_only=True)
 
     @property
     def update_ratio(self) -> Tensor:
@@ -113,8 +116,8 @@ class PendingTelemetry:
             steps[:, 2] == 1,
             steps[:, len(STEP_COLUMNS) :],
             {
-                name: ParamTelemetry(numel, *params[ring][:, column].unbind(1))
-                for name, numel, ring, column in self._params
+                name: ParamTelemetry(numel, *params[ring][:, column].unbind(1), clipped=clipped)
+                for name, numel, clipped, ring, column in self._params
             },
         )
 
