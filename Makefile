@@ -9,6 +9,7 @@
 ## make peers      install the other libraries: DeepSpeed, bitsandbytes, optimi, torchao
 ## make bench-report   draw charts and write tables from benchmarks/results
 ## make docs       build the documentation in build/site; a warning or a broken link is an error
+## make wheel      build a wheel in dist/; TORCHES="2.12.0 ..." adds bindings for more versions of torch
 ## make clean      remove everything that was built, and .venv
 ##
 ## PYTHON=path     use this interpreter and its torch, and install nothing
@@ -39,6 +40,7 @@ else
   tools := .venv/test
   lint-tools := .venv/lint
   docs-tools := .venv/docs
+  release-tools := .venv/release
 endif
 
 # The build is repeated for another interpreter, torch, or choice of CUDA kernels.
@@ -59,7 +61,7 @@ cpp := $(filter-out csrc/__pycache__/%,$(wildcard csrc/*.* csrc/*/*.*))
 emulation := $(wildcard tests/emulator/*.*)
 measuring := benchmarks/ceiling.cpp benchmarks/ceiling.cu tests/front_end.cpp $(wildcard tests/guard/*.c)
 
-.PHONY: help demo test lint format sanitize racecheck bench bench-report peers docs clean tools
+.PHONY: help demo test lint format sanitize racecheck bench bench-report peers docs wheel clean tools
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -115,8 +117,11 @@ docs: $(tools) $(docs-tools)
 	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(bin)):$$PATH" $(python) -m mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
+wheel: $(tools) $(release-tools)
+	$(python) tests/release/make_wheel.py --torch $(TORCHES)
+
 clean:
-	rm -rf .venv build fusedopt/*.so fusedopt/_build.json *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist fusedopt/*.so fusedopt/_build.json *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Install torch first and alone, then the rest against this torch. The extension is built later, in
@@ -134,6 +139,10 @@ clean:
 
 .venv/docs: .venv/test
 	FUSEDOPT_PURE_PYTHON=1 .venv/bin/pip install --no-build-isolation --editable '.[docs]'
+	touch $@
+
+.venv/release: .venv/test
+	FUSEDOPT_PURE_PYTHON=1 .venv/bin/pip install --no-build-isolation --editable '.[release]'
 	touch $@
 
 tools:

@@ -35,6 +35,7 @@ ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT.resolve() / "csrc"))
 
 from toolchain import (  # noqa: E402
+    CXX_FLAGS,
     architecture_flags,
     check_compiler,
     choose_cuda,
@@ -50,20 +51,16 @@ sys.path.pop(0)  # or else csrc/torch would pass for an installed torch
 
 CSRC = Path("csrc")
 NO_TORCH = (
-    "the build saw no torch. pip builds in an environment of its own, which hides an installed "
-    "torch: run `pip install --no-build-isolation .` after `pip install torch`"
+    "the build saw no torch: pip builds in an environment of its own, which hides an installed "
+    "torch. The binding to torch is compiled when fusedopt is first used with it; `pip install "
+    "--no-build-isolation .` compiles it at once"
 )
 
-# No contraction into FMA and no fast-math: every operation rounds once, on every backend. Neither
-# errno nor floating-point traps are used, and both would keep loops from being vectorized.
-# -g0: Python asks for debug information, most of which is that of torch's headers.
-CXX_FLAGS = (
-    "-O3 -g0 -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden"
-    " -Werror=switch"
-).split()
 INCLUDES = ["-Icsrc"]  # the kernels' own headers; they include nothing of torch
 # Quoted includes alone: csrc/torch is not to stand in for <torch/...>.
 BINDING_INCLUDES = ["-iquote", str(ROOT.resolve() / CSRC)]
+# What csrc/build_binding.py compiles and includes.
+BINDING_NEEDS = ["*.h", "*.py", "torch/*.*", "core/*.h", "math/*.h", "rules/*.h"]
 KERNEL_FLAGS = ["-std=c++17", "-fPIC", *CXX_FLAGS, *INCLUDES]
 NVCC_FLAGS = (
     "-std=c++17 -O3 --expt-relaxed-constexpr -fmad=false -prec-div=true -prec-sqrt=true -ftz=false"
@@ -266,6 +263,18 @@ def make_build_py(missing: str) -> type[build_py]:
     return BuildPurePython
 
 
+class BuildPyWithSources(build_py):
+    """Adds what fusedopt/core/first_build.py compiles where another torch is installed later."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for path in (path for folder in BINDING_NEEDS for path in CSRC.glob(folder)):
+                copy = Path(self.build_lib, "fusedopt", path)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, copy)
+
+
 def write_record(package: Path, **record: str | None) -> Path:
     """Says beside the extension what it is, for fusedopt/core/extension.py."""
     extension = runpy.run_path("fusedopt/core/extension.py")
@@ -300,7 +309,7 @@ def build_options() -> dict:
         command = make_build_ext(BuildExtension, str(torch.__version__))
     return {
         "ext_modules": extensions,
-        "cmdclass": {"build_ext": command},
+        "cmdclass": {"build_ext": command, "build_py": BuildPyWithSources},
         "distclass": BinaryDistribution,
     }
 

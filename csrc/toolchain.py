@@ -15,6 +15,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 PROGRAM = "#include <vector>\nint main() { return std::vector<int>(1)[0]; }\n"
+
+# No contraction into FMA and no fast-math: every operation rounds once, on every backend. Neither
+# errno nor floating-point traps are used, and both would keep loops from being vectorized.
+# -g0: Python asks for debug information, most of which is that of torch's headers.
+CXX_FLAGS = (
+    "-O3 -g0 -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden"
+    " -Werror=switch"
+).split()
 DEFAULT_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
 

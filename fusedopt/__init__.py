@@ -69,7 +69,7 @@ else:
                 f"fusedopt.{name} needs torch, which is not installed: `pip install torch`. "
                 "fusedopt.arrays takes steps on NumPy arrays without it",
                 name="torch",
-            ) from error
+            ) from None
         return globals().setdefault(name, getattr(home, name))
 
     def __dir__() -> list[str]:

@@ -24,11 +24,11 @@ RUNNING = torch.__version__
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The files that would be imported."""
+    """The packages whose extension would be imported."""
     files = []
 
-    def note(file, record, torch_version):
-        files.append(file)
+    def note(package, record, torch_version):
+        files.append(package)
         return extension.Found(None, None, False, record)
 
     monkeypatch.setattr(extension, "_import", note)
@@ -59,7 +59,7 @@ def test_the_folder_own_extension_comes_first(tmp_path, taken):
     package = make_package(tmp_path / "here", True, "new")
     other = make_package(tmp_path / "there", True, sources=None, torch=RUNNING)
     extension.find(RUNNING, package, [str(other.parent)])
-    assert [file.parent for file in taken] == [package]
+    assert taken == [package]
 
 
 def test_sources_do_not_hide_the_build_that_was_made_of_them(tmp_path, taken):
@@ -69,7 +69,7 @@ def test_sources_do_not_hide_the_build_that_was_made_of_them(tmp_path, taken):
     (installed / extension.RECORD).write_text(json.dumps(record))
     found = extension.find(RUNNING, package, [str(package.parent), str(installed.parent)])
     assert found.record == record
-    assert [file.parent for file in taken] == [installed]
+    assert taken == [installed]
 
 
 def test_a_build_of_other_sources_is_not_taken_and_both_are_named(tmp_path, taken):
@@ -116,8 +116,9 @@ def test_an_extension_of_another_minor_version_of_torch_is_not_loaded(
     if not loads:
         path = package / f"_C{EXTENSION_SUFFIXES[0]}"
         cause = f"is compiled for torch {built}, but torch 2.15.0 runs here"
-        expected = f"{path} {cause}. Build it again: `{extension.INSTALL}` in the source folder"
-        assert found.reason == expected
+        why = "the package lacks the sources to compile the binding for it"
+        remedy = f"Build it again: `{extension.INSTALL}` in the source folder"
+        assert found.reason == f"{path} {cause}, and {why}. {remedy}"
 
 
 def test_a_file_that_cannot_be_imported_is_broken(tmp_path):

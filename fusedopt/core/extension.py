@@ -44,8 +44,8 @@ def find(torch_version: str, package: Path = PACKAGE, path: list[str] | None = N
     installed package. The installed extension is used if it was compiled from the same sources.
     """
     record = read_record(package)
-    if extension := extension_in(package):
-        return _import(extension, record, torch_version)
+    if extension_in(package) or (library_in(package) and not is_source(package)):
+        return _import(package, record, torch_version)
     if not is_source(package):
         why = record.get("missing") or "nothing says why"
         reason = f"{package} was installed without compiled kernels ({why})"
@@ -56,10 +56,10 @@ def find(torch_version: str, package: Path = PACKAGE, path: list[str] | None = N
 def _find_installed(torch_version: str, source: Path, path: list[str] | None) -> Found:
     others = [folder for folder in packages_on(path) if folder != source]
     for other in others:
-        if extension := extension_in(other):
+        if extension_in(other) or library_in(other):
             record = read_record(other)
             if record.get("sources") == fingerprint(source.parent):
-                return _import(extension, record, torch_version)
+                return _import(other, record, torch_version)
             reason = (
                 f"Python imports fusedopt from {source}, which is not compiled. {other} is, but "
                 f"from other sources. Run `{INSTALL}` in {source.parent} to compile these, or "
@@ -141,17 +141,30 @@ def fingerprint(root: Path) -> str:
     return digest.hexdigest()
 
 
-def _import(extension: Path, record: dict[str, Any], torch_version: str) -> Found:
+def _import(package: Path, record: dict[str, Any], torch_version: str) -> Found:
+    extension = extension_in(package)
     cause = why_unfit(extension, record, torch_version)
-    name = f"{PACKAGE.name}._C"
     try:
-        if cause is None:
-            return Found(_load(name, extension), None, False, record)
+        if extension is None or cause is not None:
+            extension = _another(package, torch_version)
+            record = {**record, "torch": torch_version}
+        return Found(_load(f"{PACKAGE.name}._C", extension), None, False, record)
     except ImportError as error:
-        sys.modules.pop(name, None)
-        cause = f"can't be imported ({error})"
-    reason = f"{extension} {cause}. Build it again: `{INSTALL}` in the source folder"
+        cause = f"{cause}, and {error}" if cause else f"can't be imported ({error})"
+    reason = f"{extension or package} {cause}. Build it again: `{INSTALL}` in the source folder"
     return Found(None, reason, True, record)
+
+
+def _another(package: Path, torch_version: str) -> Path:
+    """The binding for this torch, from the package or compiled now.
+
+    Raises:
+        ImportError: there is none.
+    """
+    from fusedopt.core import first_build
+
+    prebuilt = package / "bindings" / f"torch{'.'.join(minor(torch_version))}" / "_C.so"
+    return prebuilt if prebuilt.is_file() else first_build.compiled(package, torch_version)
 
 
 def _load(name: str, extension: Path) -> ModuleType:
@@ -160,16 +173,22 @@ def _load(name: str, extension: Path) -> ModuleType:
         raise ImportError(f"{extension.name} is no file that this Python can import")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError:
+        del sys.modules[name]
+        raise
     return module
 
 
-def why_unfit(extension: Path, record: dict[str, Any], torch_version: str) -> str | None:
+def why_unfit(extension: Path | None, record: dict[str, Any], torch_version: str) -> str | None:
     """Why an extension must not be loaded here; None if it may be.
 
     torch's C++ classes change between minor versions. An extension for another version may load,
     but would read memory wrongly.
     """
+    if extension is None:
+        return "was built without torch"
     if extension.name.removeprefix("_C") not in EXTENSION_SUFFIXES:
         here = f"{sys.implementation.name} {sys.version_info.major}.{sys.version_info.minor}"
         return f"is compiled for another Python than this {here}"
