@@ -6,6 +6,7 @@
 #include <exception>
 #include <stdexcept>
 
+#include "torch/dict_version.h"
 #include "torch/plan.h"
 
 namespace fusedopt {
@@ -16,24 +17,6 @@ namespace {
 constexpr size_t kAhead = 6;
 
 const at::Tensor& unpack(PyObject* object) { return THPVariable_Unpack(object); }
-
-// A number that changes whenever the dict changes, and that no other dict has. 0: this Python keeps
-// no such number.
-uint64_t version_of(PyObject* dict) {
-#if PY_VERSION_HEX < 0x030E0000
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
-  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
-#pragma GCC diagnostic pop
-#else
-  return 0;
-#endif
-}
-
-// Whether the dict is certain to be unchanged since it had this version.
-bool is_of_version(PyObject* dict, uint64_t version) {
-  return version != 0 && version_of(dict) == version;
-}
 
 constexpr c10::DispatchKeySet kSpecialViews({c10::DispatchKey::Negative,
                                              c10::DispatchKey::ZeroTensor});
@@ -227,7 +210,7 @@ bool Plan::same_state(const py::dict& state) {
   for (size_t e = 0; e < state_entries_.size(); ++e) {
     if (e + kAhead < state_entries_.size()) {
       const StateEntry& next = state_entries_[e + kAhead];
-      __builtin_prefetch(next.value);
+      prefetch_version(next.value);
       for (int i = next.first_item; i < next.last_item; ++i) items_[i].guard.prefetch();
     }
     StateEntry& entry = state_entries_[e];
