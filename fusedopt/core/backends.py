@@ -31,8 +31,6 @@ def warn_once(message: str) -> None:
 
 found = agreement.checked(extension.find(torch.__version__))
 _C: Any = found.module
-if found.broken:
-    warn_once(f"fusedopt: {found.reason}")
 
 
 def device_type_of(backend: str) -> str:

@@ -44,9 +44,9 @@ def compiled(package: Path, torch_version: str) -> Path:
 
 
 def _cache() -> Path:
-    from torch.utils.cpp_extension import get_default_build_root
-
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    if folder := os.environ.get("TORCH_EXTENSIONS_DIR"):  # torch's own choice for such files
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fusedopt"
 
 
 def _key(package: Path, library: Path, torch_version: str) -> str:
