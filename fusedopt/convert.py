@@ -2,9 +2,10 @@
 
     torch.save(fusedopt.convert.to_torch(optimizer), "optimizer.pt")
 
-The other way needs no function: `load_state_dict` takes torch's checkpoints.
+The other way needs no function: `load_state_dict` takes torch's checkpoints and recognizes those of
+bitsandbytes, torchao, FlashOptim, TransformerEngine and apex.
 """
 
-from fusedopt.core.convert import to_torch
+from fusedopt.core.convert import to_bitsandbytes, to_torch, to_torchao
 
-__all__ = ["to_torch"]
+__all__ = ["to_bitsandbytes", "to_torch", "to_torchao"]

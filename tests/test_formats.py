@@ -8,7 +8,14 @@ from cases import CASES, CLASSES, assert_same_bits, make_params, set_grads, snap
 from test_parity import run_both
 
 import fusedopt
-from fusedopt.reference.formats import STATE_SHIFT, RandomBits, rounded_at_random
+from fusedopt.reference.formats import (
+    STATE_SHIFT,
+    RandomBits,
+    join,
+    rest_beside,
+    rounded_at_random,
+    split,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = [
@@ -213,3 +220,22 @@ def test_second_moments_follow_a_variance_that_falls(state_dtype, rounding):
     print(f"{state_dtype}, rounding={rounding}: {ratio:.3f} of a float32 average")
     assert (abs(ratio - 1) < 0.02) == (rounding is None)
     assert rounding is None or ratio > 1.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_rest_beside_a_split_number_is_the_splits(dtype):
+    values = torch.randn(2**18) * torch.exp(3 * torch.randn(2**18))
+    values = torch.cat([values, torch.tensor([0.0, -0.0, 2.0**-20, -(2.0**-24), 65504.0])])
+    number, rest = split(values, dtype)
+    found, are_near = rest_beside(values, number)
+    assert torch.equal(found, rest) and are_near.all()
+    far = number * 1.5
+    _, are_near = rest_beside(values, far)
+    assert not are_near[far.isfinite() & (number.abs() > 2.0**-10)].any()
+    ties = (number.detach().view(torch.int16).int() << 16) + 0x8000
+    if dtype == torch.bfloat16:  # rounded to even, as torch rounds
+        values = ties.view(torch.float32)
+        found, are_near = rest_beside(values, values.bfloat16())
+        assert are_near.all()
+        joined = join(values.bfloat16(), found).view(torch.int32) - ties
+        assert joined.abs().max() <= 1

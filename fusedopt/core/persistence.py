@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from fusedopt.core import backends, checkpoint, checks, limit_state
+from fusedopt.core import backends, checkpoint, checks, limit_state, peers
 from fusedopt.core.checkpoint import SHARE
 from fusedopt.core.names import ParamNames, check_named
 from fusedopt.core.provisional_state import ProvisionalState
@@ -136,6 +136,9 @@ class Persistence(Readings):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads the `state_dict()` of an optimizer of this class or of its torch twin.
 
+        Those of bitsandbytes, torchao, FlashOptim, TransformerEngine and apex are recognized and
+        converted: see docs/precision.md.
+
         Like torch's, it takes over the tensors of `state_dict`, and steps write to them. Load a
         `copy.deepcopy` to keep the original. A tensor is copied if its device, dtype or layout is
         another one, or if writing to it would be wrong: a tensor of a memory-mapped file, of
@@ -175,8 +178,10 @@ class Persistence(Readings):
             wrapper's are left out.
         """
         names = self._names.of(self.param_groups)
+        state_dict = peers.unwrapped(state_dict)
         read = checkpoint.read(state_dict, names)
         checkpoint.check_share(state_dict, self._share_label())
+        read = peers.translated(self.rule, self.param_groups, read)
         groups = checkpoint.load_groups(self.param_groups, names, read)
         # torch's classes fill in the options that older checkpoints lack.
         self._twin().__setstate__({"state": {}, "param_groups": groups})

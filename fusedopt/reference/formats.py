@@ -152,6 +152,19 @@ def split(
     return _from_bits(bits + 0x8000 >> 16, dtype), bits.to(torch.int16)
 
 
+def rest_beside(values: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+    """The rests of int16 with which 16-bit numbers that exist are nearest to float32 values.
+
+    Returns:
+        The rests, and whether each number is one of its value's two neighbors, rounded to nearest.
+        A number that isn't finite needs no rest.
+    """
+    bits = number.detach().view(torch.int16).to(torch.int64) << 16
+    rest = ((extended(values, number.dtype) - bits + 2**31) & _M32) - 2**31
+    rest = torch.where(number.detach().isfinite(), rest, 0)
+    return rest.clamp(-0x8000, 0x7FFF).to(torch.int16), rest.abs() <= 0x8000
+
+
 def convert_rest(rest: Tensor, dtype: torch.dtype) -> Tensor:
     """A rest of int8 as one of int16, or the other way.
 
