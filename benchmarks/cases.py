@@ -169,6 +169,12 @@ def norm_cases() -> list[Case]:
     return [*cases, Case("norm", large, WORKLOADS[large], "norm", torch.bfloat16, True)]
 
 
+def format_cases() -> list[Case]:
+    """Steps whose sides store weights and states in different formats."""
+    large = "one tensor of 25M"
+    return [Case("AdamW", large, WORKLOADS[large], mode) for mode in ("plain", "clip")]
+
+
 def gpu_cases() -> list[Case]:
     """The cases for a GPU, the most important first: there may be no time for the last."""
     one, small = ((100_000_000,),), ((64,),) * 1000

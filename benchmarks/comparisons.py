@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -12,10 +12,13 @@ from torch.nn import Parameter
 import fusedopt
 from benchmarks import ceiling, results, traffic
 from benchmarks.cases import Case
+from benchmarks.format_sides import FORMAT_SIDES
+from benchmarks.memory import extra_bytes, stored_bytes
 from benchmarks.peers import OURS, SIDES, Unavailable, make_step
 from benchmarks.timing import Effort, Step, cache_bytes, interleaved, make_evict
 
 CEILING = "ceiling"
+CONTENDERS_OF_FORMATS = {name: side.contender for name, side in FORMAT_SIDES.items()}
 
 
 @dataclass
@@ -26,17 +29,20 @@ class Outcome:
         samples: by side, the seconds of each round. Samples of the same round make a pair.
         skipped: by side, the reason why the side was not measured.
         bytes: by side, the bytes that a step moves, if they are known.
+        columns: by side, more columns of its row.
     """
 
     samples: dict[str, list[float]]
     skipped: dict[str, str]
     bytes: dict[str, int] = field(default_factory=dict)
+    columns: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def rows(self, suite: str, comparison: Comparison, threads: int) -> list[results.Row]:
         """The rows of a report, one per side."""
         return [
             {"suite": suite, **comparison.facts(), "threads": threads, "side": side,
-             "bytes": self.bytes.get(side), "samples_ns": results.kept(samples)}
+             "bytes": self.bytes.get(side), **self.columns.get(side, {}),
+             "samples_ns": results.kept(samples)}
             for side, samples in self.samples.items()
         ]  # fmt: skip
 
@@ -152,6 +158,42 @@ class NormComparison(CaseComparison):
         steps = {side: step for side, step in steps.items() if side in sides}
         outcome.samples = interleaved(steps, device, effort, evict_for(memory, device))
         return outcome
+
+
+class FormatComparison(CaseComparison):
+    """Compares a step between formats. Each side has its own parameters, as their dtypes differ.
+
+    Rows also have what a side stores for its parameters and states, and the most that it holds
+    during a step, with the gradients' bytes left out: "stored" and "peak", in bytes.
+    """
+
+    def run(self, sides: list[str], device: str, effort: Effort) -> Outcome:
+        torch.compiler.reset()
+        outcome = Outcome({}, {})
+        steps: dict[str, Step] = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # warnings of other libraries
+            for side in sides:
+                try:
+                    steps[side], outcome.columns[side] = self._prepare(side, device)
+                except Unavailable as reason:
+                    outcome.skipped[side] = str(reason)
+                except Exception as error:  # the library doesn't take such tensors
+                    if FORMAT_SIDES[side].is_ours:
+                        raise
+                    outcome.skipped[side] = f"failed: {error}"
+            memory = self.case.elements * self.case.dtype.itemsize * 4
+            outcome.samples = interleaved(steps, device, effort, evict_for(memory, device))
+        return outcome
+
+    def _prepare(self, side: str, device: str) -> tuple[Step, dict[str, Any]]:
+        torch.manual_seed(0)
+        params = make_params(replace(self.case, dtype=FORMAT_SIDES[side].dtype), device)
+        step, optimizer = make_step(side, self.case, params, CONTENDERS_OF_FORMATS)
+        for _ in range(2):  # makes the states, compiles
+            step()
+        extra, stored = extra_bytes(step, device), stored_bytes(optimizer)
+        return step, {"stored": stored, "peak": None if extra is None else stored + extra}
 
 
 def add_ceiling(

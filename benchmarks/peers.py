@@ -50,7 +50,7 @@ class Contender:
     find_clip: Callable[[], Clip] = lambda: clip_grad_norm_
 
 
-def ours(case: Case, params: list[Parameter], **more: int) -> Optimizer:
+def ours(case: Case, params: list[Parameter], **more: Any) -> Optimizer:
     cls = attribute(fusedopt, f"Fused{case.recipe.name}")
     max_grad_norm = None if case.mode == "plain" else 1.0
     return cls(params, **case.recipe.options, max_grad_norm=max_grad_norm, **more)

@@ -1,4 +1,4 @@
-"""Draws the charts and writes the tables of README.md and docs/performance.md from the results.
+"""Draws the charts and writes the tables of README.md and docs/ from the results.
 
     python -m benchmarks.report
 
@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import charts, results, tables
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/precision.md")
 IMAGES = Path("docs/images")
 NOT_MEASURED = "Not measured yet."
 
@@ -73,6 +73,10 @@ def all_steps(report: Report, page_folder: Path, image: Path) -> str:
     return tables.origin(report) + "\n\n" + tables.steps(report)
 
 
+def formats(report: Report, page_folder: Path, image: Path) -> str:
+    return tables.origin(report) + "\n\n" + tables.formats(report)
+
+
 def training(report: Report, page_folder: Path, image: Path) -> str:
     return tables.origin(report) + "\n\n" + tables.training(report)
 
@@ -96,6 +100,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Report, Path, Path], str]]] = {
     "sweep": ("sweep", chart(charts.draw_sweep, "time against elements and against tensors")),
     "norm": ("norm", all_steps),
     "training": ("training", training),
+    "formats": ("formats", formats),
 }
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ def text_row(row: Row, ours: Row, ceiling: Row | None) -> str:
     if row.get("bytes"):
         line += f"{row['bytes'] / row['elements']:7.1f} B/element"
         line += f"{row['bytes'] / seconds / 1e9:8.1f} GB/s"
+    if "stored" in row:
+        line += f"  {stored(row)} B/element stored, {peak(row) or '?'} at most"
     if ceiling is not None and row is not ceiling:
         line += f"{1 / ratio(row, ceiling)[1]:7.0%} of the ceiling"
     return line
@@ -63,6 +65,15 @@ def peers_in(report: dict[str, Any]) -> list[str]:
 
 def share(row: Row, ceiling: Row | None) -> str:
     return "" if ceiling is None else f"{ratio(ceiling, row)[1]:.0%}"
+
+
+def stored(row: Row) -> str:
+    """Bytes per element of parameters and states."""
+    return f"{row['stored'] / row['elements']:.2f}"
+
+
+def peak(row: Row) -> str:
+    return "" if row["peak"] is None else f"{row['peak'] / row['elements']:.2f}"
 
 
 SUMMARY = (
@@ -105,6 +116,21 @@ def steps(report: dict[str, Any]) -> str:
             )  # fmt: skip
             name = ""
     header = ["case", "side", "ms", "times ours", "bytes per element", "share of the ceiling"]
+    return markdown(header, body)
+
+
+def formats(report: dict[str, Any]) -> str:
+    """Every side's time, the ratio with its quartiles, and the bytes that it holds."""
+    body = []
+    for ours, sides in by_case(report["rows"]):
+        name = f"{ours['case']}, {ours['threads']} threads"
+        for row in sides.values():
+            low, middle, high = ratio(row, ours)
+            times = f"{middle:.3g}" + ("" if row is ours else f" ({low:.3g} to {high:.3g})")
+            milliseconds = f"{median_seconds(row) * 1e3:.4g}"
+            body.append([name, row["side"], milliseconds, times, stored(row), peak(row)])
+            name = ""
+    header = ["case", "weights + states", "ms", "times ours in float32", "bytes stored", "at most"]
     return markdown(header, body)
 
 

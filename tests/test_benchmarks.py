@@ -18,9 +18,27 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import cases, ceiling, charts, long_run, report, results, tables, timing, traffic
+from benchmarks import (
+    cases,
+    ceiling,
+    charts,
+    long_run,
+    memory,
+    report,
+    results,
+    tables,
+    timing,
+    traffic,
+)
 from benchmarks.cases import Case
-from benchmarks.comparisons import CEILING, NormComparison, StepComparison, make_params
+from benchmarks.comparisons import (
+    CEILING,
+    FormatComparison,
+    NormComparison,
+    StepComparison,
+    make_params,
+)
+from benchmarks.format_sides import FORMAT_SIDES
 from benchmarks.peers import OURS, SIDES, Unavailable, make_step
 
 BRIEF = timing.Effort(seconds=0, rounds=2, warm_up=1)
@@ -150,6 +168,34 @@ def test_a_side_that_is_not_there_is_skipped_by_name():
     assert outcome.skipped["DeepSpeed"] == "DeepSpeed has no fused RMSprop"
 
 
+def test_formats_store_the_bytes_of_the_table():
+    """docs/precision.md has it; a scale takes 1/16 of a byte, and a step needs next to nothing."""
+    case = Case("AdamW", "one", ((2**18,),), "clip")
+    comparison, sides = FormatComparison(case), [*FORMAT_SIDES]
+    outcome = comparison.run(sides, "cpu", BRIEF)
+    assert outcome.samples.keys() | outcome.skipped.keys() == set(sides)
+    rows = outcome.rows("formats", comparison, 1)
+    stored = {row["side"]: row["stored"] / case.elements for row in rows}
+    expected = {
+        OURS: 12, "float32 + 8bit": 6.125, "exact + float32": 12, "exact + bfloat16": 8,
+        "24bit + bfloat16": 7, "24bit + 8bit": 5.125, "stochastic + 8bit": 4.125,
+        "naive bfloat16": 6, "torch fused": 12, "torch fused, bfloat16": 6,
+    }  # fmt: skip
+    assert {side: stored[side] for side in expected} == pytest.approx(expected, abs=1e-3)
+    for row in rows:
+        assert row["peak"] is None or row["peak"] >= row["stored"]
+    report_ = {**results.new_report("cpu"), "rows": rows}
+    assert len(tables.formats(report_).splitlines()) == 2 + len(rows)
+    assert "5.13 B/element stored" in "\n".join(tables.as_text(report_))
+
+
+def test_the_extra_memory_of_a_step_is_that_of_its_temporary_tensors():
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux tells the peak")
+    found = memory.extra_bytes(lambda: torch.ones(2**24).sum(), "cpu")
+    assert found is None or abs(found - 2**26) < 2**22  # Linux counts pages in batches
+
+
 def test_a_side_for_another_device_is_skipped_by_name():
     sides = [OURS, "Apex", "flashoptim 8-bit"]
     outcome = StepComparison(Case("AdamW", "small", SMALL)).run(sides, "cpu", BRIEF)
@@ -237,7 +283,7 @@ def test_the_report_writes_pages_and_charts_from_results(tmp_path):
         (tmp_path / page).write_text((report.ROOT / page).read_text())
     results.save(made_up_report(), ["step", "sweep"], tmp_path / "results")
     report.main(tmp_path, tmp_path / "results")
-    readme, page = ((tmp_path / name).read_text() for name in report.PAGES)
+    readme, page, _ = ((tmp_path / name).read_text() for name in report.PAGES)
     assert "| AdamW, one tensor of 25M, clipped | 3 | 50% |" in readme
     assert "made up" in page and report.NOT_MEASURED in page
     images = sorted(path.name for path in (tmp_path / report.IMAGES).iterdir())
