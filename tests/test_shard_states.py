@@ -37,6 +37,7 @@ OPTIONS = [
 MIXED = [
     (fusedopt.FusedAdamW, {"master_weights": "exact", "state_dtype": torch.bfloat16}),
     (fusedopt.FusedSGD, {"rounding": "stochastic", "seed": 3}),
+    (fusedopt.FusedAdamW, {"master_weights": "24bit", "state_dtype": "8bit"}),
 ]
 
 

@@ -181,12 +181,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init([](const std::string& rule, const std::string& backend,
                        const py::object& param_groups, const py::object& state,
                        const py::dict& counters, const std::vector<at::Tensor>& rings,
-                       const FormatTuples& formats) {
+                       const FormatTuples& formats, std::vector<int64_t> first_elements) {
              return std::make_unique<Plan>(rule, backend, param_groups, state, counters, rings,
-                                           formats_of(find_rule(rule), formats));
+                                           formats_of(find_rule(rule), formats),
+                                           std::move(first_elements));
            }),
            py::arg("rule"), py::arg("backend"), py::arg("param_groups"), py::arg("state"),
-           py::arg("counters"), py::arg("rings"), py::arg("formats") = FormatTuples())
+           py::arg("counters"), py::arg("rings"), py::arg("formats") = FormatTuples(),
+           py::arg("first_elements") = std::vector<int64_t>())
       .def("nonfinite", &Plan::nonfinite)
       .def("shared_memory", &Plan::shared_memory)
       .def(

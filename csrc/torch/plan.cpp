@@ -81,8 +81,10 @@ void check_ring(const at::Tensor& ring, c10::Device device, at::IntArrayRef colu
 
 Plan::Plan(const std::string& rule, const std::string& backend, const py::object& param_groups,
            const py::object& state, const py::dict& counters, const std::vector<at::Tensor>& rings,
-           std::vector<GroupFormat> formats)
-    : rule_(find_rule(rule)), formats_(std::move(formats)) {
+           std::vector<GroupFormat> formats, std::vector<int64_t> first_elements)
+    : rule_(find_rule(rule)),
+      formats_(std::move(formats)),
+      first_elements_(std::move(first_elements)) {
   for (const OptionInfo& it : rule_.options) {
     names_.push_back(PyUnicode_InternFromString(it.name.c_str()));
   }
@@ -185,6 +187,7 @@ void Plan::add_entry(PlanParam& plan_param, const at::Tensor& param) {
   info.row_size = 1;
   info.group = plan_param.group;
   info.number = static_cast<uint32_t>(params_.size());
+  if (info.number < first_elements_.size()) info.first_element = first_elements_[info.number];
   plan_param.index = device_tensors.add(info, {});
   if (plan_param.has_kernels) lay_out(plan_param, param);
 }

@@ -90,10 +90,11 @@ class Plan {
   // `counters` maps a parameter to the scalar that its rule keeps outside of the state, if there is
   // one. `rings` are telemetry's: the ring of the steps, then one per device. It is empty without
   // telemetry. `formats` has one entry per group; it is empty if all arrays are stored as their
-  // dtypes say.
+  // dtypes say. `first_elements` has one entry per parameter that is listed first: the index of its
+  // element 0 in the whole tensor. It is empty if no parameter is a part of a tensor.
   Plan(const std::string& rule, const std::string& backend, const py::object& param_groups,
        const py::object& state, const py::dict& counters, const std::vector<at::Tensor>& rings,
-       std::vector<GroupFormat> formats);
+       std::vector<GroupFormat> formats, std::vector<int64_t> first_elements);
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
@@ -196,7 +197,8 @@ class Plan {
       listed_;                         // per group: indices into params_, in the order of its list
   std::vector<uint32_t> states_used_;  // per group
   std::vector<GroupFormat> formats_;   // per group
-  std::vector<PlanParam> params_;      // each parameter once
+  std::vector<int64_t> first_elements_;  // as the constructor was given
+  std::vector<PlanParam> params_;        // each parameter once
   std::vector<StateEntry> state_entries_;
   uint64_t state_version_ = 0;    // of optimizer.state, when its entries were read
   std::vector<StateItem> items_;  // the items of all entries, in the order of the dicts

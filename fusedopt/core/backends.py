@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from fusedopt.core import agreement, extension, fallback
 from fusedopt.core.check_formats import warn_once_of_naive_params
 from fusedopt.core.plan import Plan
 from fusedopt.distributed import LocalView
-from fusedopt.reference import Group, Rule
+from fusedopt.reference import Group, Rule, distinct_params
 from fusedopt.reference.arithmetic import is_subclass
 from fusedopt.reference.formats import formats_of
 
@@ -98,8 +98,13 @@ def new_plan(
     state: dict[Tensor, dict[str, Tensor]],
     counters: dict[Tensor, Tensor],
     rings: list[Tensor],
+    first_elements: Mapping[Tensor, int],
 ) -> Plan | None:
-    """A plan for steps; None for the reference."""
+    """A plan for steps; None for the reference.
+
+    `first_elements`: of parameters that are parts of whole tensors, the index of their element 0
+    there.
+    """
     warn_once_of_naive_params(param_groups)
     if backend == TORCH:
         return fallback.TorchPlan(rule, param_groups, state, counters)
@@ -110,7 +115,8 @@ def new_plan(
     if all(it.are_default for it in formats):
         return _C.Plan(rule.name, backend or "", param_groups, state, counters, rings)
     asked = [it.for_kernels(rule) for it in formats]
-    return _C.Plan(rule.name, backend or "", param_groups, state, counters, rings, asked)
+    first = [first_elements.get(param, 0) for _, param in distinct_params(param_groups)]
+    return _C.Plan(rule.name, backend or "", param_groups, state, counters, rings, asked, first)
 
 
 def new_view() -> LocalView:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.core.state_keys import found_keys
+from fusedopt.distributed import first_element, is_cut_alike, is_dtensor, local_of
 from fusedopt.reference import Group, Rule
 from fusedopt.reference.arithmetic import is_subclass
 from fusedopt.reference.blocks import BLOCK_SIZE, CODE_DTYPES, keys_of, num_blocks
@@ -82,16 +83,41 @@ def check_param_formats(group: Group, param: Tensor, name: str) -> None:
             f"{name} is torch.float64, and its group has {asked}; expected float32, bfloat16 or "
             "float16, or a group of its own with None for these options"
         )
-    if formats.in_blocks and is_subclass(param):
-        raise TypeError(
-            f"{name} is a {type(param).__name__}, and its group has state_dtype='8bit', whose "
-            "blocks would be cut by shards; expected torch.bfloat16, torch.float32 or None"
-        )
+    check_shards(group, param, name)
     stochastic = formats.rounding == "stochastic" and not formats.has_rest(param)
     if stochastic and param.dtype == torch.float16:
         raise TypeError(
             f"{name} is torch.float16, and rounding='stochastic' rounds weights at random, which "
             "is for bfloat16; expected master_weights='exact' or '24bit', or rounding=None"
+        )
+
+
+def check_shards(group: Group, param: Any, name: str) -> None:
+    """Refuses states of 8 bits for a DTensor whose shards cut blocks, or deal them unlike torch."""
+    if not formats_of(group).in_blocks or not is_subclass(param):
+        return
+    beside = "its group has state_dtype='8bit'"
+    otherwise = "or torch.bfloat16, torch.float32 or None"
+    if not is_dtensor(param):
+        raise TypeError(
+            f"{name} is a {type(param).__name__}, and {beside}; expected a plain tensor or a "
+            f"DTensor, {otherwise}"
+        )
+    first, number = first_element(param), local_of(param).numel()
+    placed = f"{name} is a DTensor with placements {param.placements}"
+    if first is None:
+        raise ValueError(
+            f"{placed}, and {beside}, whose blocks are {BLOCK_SIZE} neighbors in memory; expected "
+            f"one that is cut along its first dimension only, {otherwise}"
+        )
+    end = first + number
+    blocks = num_blocks(number)
+    cuts = number > 0 and (first % BLOCK_SIZE or (end % BLOCK_SIZE and end != param.numel()))
+    if cuts or not is_cut_alike(param, num_blocks(param.numel()), first // BLOCK_SIZE, blocks):
+        raise ValueError(
+            f"{placed}, of which this rank has the elements {first} to {end} of {param.numel()}, "
+            f"and {beside}, whose blocks of {BLOCK_SIZE} elements would be cut or dealt unevenly; "
+            f"expected shards of as many whole blocks on every rank, {otherwise}"
         )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fusedopt.core import checks, limit_state, takeover
 from fusedopt.core.arrange import arranged, loaded_names
+from fusedopt.core.check_formats import check_shards
 from fusedopt.core.checks import IMPLEMENTATION
 from fusedopt.core.forms import in_asked_form
 from fusedopt.core.names import Names
@@ -249,6 +250,7 @@ def _checked(rule: Rule, group: Group, param: Tensor, saved: dict[Any, Any], nam
         found = [key for it in rule.states(group) for key in found_keys(rule, group, it, saved)]
         found += [REST] if REST in own else []
         check_placements(found, param, saved, name)
+        check_shards(group, param, name)
         local = {key: local_of(value) for key, value in saved.items()}
         checks.check_state(rule, group, local_of(param), local, name)
         _check_values(rule, group, local, name)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fusedopt.core.backends import zeros_like
-from fusedopt.core.state_keys import found_keys
+from fusedopt.core.state_keys import found_keys, scale_keys
+from fusedopt.distributed import is_dtensor, like, local_of
 from fusedopt.reference import Group, Rule
 from fusedopt.reference.blocks import CODE_DTYPES, decode, encode, keys_of, num_blocks
 from fusedopt.reference.formats import formats_of
@@ -30,8 +31,17 @@ def new_states(rule: Rule, group: Group, param: Tensor) -> dict[str, Tensor]:
     for name in rule.states(group):
         codes, scales = keys_of(name)
         result[codes] = zeros_like(param, CODE_DTYPES[rule.codings[name]])
-        result[scales] = torch.zeros(num_blocks(param.numel()), device=param.device)
+        result[scales] = _scales_like(param, torch.zeros(_blocks_here(param), device=param.device))
     return result
+
+
+def _blocks_here(param: Tensor) -> int:
+    return num_blocks(local_of(param).numel())
+
+
+def _scales_like(param: Tensor, scales: Tensor) -> Tensor:
+    """This rank's scales as a parameter's state has them: of a DTensor, they are one."""
+    return like(param, scales, (num_blocks(param.numel()),))
 
 
 def _filled(param: Tensor, dtype: torch.dtype, value: Any) -> Tensor:
@@ -49,6 +59,21 @@ def in_asked_form(
 
     Codes are laid out as the parameter, on its device.
     """
+    if not is_dtensor(param):
+        return _in_asked_form(rule, group, param, state)
+    here = {key: local_of(value) for key, value in state.items()}
+    result: dict[str, Any] = {}
+    for key, value in _in_asked_form(rule, group, local_of(param), here).items():
+        wraps = _scales_like if key in scale_keys(rule) else like
+        is_as_it_was = key in here and value is here[key]
+        result[key] = state[key] if is_as_it_was else wraps(param, value)
+    return result
+
+
+def _in_asked_form(
+    rule: Rule, group: Group, param: Tensor, state: Mapping[str, Any]
+) -> dict[str, Any]:
+    """As `in_asked_form`, of plain tensors."""
     result = dict(state)
     for name in rule.codings:
         if name not in rule.states(group):

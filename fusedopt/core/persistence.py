@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from fusedopt.core import backends, checkpoint, checks, limit_state, peers
+from fusedopt.core.check_formats import check_shards
 from fusedopt.core.checkpoint import SHARE
 from fusedopt.core.names import ParamNames, check_named
 from fusedopt.core.provisional_state import ProvisionalState
@@ -76,9 +77,10 @@ class Persistence(Readings):
                 for i, param in enumerate(group["params"])
                 if self._lacks_state(param)
             ]
-            for _, param, name in new:
+            for group, param, name in new:
                 checks.check_param(local_of(param), name, self._backend)
                 checks.check_new_state(name, "init_state()")
+                check_shards(group, param, name)
             counters = self._provisional_state.counters
             try:
                 for group, param, _ in new:

@@ -22,6 +22,7 @@ from fusedopt.distributed import (
     announce,
     counted_chunks,
     find_ranks,
+    first_element,
     has_dtensors,
     is_dtensor,
     local_of,
@@ -155,6 +156,11 @@ class RankStepper(GatheredStep):
             return self.param_groups, self.state, self._provisional_state.counters
         view: LocalView = self._own["view"]
         return view.groups, view.state, view.counters
+
+    def _first_elements(self) -> dict[Tensor, int]:
+        """Where this rank's parts of DTensors begin in the whole tensors."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        return {local_of(it): first_element(it) or 0 for it in params if is_dtensor(it)}
 
     def _counted_chunks(self, plan: Plan | None) -> list[Tensor]:
         """By device, which chunks this rank counts; as long as a plan fits, the same ones."""

@@ -116,8 +116,11 @@ class Stepper(RankStepper):
             exchange.counted = self._counted_chunks(plan)
         try:
             if plan is None:
+                first, rings = self._first_elements(), self._rings
                 reference.step(
-                    self.rule, groups, states, counters, options, control, self._rings, exchange
+                    *(self.rule, groups, states, counters, options, control, rings),
+                    exchange,
+                    first,
                 )
             elif not plan.step(
                 groups, states, *options.for_kernels(), control=control, exchange=exchange
@@ -168,7 +171,8 @@ class Stepper(RankStepper):
             groups, states, counters = self._seen()
             if not any(group["params"] for group in groups):
                 backend = backends.REFERENCE  # no kernel would write the readings of other ranks
-            plan = backends.new_plan(backend, self.rule, groups, states, counters, rings)
+            first = self._first_elements()
+            plan = backends.new_plan(backend, self.rule, groups, states, counters, rings, first)
             checks.check_shared_memory(plan, self.param_groups)
         except Exception:
             self._drop_state(new_states)

@@ -14,6 +14,7 @@ from fusedopt.distributed.local_view import (
     without_partial,
 )
 from fusedopt.distributed.ranks import Ranks, has_dtensors, replica_of
+from fusedopt.distributed.shards import first_element, is_cut_alike, like
 from fusedopt.distributed.share import Share
 
 __all__ = [
@@ -26,9 +27,12 @@ __all__ = [
     "check_placements",
     "counted_chunks",
     "find_ranks",
+    "first_element",
     "has_dtensors",
+    "is_cut_alike",
     "is_dtensor",
     "is_placed_as",
+    "like",
     "local_of",
     "not_sharded",
     "placed_as",

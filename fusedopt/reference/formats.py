@@ -106,14 +106,16 @@ class RandomBits(NamedTuple):
     seed: int
     step: int
     number: int  # of the parameter, among all of the optimizer's
+    first: int = 0  # the index of element 0 in the whole tensor, if the parameter is a part of it
 
     def of(self, param: Tensor, shift: int) -> Tensor:
         """16 random bits for every element: int64, shaped as the parameter."""
         bits = torch.empty_like(param, dtype=torch.int64, memory_format=torch.preserve_format)
         flat = bits.as_strided((param.numel(),), (1,))
-        index = torch.arange(param.numel(), device=param.device)
-        keys = [self._key(i) for i in range(1 + (param.numel() >> KEY_BITS))]
-        key = torch.tensor(keys, device=param.device)[index >> KEY_BITS]
+        index = self.first + torch.arange(param.numel(), device=param.device)
+        first_key, last_key = self.first >> KEY_BITS, self.first + param.numel() >> KEY_BITS
+        keys = [self._key(i) for i in range(first_key, last_key + 1)]
+        key = torch.tensor(keys, device=param.device)[(index >> KEY_BITS) - first_key]
         flat.copy_(lowbias32((index * 0x9E3779B1 + key) & _M32) >> shift & 0xFFFF)
         return bits
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from numbers import Real
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -36,10 +38,12 @@ def step(
     control: Tensor,
     rings: Rings | None,
     exchange: message.Exchange | None = None,
+    first_elements: Mapping[Tensor, int] = MappingProxyType({}),
 ) -> None:
     """Runs one step, and writes its readings to `control` (float64, shape (7,)); see `Control`.
 
-    `exchange` adds up messages over ranks.
+    `exchange` adds up messages over ranks. `first_elements`: of parameters that are parts of whole
+    tensors, the index of their element 0 there.
     """
     pairs = list(distinct_params(param_groups))
     measured = [pair for pair in pairs if can_be_updated(pair[1])]
@@ -61,7 +65,8 @@ def step(
             kept = dict(state.get(param) or {})
             if rule.hidden_step:
                 kept[rule.counter] = counters[param]
-            update(rule, group, param, kept, coef * decision.inv_scale, index)
+            first = first_elements.get(param, 0)
+            update(rule, group, param, kept, coef * decision.inv_scale, index, first)
     if not options.measure:
         decision = decide(options, total)
     if options.clip is not None and not decision.skip:
@@ -192,10 +197,12 @@ def update(
     state: dict[str, Tensor],
     grad_factor: float | Tensor,
     number: int = 0,
+    first: int = 0,
 ) -> None:
     """Applies the rule to one parameter, and changes it and its states in place.
 
-    `number`: the parameter's index among all of the optimizer's.
+    `number`: the parameter's index among all of the optimizer's. `first`: the index of its element
+    0 in the whole tensor.
     """
     assert param.grad is not None
     dtype = compute_dtype(param.dtype)
@@ -213,7 +220,7 @@ def update(
         },
     )
     seed = formats.formats_of(group).seed or 0
-    random = formats.RandomBits(seed, int(scalars[rule.counter]), number)
+    random = formats.RandomBits(seed, int(scalars[rule.counter]), number, first)
     formats.store_param(group, param, state, new_param, random)
     for name, value in new_states.items():
         formats.store_state(rule, group, name, param, state, value, random)
