@@ -54,7 +54,8 @@ def check_rule(rule: Rule, constants: dict[str, Any]) -> None:
     """
     scalars, states, codings = constants["rules"][rule.name]
     kept = [*scalars.items()], (*states,), codings
-    expected = [*(rule.scalars or {rule.counter: 0}).items()], rule.tensors, {**rule.codings}
+    arrays = (*rule.tensors, *rule.scratch)
+    expected = [*(rule.scalars or {rule.counter: 0}).items()], arrays, {**rule.codings}
     if kept != expected:
         raise ImportError(
             f"the kernels of {rule.name} keep {kept!r} for a parameter, but this fusedopt "

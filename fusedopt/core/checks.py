@@ -165,7 +165,7 @@ def check_options(
         if type(value := group.get(key, True)) is not bool:
             raise TypeError(f"param group {index}'s {key} is {value!r}; expected True or False")
     check_formats(f"param group {index}'s ", group)
-    if missing := [key for key in defaults if key not in group]:
+    if missing := [key for key in defaults if key not in group and key not in IMPLEMENTATION]:
         raise ValueError(
             f"param group {index} has no {', '.join(map(repr, missing))}, only "
             f"{', '.join(repr(key) for key in group if key not in ('params', *IMPLEMENTATION))}: "

@@ -147,6 +147,8 @@ class FusedOptimizer(Persistence, Stepper):
             "was_part": False,
             "together": None,
             "view": backends.new_view(),
+            "scratch": {},
+            "second_half": None,
         }
         check_formats("", self._own["formats"])
         if not self._knows_ranks():

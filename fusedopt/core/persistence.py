@@ -242,6 +242,8 @@ class Persistence(Readings):
             "view": backends.new_view(),
             "last_message": None,
             "counted": None,
+            "scratch": {},
+            "second_half": None,
         }
         return {"_own": own, **{name: getattr(self, name) for name in kept}}
 

@@ -14,6 +14,7 @@ from fusedopt.core.gathered_step import GatheredStep
 from fusedopt.core.nonfinite import NonFinite, NonFiniteGradientError
 from fusedopt.core.plan import Plan
 from fusedopt.core.replicas import check_replicas
+from fusedopt.core.scratch import with_scratch
 from fusedopt.distributed import (
     Exchange,
     LocalView,
@@ -152,10 +153,14 @@ class RankStepper(GatheredStep):
 
     def _seen(self) -> tuple[list[Group], dict[Tensor, Any], dict[Tensor, Tensor]]:
         """Groups, state and counters as a step sees them: of this rank's plain tensors."""
-        if self._own["ranks"] is None:
-            return self.param_groups, self.state, self._provisional_state.counters
-        view: LocalView = self._own["view"]
-        return view.groups, view.state, view.counters
+        own = self._own
+        seen = own["param_groups"], own["state"], self._provisional_state.counters
+        if own["ranks"] is not None:
+            view: LocalView = own["view"]
+            seen = view.groups, view.state, view.counters
+        if self.rule.scratch:
+            return seen[0], with_scratch(self.rule, seen[1], own["scratch"]), seen[2]
+        return seen
 
     def _first_elements(self) -> dict[Tensor, int]:
         """Where this rank's parts of DTensors begin in the whole tensors."""

@@ -74,8 +74,9 @@ class Stepper(RankStepper):
     def _step_alone(self, mode: NonFinite, plan: Plan | None, control: Tensor) -> StepOptions:
         own = self._own
         options = self._step_options(mode)
+        states = own["state"] if not self.rule.scratch else self._seen()[1]
         if plan is not None and plan.step(
-            own["param_groups"], own["state"], *options.for_kernels(), control=control
+            own["param_groups"], states, *options.for_kernels(), control=control
         ):
             return options
         return self._step_anew(mode, control)

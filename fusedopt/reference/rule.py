@@ -70,6 +70,8 @@ class Rule:
         first_values: the option of the group that a new state is filled with, by the state's name.
             All others start from 0, or as `scalars` says.
         any_sign: the options that may be negative.
+        scratch: the names of arrays like those of `tensors` that `update` returns, too, and that
+            are no state: they are for what follows in the same step.
         counts: the options that hold several numbers, and how many. All others hold one.
     """
 
@@ -88,6 +90,7 @@ class Rule:
     prepare_next: Callable[[Group, dict[str, Tensor]], dict[str, Tensor]] = lambda group, it: it
     first_values: Mapping[str, str] = field(default_factory=dict)
     any_sign: tuple[str, ...] = ()
+    scratch: tuple[str, ...] = ()
     counts: Mapping[str, int] = field(default_factory=lambda: {"betas": 2})
 
     def __post_init__(self) -> None:

@@ -213,7 +213,7 @@ def update(
         _with_floats(group),
         scalars,
         formats.param_values(group, param, state),
-        -grad if group["maximize"] else grad,
+        -grad if group.get("maximize") else grad,
         {
             name: formats.state_values(rule, group, name, param, state)
             for name in rule.states(group)
