@@ -15,6 +15,7 @@ __all__ = [
     "FusedAdamW",
     "FusedAdamax",
     "FusedLion",
+    "FusedMuon",
     "FusedNAdam",
     "FusedOptimizer",
     "FusedRAdam",

@@ -72,7 +72,8 @@ def test_one_wrong_bit_is_reported(monkeypatch, capsys, cls):
 
     def off_by_one_bit(rule, group, param, *rest):
         update(rule, group, param, *rest)
-        if param.shape == (33, 41) and param.dtype == torch.float32:
+        is_whole = rule.name != "muon"  # which leaves the parameter to the second half, SGD's
+        if is_whole and param.shape == (33, 41) and param.dtype == torch.float32:
             param.view(torch.int32)[-1, -1] ^= 1
 
     # Where the reference's step finds it; the package's attribute of this name is a function.

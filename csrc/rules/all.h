@@ -9,6 +9,7 @@
 #include "rules/ademamix.h"
 #include "rules/asgd.h"
 #include "rules/lion.h"
+#include "rules/muon.h"
 #include "rules/nadam.h"
 #include "rules/radam.h"
 #include "rules/rmsprop.h"
@@ -24,6 +25,7 @@
   DO(AdEMAMix)                     \
   DO(ASGD)                         \
   DO(Lion)                         \
+  DO(Muon)                         \
   DO(NAdam)                        \
   DO(RAdam)                        \
   DO(RMSprop)                      \

@@ -27,9 +27,10 @@ def _with_arrays(rule: Rule, param: Any, entry: Any, seen: States) -> Any:
     if not isinstance(like, Tensor):
         return entry  # a state without this rule's arrays
     known = seen.setdefault(param, {})
-    arrays = {name: _array(known.get(name), like) for name in rule.scratch}
-    known.clear()
-    known.update(entry, **arrays)
+    wanted = {**entry, **{name: _array(known.get(name), like) for name in rule.scratch}}
+    if [*known] != [*wanted] or any(known[name] is not it for name, it in wanted.items()):
+        known.clear()  # a plan is told of every change of a dict
+        known.update(wanted)
     return known
 
 

@@ -8,6 +8,7 @@ from fusedopt.optimizers.adamax import FusedAdamax as FusedAdamax
 from fusedopt.optimizers.ademamix import FusedAdEMAMix as FusedAdEMAMix
 from fusedopt.optimizers.asgd import FusedASGD as FusedASGD
 from fusedopt.optimizers.lion import FusedLion as FusedLion
+from fusedopt.optimizers.muon import FusedMuon as FusedMuon
 from fusedopt.optimizers.nadam import FusedNAdam as FusedNAdam
 from fusedopt.optimizers.radam import FusedRAdam as FusedRAdam
 from fusedopt.optimizers.rmsprop import FusedRMSprop as FusedRMSprop
