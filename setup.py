@@ -1,4 +1,4 @@
-"""Builds the kernels' library, and where torch is installed fusedopt._C, torch's binding to it.
+"""Builds the kernels' library, torch's binding where torch is, and JAX's custom call where JAX is.
 
 The CPU kernels are always built, the CUDA kernels where there are an nvcc and a GPU. What is built,
 for which torch, and why something is left out, is recorded beside the library: see
@@ -170,6 +170,20 @@ def link_library(
     return library, [f"-L{library.parent}", f"-l{name}", f"-Wl,-rpath,{here}"]
 
 
+def build_for_jax(folder: Path, linking: list[str]) -> list[Path]:
+    """The library of JAX's custom call, where jaxlib is installed."""
+    jaxlib = find_spec("jaxlib")
+    if jaxlib is None or jaxlib.origin is None:
+        return []
+    headers = Path(jaxlib.origin).parent / "include"
+    compiler = [*cxx(), *KERNEL_FLAGS, "-fvisibility=default", f"-isystem{headers}"]
+    commands = objects(folder, [*CSRC.glob("ffi/*.cpp")], compiler)
+    library = folder.absolute() / "libfusedopt_jax.so"
+    command = [*cxx(), "-shared", *compile_objects(commands), *linking, "-o", str(library)]
+    subprocess.run(command, check=True)
+    return [library]
+
+
 def build_kernels(
     folder: Path, compiling: list[str], linking: list[str]
 ) -> tuple[Path, list[str], str | None]:
@@ -207,7 +221,8 @@ def make_build_ext(base: type[build_ext], torch: str | None) -> type[build_ext]:
             super().run()
             package = ROOT / "fusedopt" if self.inplace else Path(self.build_lib) / "fusedopt"
             package.mkdir(parents=True, exist_ok=True)
-            shutil.copy(library, package)
+            for it in [library, *build_for_jax(folder, arguments)]:
+                shutil.copy(it, package)
             missing = None if torch else NO_TORCH
             write_record(package, torch=torch, no_cuda=no_cuda, missing=missing)
             say("built" + (f", without CUDA kernels: {no_cuda}" if no_cuda else ""))

@@ -93,6 +93,8 @@ def names_for(heading: str, folder: Path) -> dict[str, Any]:
         names |= {"gpt2": example.make_model(), "dataset": example.make_data()[:32]}
     if "Lightning" in heading:
         pytest.importorskip("pytorch_lightning")
+    if heading.startswith("JAX"):
+        pytest.importorskip("jax")
     if "NumPy" in heading:
         pytest.importorskip("numpy")
     if "Keras" in heading:
@@ -170,7 +172,7 @@ def assert_monitored(heading: str, names: dict[str, Any], folder: Path) -> None:
 def test_every_name_in_the_docs_exists():
     for path in FILES:
         used = set(re.findall(r"fusedopt\.(\w+)", path.read_text()))
-        modules = {"arrays", "egg", "keras", "reference"}
+        modules = {"arrays", "egg", "jax", "keras", "reference"}
         missing = {name for name in used - modules if not hasattr(fusedopt, name)}
         assert not missing, f"{path.name} speaks of {missing}"
 

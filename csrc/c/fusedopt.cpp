@@ -36,6 +36,8 @@ constexpr Dtype kDtypes[] = {{"float32", Storage::kFloat32},
                              {"float64", Storage::kFloat64},
                              {"bfloat16", Storage::kBFloat16},
                              {"float16", Storage::kFloat16}};
+static_assert(FUSEDOPT_FLOAT64 == 1 && FUSEDOPT_BFLOAT16 == 2 && FUSEDOPT_FLOAT16 == 3);
+static_assert(sizeof(fusedopt_control) == sizeof(StepControl));
 
 // The place of an option's numbers among those of all options. Two entries of a rule may have one
 // name: the rule then reads the same numbers in two ways.
@@ -115,7 +117,16 @@ std::string describe() {
   return text.str();
 }
 
-std::vector<TensorInfo> tensors_of(int64_t count, const int64_t* sizes, const int32_t* dtypes) {
+int count_of_numbers(const RuleInfo& rule) {
+  int count = 0;
+  for (const OptionInfo& option : rule.options) {
+    count = std::max(count, place_of(rule, option.name) + option.count);
+  }
+  return count;
+}
+
+std::vector<TensorInfo> tensors_of(int64_t count, const int64_t* sizes, const int32_t* dtypes,
+                                   const int32_t* groups) {
   std::vector<TensorInfo> result;
   for (int64_t i = 0; i < count; ++i) {
     TensorInfo info{};
@@ -125,6 +136,7 @@ std::vector<TensorInfo> tensors_of(int64_t count, const int64_t* sizes, const in
     info.numel = sizes[i];
     info.row_size = std::max<int64_t>(1, sizes[i]);
     info.number = static_cast<uint32_t>(i);
+    info.group = groups == nullptr ? 0 : static_cast<uint32_t>(groups[i]);
     info.param = info.grad = kDtypes[dtypes[i]].storage;
     std::fill(std::begin(info.states), std::end(info.states), info.param);
     result.push_back(info);
@@ -132,9 +144,9 @@ std::vector<TensorInfo> tensors_of(int64_t count, const int64_t* sizes, const in
   return result;
 }
 
-Needs needs_of(const RuleInfo& rule) {
+Needs needs_of(const RuleInfo& rule, int64_t num_groups) {
   Needs needs{};
-  needs.num_groups = 1;
+  needs.num_groups = num_groups;
   needs.num_hyperparameters = rule.num_hyperparameters;
   needs.num_states = static_cast<int>(rule.states.size());
   needs.num_scalars = static_cast<int>(rule.scalars.size());
@@ -152,16 +164,18 @@ int most_threads() {
 }  // namespace
 
 struct fusedopt_plan {
-  fusedopt_plan(const RuleInfo& its_rule, const std::vector<TensorInfo>& tensors)
-      : rule(its_rule), layout(tensors, needs_of(its_rule)) {}
+  fusedopt_plan(const RuleInfo& its_rule, const std::vector<TensorInfo>& tensors, int64_t groups)
+      : rule(its_rule), num_groups(groups), layout(tensors, needs_of(its_rule, groups)) {}
 
   void step(const fusedopt_step& call);
 
  private:
   void place(void* const* arrays);
+  std::vector<double> groups_of(const double* options) const;
   int threads_for(const fusedopt_step& call) const;
 
   const RuleInfo& rule;
+  const int64_t num_groups;
   const Layout layout;
   std::vector<double> workspace;
   std::vector<void*> placed;  // the addresses in the workspace's tables
@@ -192,19 +206,25 @@ int fusedopt_plan::threads_for(const fusedopt_step& call) const {
   return static_cast<int>(std::clamp<int64_t>(elements / kChunkSize, 1, allowed));
 }
 
+// All groups, and then the hyperparameters of all groups.
+std::vector<double> fusedopt_plan::groups_of(const double* options) const {
+  std::vector<double> result(num_groups * sizeof(Group) / sizeof(double));
+  for (int64_t g = 0; g < num_groups; ++g) {
+    const auto numbers = hyperparameters_of(rule, options + g * count_of_numbers(rule));
+    result.insert(result.end(), numbers.begin(), numbers.end());
+    reinterpret_cast<Group*>(result.data())[g].states_used = rule.states_used(numbers.data());
+  }
+  return result;
+}
+
 void fusedopt_plan::step(const fusedopt_step& call) {
-  constexpr size_t kFirst = sizeof(Group) / sizeof(double);
-  const std::vector<double> numbers = hyperparameters_of(rule, call.options);
-  std::vector<double> groups(kFirst);
-  groups.insert(groups.end(), numbers.begin(), numbers.end());
-  Group* const group = reinterpret_cast<Group*>(groups.data());
-  group->states_used = rule.states_used(numbers.data());
+  const std::vector<double> groups = groups_of(call.options);
   place(call.arrays);
 
   StepParams step{};
   layout.bind(reinterpret_cast<char*>(workspace.data()), step);
   step.grads = call.grads;
-  step.groups = group;
+  step.groups = reinterpret_cast<const Group*>(groups.data());
   step.control = reinterpret_cast<StepControl*>(call.control);
   step.options.max_grad_norm = call.max_grad_norm;
   step.options.measure = call.measure != 0;
@@ -233,9 +253,10 @@ int64_t fusedopt_states_used(const char* rule, const double* options) {
 }
 
 fusedopt_plan* fusedopt_new_plan(const char* rule, int64_t num_tensors, const int64_t* sizes,
-                                 const int32_t* dtypes) {
+                                 const int32_t* dtypes, const int32_t* groups, int64_t num_groups) {
   return guarded(static_cast<fusedopt_plan*>(nullptr), [&] {
-    return new fusedopt_plan(find_rule(rule), tensors_of(num_tensors, sizes, dtypes));
+    const auto tensors = tensors_of(num_tensors, sizes, dtypes, groups);
+    return new fusedopt_plan(find_rule(rule), tensors, num_groups);
   });
 }
 

@@ -17,17 +17,28 @@ extern "C" {
 
 typedef struct fusedopt_plan fusedopt_plan;
 
+enum { FUSEDOPT_FLOAT32, FUSEDOPT_FLOAT64, FUSEDOPT_BFLOAT16, FUSEDOPT_FLOAT16 };
+
+/* The readings of a step. All are 0 before the first step. */
+typedef struct fusedopt_control {
+  double sum_of_squares; /* of the gradients before unscaling */
+  double grad_norm;      /* after unscaling, before clipping */
+  double clip_coef;
+  double step_skipped;                            /* 0 or 1 */
+  double skipped_steps, consecutive_skips, steps; /* so far, with this one */
+} fusedopt_control;
+
 typedef struct fusedopt_step {
   void* const* arrays;      /* per tensor: the parameter, the rule's states, the rule's scalars
                                (float32); null for a state that the options don't use */
   const void* const* grads; /* per tensor; null: there is none, and the tensor is left alone */
-  const double* options;    /* the numbers of all options of the rule, in the order of describe() */
+  const double* options;    /* per group: the numbers of all options of the rule */
   double max_grad_norm;     /* infinity: never clip */
   int32_t measure;          /* measure the norm before the update; else the update sums it up */
   int32_t skip_nonfinite;   /* change nothing if a gradient holds inf or nan; needs `measure` */
   const float* grad_scale;  /* null, or the factor that the loss was multiplied by */
   const float* found_inf;   /* null, or a number that asks for a skip if it is not 0 */
-  double* control; /* the readings, in the order of describe(); zeros before the first step */
+  fusedopt_control* control;
   int32_t threads; /* at most so many; 0: as many as OpenMP allows */
 } fusedopt_step;
 
@@ -39,13 +50,15 @@ FUSEDOPT_API const char* fusedopt_error(void);
  * fusedopt_step}. The order is that of the numbers and addresses that the other functions take. */
 FUSEDOPT_API const char* fusedopt_describe(void);
 
-/* Bit k: the rule's state k is used with these options. -1: an option is refused. */
+/* Bit k: the rule's state k is used with these options of one group. -1: an option is refused. */
 FUSEDOPT_API int64_t fusedopt_states_used(const char* rule, const double* options);
 
 /* `sizes`: elements per tensor. `dtypes`: of the parameter, the states and the gradient of each
- * tensor, as an index into the dtypes of describe(). Null: the tensors are refused. */
+ * tensor, as an index into the dtypes of describe(): FUSEDOPT_FLOAT32 and so on. `groups`: the
+ * group of each tensor; null: all are in group 0. Null is returned if the tensors are refused. */
 FUSEDOPT_API fusedopt_plan* fusedopt_new_plan(const char* rule, int64_t num_tensors,
-                                              const int64_t* sizes, const int32_t* dtypes);
+                                              const int64_t* sizes, const int32_t* dtypes,
+                                              const int32_t* groups, int64_t num_groups);
 FUSEDOPT_API void fusedopt_free_plan(fusedopt_plan* plan);
 
 /* Takes one step, or skips it. Returns 0; or -1: an option is refused. */

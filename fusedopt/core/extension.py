@@ -75,26 +75,29 @@ def _find_installed(torch_version: str, source: Path, path: list[str] | None) ->
     return Found(None, reason, False, {})
 
 
-def find_library(package: Path = PACKAGE, path: list[str] | None = None) -> Path:
-    """The kernels' library in `package`, or for a source folder in the installed package.
+def find_library(
+    name: str = "kernels", package: Path = PACKAGE, path: list[str] | None = None
+) -> Path:
+    """The library of this name in `package`, or for a source folder in the installed package.
 
     Raises:
         ImportError: there is none.
     """
-    if library := library_in(package):
+    if library := library_in(package, name):
         return library
     if is_source(package):
         sources = fingerprint(package.parent)
         for other in packages_on(path):
-            if (library := library_in(other)) and read_record(other).get("sources") == sources:
+            library = library_in(other, name)
+            if library and read_record(other).get("sources") == sources:
                 return library
     why = read_record(package).get("missing") or f"run `{INSTALL}` in the source folder"
-    raise ImportError(f"there are no compiled kernels in {package}: {why}")
+    raise ImportError(f"there is no compiled libfusedopt_{name} in {package}: {why}")
 
 
-def library_in(package: Path) -> Path | None:
-    """The file of the kernels' library."""
-    files = [package / f"libfusedopt_kernels.{suffix}" for suffix in ("so", "dylib")]
+def library_in(package: Path, name: str = "kernels") -> Path | None:
+    """The file of one of our libraries: "kernels" or "jax"."""
+    files = [package / f"libfusedopt_{name}.{suffix}" for suffix in ("so", "dylib")]
     return next((file for file in files if file.is_file()), None)
 
 

@@ -1,0 +1,230 @@
+"""`fusedopt.jax`: the reference's bits, in place; optax's results, protocol and states."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import same_bits
+
+import fusedopt
+
+jax: Any = pytest.importorskip("jax", reason="jax isn't installed")
+optax: Any = pytest.importorskip("optax", reason="optax isn't installed")
+np: Any = pytest.importorskip("numpy")
+
+from fusedopt.core import extension  # noqa: E402
+
+if extension.library_in(extension.PACKAGE, "jax") is None:
+    pytest.skip("the custom call is not compiled", allow_module_level=True)
+
+import fusedopt.jax  # noqa: E402
+
+jnp: Any = jax.numpy
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = {"kernel": (33, 41), "bias": (7,), "scalar": (), "long": (16385,), "none": (0,)}
+CASES = [
+    ("adam", {"b1": 0.5, "eps": 1e-3}, fusedopt.FusedAdam, {"betas": (0.5, 0.999), "eps": 1e-3}),
+    ("adamw", {"weight_decay": 0.1}, fusedopt.FusedAdamW, {"weight_decay": 0.1}),
+    ("sgd", {}, fusedopt.FusedSGD, {}),
+    ("sgd", {"momentum": 0.9}, fusedopt.FusedSGD, {"momentum": 0.9}),
+    (
+        *("sgd", {"momentum": 0.9, "nesterov": True}, fusedopt.FusedSGD),
+        {"momentum": 0.9, "nesterov": True},
+    ),
+]
+STEPS = [("plain", 1.0), ("nan", 1.0), ("large", 1e30), ("plain", 0.1)]
+
+
+def make_tree(seed: int, dtype: str = "float32", scale: float = 1.0) -> Any:
+    draw = np.random.default_rng(seed).normal
+    return {name: jnp.asarray(draw(0, scale, it), dtype) for name, it in SHAPES.items()}
+
+
+def tensor_of(array: Any) -> torch.Tensor:
+    array = np.array(array)
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def gradients(dtype: str) -> list[Any]:
+    found = []
+    for seed, (kind, scale) in enumerate(STEPS):
+        tree = make_tree(seed + 1, dtype, 1e4 if dtype == "float16" and kind == "large" else scale)
+        if kind == "nan":
+            tree["bias"] = tree["bias"].at[3].set(jnp.nan)
+        found.append(tree)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda it: f"{it[0]}({it[1]})")
+def test_the_bits_of_the_reference(case, dtype):
+    """A skipped step changes nothing; gradients of 1e30 are clipped."""
+    name, options, cls, torch_options = case
+    tree = make_tree(0, dtype)
+    params = {key: torch.nn.Parameter(tensor_of(tree[key])) for key in sorted(tree)}
+    reference = cls(
+        [*params.values()], lr=0.01, **torch_options, max_grad_norm=0.5, backend="reference"
+    )
+    optimizer = getattr(fusedopt.jax, name)(0.01, **options, max_grad_norm=0.5)
+    step, state = jax.jit(optimizer.step), optimizer.init(tree)
+    for grads in gradients(dtype):
+        for key, param in params.items():
+            param.grad = tensor_of(grads[key])
+        reference.step()
+        tree, state = step(tree, grads, state)
+        assert all(same_bits(tensor_of(tree[key]), params[key].detach()) for key in params)
+        assert same_bits(tensor_of(state.grad_norm), reference.grad_norm)
+        assert int(state.skips) == int(reference.skipped_steps)
+    assert int(state.count) == 3
+    for key, flat in state.moments.items():
+        expected = torch.cat([reference.state[it][key].ravel() for it in params.values()])
+        assert same_bits(tensor_of(flat[dtype]), expected)
+
+
+def pointers(tree: Any) -> list[int]:
+    return [it.unsafe_buffer_pointer() for it in jax.tree.leaves(tree)]
+
+
+def test_donated_arrays_are_changed_where_they_are():
+    optimizer = fusedopt.jax.adamw(0.01, max_grad_norm=1.0)
+    params, grads = ({**make_tree(seed), "none": jnp.ones(1)} for seed in range(2))
+    state = optimizer.init(params)
+    step = jax.jit(optimizer.step, donate_argnums=(0, 2))
+    text = step.lower(params, grads, state).compile().as_text()
+    assert "fusedopt_step" in text and not re.search(r"\bcopy(-start)?\(", text)
+    before = pointers(params), pointers(state.moments)
+    params, state = step(params, grads, state)
+    assert (pointers(params), pointers(state.moments)) == before
+
+
+def test_arrays_that_are_not_donated_stay_as_they_were():
+    optimizer = fusedopt.jax.sgd(0.5, momentum=0.9)
+    params, grads = make_tree(0), make_tree(1)
+    state = optimizer.init(params)
+    for step in (optimizer.step, jax.jit(optimizer.step)):
+        new, new_state = step(params, grads, state)
+        assert (params["long"] == make_tree(0)["long"]).all() and int(state.count) == 0
+        assert not state.moments["momentum_buffer"]["float32"].any()
+        assert np.allclose(new["long"], params["long"] - 0.5 * grads["long"], atol=1e-6)
+        assert int(new_state.count) == 1
+
+
+def schedule(count: Any) -> Any:
+    return 0.1 / (1 + count)
+
+
+def mask(params: Any) -> Any:
+    return {name: it.ndim > 1 for name, it in params.items()}
+
+
+OPTAX = [
+    ("adam", {"learning_rate": 0.01}),
+    ("adam", {"learning_rate": schedule, "b1": 0.8, "b2": 0.9, "eps": 1e-3}),
+    ("adamw", {"learning_rate": 0.01, "weight_decay": 0.3, "mask": mask}),
+    ("sgd", {"learning_rate": schedule}),
+    ("sgd", {"learning_rate": 0.01, "momentum": 0.9, "nesterov": True}),
+]
+
+OPTAX_IDS = [f"{name}({','.join(options)})-{index}" for index, (name, options) in enumerate(OPTAX)]
+
+
+def run(optimizer: Any, state: Any, params: Any, seeds: range) -> tuple[Any, Any]:
+    """Steps by optax's protocol."""
+    for seed in seeds:
+        updates, state = optimizer.update(make_tree(seed), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def assert_close(actual: Any, expected: Any) -> None:
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "options"), OPTAX, ids=OPTAX_IDS)
+def test_the_results_are_optaxs_also_within_a_chain(name, options):
+    theirs = getattr(optax, name)(**options)
+    expected, _ = run(theirs, theirs.init(make_tree(0)), make_tree(0), range(1, 5))
+    ours = getattr(fusedopt.jax, name)(**options)
+    actual, _ = run(ours, ours.init(make_tree(0)), make_tree(0), range(1, 5))
+    assert_close(actual, expected)
+    chained = optax.chain(optax.scale(1.0), ours)
+    assert_close(run(chained, chained.init(make_tree(0)), make_tree(0), range(1, 5))[0], expected)
+
+
+@pytest.mark.parametrize(("name", "options"), OPTAX, ids=OPTAX_IDS)
+def test_states_go_to_optax_and_back(name, options):
+    theirs = optax.chain(optax.clip_by_global_norm(1e6), getattr(optax, name)(**options))
+    ours = getattr(fusedopt.jax, name)(**options)
+    params, state = run(ours, ours.init(make_tree(0)), make_tree(0), range(1, 3))
+    converted = fusedopt.jax.to_optax(state, theirs.init(params))
+    expected, after = run(theirs, converted, params, range(3, 5))
+    assert_close(run(ours, state, params, range(3, 5))[0], expected)
+    back = fusedopt.jax.from_optax(ours.init(params), after)
+    if "learning_rate" not in options or name != "sgd" or callable(options["learning_rate"]):
+        assert int(back.count) == 4
+    both = [run(ours, back, expected, range(5, 7))[0], run(theirs, after, expected, range(5, 7))[0]]
+    assert_close(*both)
+
+
+def test_states_of_another_optimizer_are_refused():
+    params = make_tree(0)
+    state = fusedopt.jax.adam(0.1).init(params)
+    with pytest.raises(ValueError, match="template has no room for exp_avg, exp_avg_sq"):
+        fusedopt.jax.to_optax(state, optax.sgd(0.1).init(params))
+    with pytest.raises(ValueError, match="optax_state has no exp_avg, exp_avg_sq"):
+        fusedopt.jax.from_optax(state, optax.sgd(0.1).init(params))
+
+
+def test_options_that_are_refused():
+    for options, message in (
+        ({"b1": 1.0}, r"Invalid betas value: 1; expected a number in \[0, 1\)"),
+        ({"max_grad_norm": -1.0}, "Invalid max_grad_norm value: -1.0"),
+        ({"nonfinite": "raise"}, "Invalid nonfinite value: 'raise'; expected one of 'skip'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fusedopt.jax.adam(0.1, **options)
+    with pytest.raises(ValueError, match="Invalid lr value: -1"):
+        fusedopt.jax.sgd(-1.0)
+
+
+def test_trees_that_are_refused():
+    optimizer = fusedopt.jax.adam(0.1)
+    params, grads = {"w": jnp.ones(3)}, {"w": jnp.ones(3)}
+    state = optimizer.init(params)
+    with pytest.raises(TypeError, match=r"params\['w'\] is int32; expected one of float32"):
+        optimizer.init({"w": jnp.ones(3, jnp.int32)})
+    with pytest.raises(ValueError, match="grads has the structure"):
+        optimizer.step(params, {"v": jnp.ones(3)}, state)
+    with pytest.raises(ValueError, match=r"grads\['w'\] has the shape \(4,\); expected \(3,\)"):
+        optimizer.step(params, {"w": jnp.ones(4)}, state)
+    with pytest.raises(TypeError, match=r"grads\['w'\] is bfloat16; expected float32"):
+        optimizer.step(params, {"w": jnp.ones(3, jnp.bfloat16)}, state)
+    with pytest.raises(ValueError, match="update\\(\\) needs params"):
+        optimizer.update(grads, state)
+    stacked = jax.tree.map(lambda it: jnp.stack([it, it]), (params, grads, state))
+    with pytest.raises(NotImplementedError, match="vmap"):
+        jax.vmap(optimizer.step)(*stacked)
+
+
+def test_a_learning_rate_out_of_range_ends_the_step():
+    optimizer = fusedopt.jax.sgd(lambda count: -1.0 + count)
+    params = {"w": jnp.ones(3)}
+    with pytest.raises(Exception, match="Invalid lr value: -1"):
+        jax.block_until_ready(optimizer.step(params, params, optimizer.init(params)))
+
+
+def test_the_example_learns(monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
+    main = runpy.run_path(str(ROOT / "examples/jax_digits.py"))["main"]
+    assert main(epochs=10) > 0.85
+    assert "2 bad batches skipped" in capsys.readouterr().out
