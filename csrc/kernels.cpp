@@ -63,6 +63,7 @@ RuleInfo describe() {
   info.scalars.assign(std::begin(Rule::kScalars), std::end(Rule::kScalars));
   info.states.assign(std::begin(Rule::kStates), std::end(Rule::kStates));
   info.num_hyperparameters = num_hyperparameters<Rule>;
+  info.has_trust_ratio = Rule::kHasTrustRatio;
   info.states_used = [](const double* values) {
     return Rule::states_used(hyperparameters<Rule>(values, Group{}));
   };
@@ -78,7 +79,8 @@ void check(const RuleInfo& rule, const StepParams& step, const Device& device) {
   };
   const size_t pointers = 2 + rule.states.size() + rule.scalars.size();
   expect(step.num_pointers == static_cast<int64_t>(pointers) &&
-             step.num_hyperparameters == rule.num_hyperparameters,
+             step.num_hyperparameters == rule.num_hyperparameters &&
+             (step.trust_sums != nullptr || !rule.has_trust_ratio),
          "another rule");
   // Only the CPU takes chunks by spans.
   expect(step.num_chunks == 0 || (step.num_spans == 0) == device.is_cuda,

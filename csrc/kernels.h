@@ -44,6 +44,7 @@ struct RuleInfo {
   std::vector<StateName> scalars;  // 0-d float32 each; the first one counts the steps
   std::vector<StateName> states;   // shaped as the parameter
   int num_hyperparameters;
+  bool has_trust_ratio;  // then its steps need more memory: Needs::trust_ratio
   unsigned (*states_used)(const double* hyperparameters);  // bit k: states[k] is used
   int (*update)(const StepParams&, const Device&);
   int (*run_step)(const StepParams&, const Device&);

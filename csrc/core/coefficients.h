@@ -39,6 +39,13 @@ FUSEDOPT_INLINE typename Rule::Hyperparameters hyperparameters(const StepParams&
   return hyperparameters<Rule>(first + group * num_hyperparameters<Rule>, step.groups[group]);
 }
 
+// The trust ratio of a tensor in the second pass of a rule that has one; else 1.
+template <class Rule>
+FUSEDOPT_INLINE double trust_ratio_of(const StepParams& step, int64_t tensor) {
+  if constexpr (Rule::kHasTrustRatio && !Rule::kIsTrustPass) return step.trust_ratios[tensor];
+  return 1;
+}
+
 // The coefficients and the gradient's factor, in float64.
 template <class Rule>
 struct Prepared {
@@ -78,17 +85,27 @@ class Pointers {
   float* const* scales_;
 };
 
+template <class Rule>
+FUSEDOPT_INLINE auto coefficients_of(const typename Rule::Hyperparameters& h, const float* scalars,
+                                     [[maybe_unused]] double trust_ratio) {
+  if constexpr (Rule::kHasTrustRatio) {
+    return Rule::coefficients(h, scalars, trust_ratio);
+  } else {
+    return Rule::coefficients(h, scalars);
+  }
+}
+
 // Changes `scalars` to the values that this step leaves.
 template <class Rule>
 FUSEDOPT_INLINE Prepared<Rule> prepare(const StepParams& step, int64_t group, float* scalars,
-                                       double grad_factor) {
+                                       double grad_factor, double trust_ratio) {
   const auto h = hyperparameters<Rule>(step, group);
   Rule::advance(h, scalars);
   if constexpr (Rule::kHasMaximize) {
     if (h.maximize != 0) grad_factor = -grad_factor;
   }
   const uint64_t steps = num_scalars<Rule> > 0 ? static_cast<uint64_t>(scalars[0]) : 0;
-  const auto coefficients = Rule::coefficients(h, scalars);
+  const auto coefficients = coefficients_of<Rule>(h, scalars, trust_ratio);
   Rule::prepare_next(h, scalars);
   return {coefficients, grad_factor, step.groups[group].seed, steps};
 }

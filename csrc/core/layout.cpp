@@ -10,7 +10,7 @@ namespace fusedopt {
 
 namespace {
 
-constexpr int64_t kTickets = 2;
+constexpr int64_t kTickets = 3;
 
 template <class T>
 int64_t bytes_of(int64_t count) {
@@ -89,6 +89,10 @@ Layout::Layout(const std::vector<TensorInfo>& tensors, const Needs& needs) : nee
     part_coefs_ = add(bytes_of<double>(num_rows_ + num_chunks()));
   }
   if (needs.segments != SegmentKind::kNone) chunk_coefs_ = add(bytes_of<double>(num_chunks()));
+  if (needs.trust_ratio) {
+    trust_sums_ = add(bytes_of<TrustSums>(num_chunks()));
+    trust_ratios_ = add(bytes_of<double>(num_tensors));
+  }
   const StepArgs args(num_tensors, needs.num_groups, needs.num_hyperparameters);
   if (needs.on_cuda && args.bytes() > kInlinedArgs) step_args_ = add(args.bytes());
 }
@@ -188,6 +192,10 @@ void Layout::bind(char* workspace, StepParams& step) const {
   }
   if (needs_.segments != SegmentKind::kNone) {
     step.chunk_coefs = at<double>(workspace, chunk_coefs_.at);
+  }
+  if (needs_.trust_ratio) {
+    step.trust_sums = at<TrustSums>(workspace, trust_sums_.at);
+    step.trust_ratios = at<double>(workspace, trust_ratios_.at);
   }
   if (step_args_.bytes > 0) step.step_args = workspace + step_args_.at;
 }

@@ -35,6 +35,7 @@ struct Needs {
   bool on_cuda;
   bool telemetry;
   SegmentKind segments;
+  bool trust_ratio;  // of the rule
   int64_t num_groups;
   int num_hyperparameters, num_states, num_scalars;  // of the rule
 };
@@ -63,7 +64,7 @@ struct StepArgs {
 
 // StepArgs of up to this size, about 450 tensors, travel in the arguments of every kernel. Larger
 // ones are written to the workspace before or by the first kernel of a step.
-inline constexpr int64_t kInlinedArgs = 3776;
+inline constexpr int64_t kInlinedArgs = 3760;
 
 class FUSEDOPT_API Layout {
  public:
@@ -100,6 +101,7 @@ class FUSEDOPT_API Layout {
   int64_t bytes_ = 0, table_bytes_ = 0;
   Part tickets_, shape_table_, pointer_table_, scale_table_, row_table_, chunk_table_, span_table_;
   Part chunk_sums_, chunk_measures_, part_sums_, part_coefs_, chunk_coefs_, step_args_;
+  Part trust_sums_, trust_ratios_;
 };
 
 }  // namespace fusedopt

@@ -97,6 +97,11 @@ struct SegmentSums {
   double grads, params;
 };
 
+// Sums of squares over a chunk, of a rule with a trust ratio: see core/trust.h.
+struct TrustSums {
+  double params, terms;
+};
+
 // The rings where a step writes its telemetry.
 struct Telemetry {
   double* steps;     // per row: kStepColumns, then each group's lr; set on the first device only
@@ -133,6 +138,8 @@ struct StepParams {
   SegmentSums* part_sums;  // for limits of rows: one per part, see core/segments.h; else null
   double* part_coefs;      // for limits of rows: one per part, as in part_sums; else null
   double* chunk_coefs;     // for limits of segments: the smallest of each chunk; else null
+  TrustSums* trust_sums;   // for rules with a trust ratio: one per chunk; else null
+  double* trust_ratios;    // for rules with a trust ratio: one per tensor; else null
   unsigned* tickets;       // CUDA only: one per pass, zero between launches
   void* step_args;         // CUDA only: room for StepArgs that exceed kInlinedArgs; else null
 };

@@ -112,7 +112,7 @@ double total_of_chunks(const StepParams& step) {
 }
 
 void measure(const StepParams& step, int threads) {
-  Walk walk(step, Order::kForward);
+  Walk walk(step, Order::kForward, Arrays::kGrads);
   in_parallel(threads, [&] { walk.run([&](int64_t chunk) { measure_chunk(step, chunk); }); });
 }
 

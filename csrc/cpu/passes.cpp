@@ -2,6 +2,7 @@
 #include "cpu/passes.h"
 
 #include "core/finish.h"
+#include "core/trust.h"
 #include "cpu/measure.h"
 #include "cpu/update.h"
 #include "cpu/walk.h"
@@ -16,13 +17,39 @@ Decision decision_of(const StepParams& step) {
   return decide(step.options, step.options.measure ? step.control->sum_of_squares : 0.0);
 }
 
-// Every thread of the team calls it.
 template <class Rule>
 void update_chunks(const StepParams& step, const Decision& decision, Walk& walk) {
-  if (decision.skip) return;
   ChunkUpdater<Rule> updater(step, decision);
   walk.run([&](int64_t chunk) { updater.update_chunk(chunk); });
 }
+
+// The update, which begins in reverse: what the pass before has read last is still in the cache.
+template <class Rule>
+class Update {
+ public:
+  explicit Update(const StepParams& step)
+      : step_(step),
+        reverse_(step, Order::kReverse, Arrays::kAll),
+        forward_(step, Order::kForward, Arrays::kAll) {}
+
+  // Every thread of the team calls it.
+  void run(const Decision& decision) {
+    if (decision.skip) return;
+    if constexpr (Rule::kHasTrustRatio) {
+      update_chunks<TrustPass<Rule>>(step_, decision, reverse_);
+#pragma omp barrier
+#pragma omp single
+      leave_trust_ratios<Rule>(step_, OneWorker());
+      update_chunks<Rule>(step_, decision, forward_);
+    } else {
+      update_chunks<Rule>(step_, decision, reverse_);
+    }
+  }
+
+ private:
+  const StepParams& step_;
+  Walk reverse_, forward_;
+};
 
 template <class Rule>
 void end_step(const StepParams& step, Decision decision) {
@@ -35,16 +62,15 @@ void end_step(const StepParams& step, Decision decision) {
 template <class Rule>
 void update(const StepParams& step, int threads) {
   const Decision decision = decision_of(step);
-  Walk walk(step, Order::kReverse);
-  in_parallel(threads, [&] { update_chunks<Rule>(step, decision, walk); });
+  Update<Rule> update(step);
+  in_parallel(threads, [&] { update.run(decision); });
   end_step<Rule>(step, decision);
 }
 
 template <class Rule>
 void run_step(const StepParams& step, int threads) {
-  // The update goes in reverse: the gradients that the norm pass has read last are still in the
-  // cache.
-  Walk norm_walk(step, Order::kForward), update_walk(step, Order::kReverse);
+  Walk norm_walk(step, Order::kForward, Arrays::kGrads);
+  Update<Rule> update(step);
   Decision decision{};
   in_parallel(threads, [&] {
     if (step.options.measure) {
@@ -56,7 +82,7 @@ void run_step(const StepParams& step, int threads) {
       if (step.options.measure) reduce(step);
       decision = decision_of(step);
     }
-    update_chunks<Rule>(step, decision, update_walk);
+    update.run(decision);
   });
   end_step<Rule>(step, decision);
 }

@@ -6,16 +6,17 @@ namespace fusedopt::cpu {
 
 namespace {
 
-template <class T>
+template <class T, class Second>
 struct AddRow {
-  static FUSEDOPT_INLINE void run(const T* before, const T* after, int64_t count, T* params,
-                                  T* updates) {
+  using lane_t = typename Second::lane_t;
+  static FUSEDOPT_INLINE void run(const T* before, const T* after, int64_t count, lane_t* params,
+                                  lane_t* seconds) {
 #pragma GCC ivdep
 #pragma GCC unroll 4
     for (int64_t i = 0; i < count; ++i) {
-      const T update = after[i] - before[i];
-      params[i] += before[i] * before[i];
-      updates[i] += update * update;
+      const lane_t param = before[i], second = Second::of(before[i], after[i]);
+      params[i] += param * param;
+      seconds[i] += second * second;
     }
   }
 };
@@ -38,26 +39,29 @@ struct FoldLanes {
 
 }  // namespace
 
-template <class T>
-UpdateLanes<T>::UpdateLanes(const TensorShape& shape, int64_t chunk_size)
+template <class T, class Second>
+SquareLanes<T, Second>::SquareLanes(const TensorShape& shape, int64_t chunk_size)
     : lanes_(kRowBytes / bytes_of(shape.param)) {
   while (width_ < chunk_size && width_ < lanes_) width_ *= 2;
-  for (int64_t i = 0; i < width_; ++i) params_[i] = updates_[i] = 0;
+  for (int64_t i = 0; i < width_; ++i) params_[i] = seconds_[i] = 0;
 }
 
-template <class T>
-void UpdateLanes<T>::add(Isa isa, int64_t first, int64_t count, const T* before, const T* after) {
+template <class T, class Second>
+void SquareLanes<T, Second>::add(Isa isa, int64_t first, int64_t count, const T* before,
+                                 const T* after) {
   const int64_t lane = first % lanes_;
-  run_best<AddRow<T>>(isa, before, after, count, params_ + lane, updates_ + lane);
+  run_best<AddRow<T, Second>>(isa, before, after, count, params_ + lane, seconds_ + lane);
 }
 
-template <class T>
-void UpdateLanes<T>::leave_totals(Isa isa, ChunkMeasures& measures) {
-  run_best<FoldLanes<T>>(isa, params_, width_, &measures.param_squares);
-  run_best<FoldLanes<T>>(isa, updates_, width_, &measures.update_squares);
+template <class T, class Second>
+void SquareLanes<T, Second>::leave_totals(Isa isa, double* params, double* seconds) {
+  run_best<FoldLanes<lane_t>>(isa, params_, width_, params);
+  run_best<FoldLanes<lane_t>>(isa, seconds_, width_, seconds);
 }
 
-template class UpdateLanes<float>;
-template class UpdateLanes<double>;
+template class SquareLanes<float, Changes<float>>;
+template class SquareLanes<double, Changes<double>>;
+template class SquareLanes<float, Terms<float>>;
+template class SquareLanes<double, Terms<double>>;
 
 }  // namespace fusedopt::cpu

@@ -1,4 +1,4 @@
-// The telemetry that a chunk's update measures.
+// Sums of squares that the update of a chunk measures: for telemetry, and for trust ratios.
 #pragma once
 
 #include <cstdint>
@@ -8,28 +8,46 @@
 
 namespace fusedopt::cpu {
 
-// Sums of squares of a chunk's parameters and of their changes. An element's lane is its place in
-// its row. The lanes are float32 (float64 for float64 parameters): float32 is fast enough to hide
-// behind memory traffic.
+// What is summed up beside the parameters' squares. Telemetry: the squares of their changes. Its
+// lanes are float32 (float64 for float64 parameters), which is fast enough to hide behind memory
+// traffic.
 template <class T>
-class UpdateLanes {
- public:
-  UpdateLanes(const TensorShape& shape, int64_t chunk_size);
+struct Changes {
+  using lane_t = T;
+  static FUSEDOPT_INLINE T of(T before, T after) { return after - before; }
+};
 
-  // Adds a row of elements: `before` the update, and `after` it.
+// Trust ratios: the squares of the rule's terms, in float64, where squares of float32 numbers
+// neither overflow nor vanish.
+template <class T>
+struct Terms {
+  using lane_t = double;
+  static FUSEDOPT_INLINE T of(T, T term) { return term; }
+};
+
+// Sums of squares over a chunk. An element's lane is its place in its row.
+template <class T, class Second>
+class SquareLanes {
+ public:
+  SquareLanes(const TensorShape& shape, int64_t chunk_size);
+
+  // Adds a row of elements: `before` the pass, and `after` it, or the terms.
   void add(Isa isa, int64_t first, int64_t count, const T* before, const T* after);
 
-  void leave_totals(Isa isa, ChunkMeasures& measures);
+  void leave_totals(Isa isa, double* params, double* seconds);
 
  private:
+  using lane_t = typename Second::lane_t;
   static constexpr int64_t kMaxLanes = kRowBytes / (sizeof(T) == sizeof(float) ? 2 : sizeof(T));
   const int64_t lanes_;
   int64_t width_ = 1;  // lanes that are in use, a power of two
-  alignas(64) T params_[kMaxLanes];
-  alignas(64) T updates_[kMaxLanes];
+  alignas(64) lane_t params_[kMaxLanes];
+  alignas(64) lane_t seconds_[kMaxLanes];
 };
 
-extern template class UpdateLanes<float>;
-extern template class UpdateLanes<double>;
+extern template class SquareLanes<float, Changes<float>>;
+extern template class SquareLanes<double, Changes<double>>;
+extern template class SquareLanes<float, Terms<float>>;
+extern template class SquareLanes<double, Terms<double>>;
 
 }  // namespace fusedopt::cpu

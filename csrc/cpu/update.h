@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "core/coefficients.h"
+#include "core/trust.h"
 #include "cpu/grad_norm.h"
 #include "cpu/measure.h"
 #include "cpu/rows.h"
@@ -38,7 +39,8 @@ struct RuleLoop {
     for (int64_t i = 0; i < count; ++i) {
       T param = params[i];
       T state[state_slots<Rule>] = {load<k>(states[k], i)...};
-      update_element<Rule>(kUsed, coefficients, grads[i] * grad_factor, param, state[k]...);
+      const T grad = reads_grads<Rule> ? grads[i] * grad_factor : T{0};
+      update_element<Rule>(kUsed, coefficients, grad, param, state[k]...);
       params[i] = param;
       (store<k>(states[k], i, state[k]), ...);
     }
@@ -56,7 +58,9 @@ struct RuleLoop {
 
   template <size_t k>
   static FUSEDOPT_INLINE void store(T* states, int64_t i, T value) {
-    if constexpr (used(k)) states[i] = is_root(k) ? std::sqrt(value) : value;
+    if constexpr (used(k) && is_stored<Rule>(k)) {
+      states[i] = is_root(k) ? std::sqrt(value) : value;
+    }
   }
 };
 
@@ -69,17 +73,21 @@ struct Work {
   typename Rule::template Coefficients<T> coefficients;
   T grad_factor;
   bool has_roots;  // the states that can be stored as roots are
+  alignas(64) T terms[Rule::kIsTrustPass ? kRow<T> : 1];
 
   void prepare_for(const StepParams& step, uint32_t tensor, double factor) {
     const uint32_t group = step.shapes[tensor].group;
     float scalars[kMaxScalars] = {};
     Pointers<Rule>(step, tensor).load_scalars(scalars);
     const bool same_scalars = memcmp(scalars, scalars_, sizeof(scalars)) == 0;
-    if (group == group_ && same_scalars && factor == factor_) return;
+    const double trust_ratio = trust_ratio_of<Rule>(step, tensor);
+    const bool same_ratio = !Rule::kHasTrustRatio || trust_ratio == trust_ratio_;
+    if (group == group_ && same_scalars && factor == factor_ && same_ratio) return;
     group_ = group;
     memcpy(scalars_, scalars, sizeof(scalars));
     factor_ = factor;
-    prepared = prepare<Rule>(step, group, scalars, factor);
+    trust_ratio_ = trust_ratio;
+    prepared = prepare<Rule>(step, group, scalars, factor, trust_ratio);
     coefficients = rounded<Rule, T>(prepared.coefficients);
     grad_factor = static_cast<T>(prepared.grad_factor);
   }
@@ -103,16 +111,34 @@ struct Work {
   template <unsigned kUsed, class Observe>
   FUSEDOPT_INLINE void update_row(Isa isa, int64_t first, int64_t count, Observe observe) {
     T* const param_row = params.load(isa, first, count);
-    const T* const grad_row = grads.load(isa, first, count);
-    T* state_rows[state_slots<Rule>] = {};
-    for_each_state<kUsed>([&](int k) { state_rows[k] = states[k].load(isa, first, count); });
     observe(param_row);
-    apply_rule<kUsed>(isa, count, param_row, grad_row, state_rows);
+    update_states<kUsed>(isa, first, count, param_row);
     params.store(isa, first, count);
-    for_each_state<kUsed>([&](int k) { states[k].store(isa, first, count); });
+  }
+
+  // The same for the first pass of a rule with a trust ratio. Calls observe(params, terms) at the
+  // end, and stores no parameters.
+  template <unsigned kUsed, class Observe>
+  FUSEDOPT_INLINE void measure_terms(Isa isa, int64_t first, int64_t count, Observe observe) {
+    const T* const param_row = params.load(isa, first, count);
+    memcpy(terms, param_row, count * sizeof(T));
+    update_states<kUsed>(isa, first, count, terms);
+    observe(param_row, terms);
   }
 
  private:
+  // Applies the rule to a row of parameters, and to the states.
+  template <unsigned kUsed>
+  FUSEDOPT_INLINE void update_states(Isa isa, int64_t first, int64_t count, T* param_row) {
+    const T* const grad_row = reads_grads<Rule> ? grads.load(isa, first, count) : nullptr;
+    T* state_rows[state_slots<Rule>] = {};
+    for_each_state<kUsed>([&](int k) { state_rows[k] = states[k].load(isa, first, count); });
+    apply_rule<kUsed>(isa, count, param_row, grad_row, state_rows);
+    for_each_state<kUsed>([&](int k) {
+      if (is_stored<Rule>(k)) states[k].store(isa, first, count);
+    });
+  }
+
   template <unsigned kUsed>
   FUSEDOPT_INLINE void apply_rule(Isa isa, int64_t count, T* param_row, const T* grad_row,
                                   T* const* state_rows) {
@@ -129,7 +155,7 @@ struct Work {
 
   uint32_t group_ = UINT32_MAX;
   float scalars_[kMaxScalars];
-  double factor_ = 0;
+  double factor_ = 0, trust_ratio_ = 1;
 };
 
 // Updates chunks. Every thread has its own object.
@@ -154,6 +180,23 @@ class ChunkUpdater {
   void update_as(Work<Rule, T>& work, Chunk chunk, int64_t index) {
     const TensorShape& shape = step_.shapes[chunk.tensor];
     const Pointers<Rule> pointers(step_, chunk.tensor);
+    begin_grads(work, chunk, index);
+    const RandomBits random =
+        is_stochastic(shape) ? random_bits<Rule>(work.prepared, shape, chunk) : RandomBits();
+    work.has_roots = fusedopt::has_roots(shape);
+    work.params.begin(pointers.param(shape), chunk.begin(), random);
+    visit_variant<Rule>(step_.groups[shape.group].states_used, [&](auto used) {
+      constexpr unsigned kLoaded = used() & loaded_states<Rule>;
+      work.template for_each_state<kLoaded>(
+          [&](int k) { work.states[k].begin(pointers.state(shape, k), chunk.begin(), random); });
+      update_and_measure<kLoaded>(work, shape, index, chunk.size(shape.numel));
+    });
+  }
+
+  template <class T>
+  void begin_grads(Work<Rule, T>& work, Chunk chunk, int64_t index) {
+    if constexpr (!reads_grads<Rule>) return work.prepare_for(step_, chunk.tensor, 1.0);
+    const TensorShape& shape = step_.shapes[chunk.tensor];
     const auto factor = coefs_.shared_factor(index);
     if (factor.has_value()) {
       work.prepare_for(step_, chunk.tensor, *factor);
@@ -162,27 +205,20 @@ class ChunkUpdater {
       work.prepare_for(step_, chunk.tensor, 1.0);
       work.grads.begin(grads_of(coefs_.scaled_grads(index), computed_in(shape.param)), 0);
     }
-    const RandomBits random =
-        is_stochastic(shape) ? random_bits<Rule>(work.prepared, shape, chunk) : RandomBits();
-    work.has_roots = fusedopt::has_roots(shape);
-    work.params.begin(pointers.param(shape), chunk.begin(), random);
-    visit_variant<Rule>(step_.groups[shape.group].states_used, [&](auto used) {
-      work.template for_each_state<used()>(
-          [&](int k) { work.states[k].begin(pointers.state(shape, k), chunk.begin(), random); });
-      update_and_measure<used()>(work, shape, index, chunk.size(shape.numel));
-    });
   }
 
   // A chunk that no pass has measured before is measured last: its gradients are still in a cache.
   template <unsigned kUsed, class T>
   void update_and_measure(Work<Rule, T>& work, const TensorShape& shape, int64_t index,
                           int64_t size) {
-    if (step_.chunk_measures != nullptr) {
+    if constexpr (Rule::kIsTrustPass) {
+      measure_terms<kUsed>(work, shape, index, size);
+    } else if (step_.chunk_measures != nullptr) {
       update_with_telemetry<kUsed>(work, shape, index, size);
     } else {
       update_rows<kUsed>(work, size);
     }
-    if (!step_.options.measure) measure_chunk(step_, index);
+    if (measures_grads<Rule>(step_)) measure_chunk(step_, index);
   }
 
   template <unsigned kUsed, class T>
@@ -197,7 +233,7 @@ class ChunkUpdater {
   template <unsigned kUsed, class T>
   void update_with_telemetry(Work<Rule, T>& work, const TensorShape& shape, int64_t index,
                              int64_t size) {
-    UpdateLanes<T> lanes(shape, size);
+    SquareLanes<T, Changes<T>> lanes(shape, size);
     alignas(64) T before[kRow<T>];
     for (int64_t first = 0; first < size; first += kRow<T>) {
       const int64_t count = std::min(kRow<T>, size - first);
@@ -206,7 +242,21 @@ class ChunkUpdater {
       // The parameters are loaded again, to see how they were rounded.
       lanes.add(isa_, first, count, before, work.params.load(isa_, first, count));
     }
-    lanes.leave_totals(isa_, step_.chunk_measures[index]);
+    ChunkMeasures& measures = step_.chunk_measures[index];
+    lanes.leave_totals(isa_, &measures.param_squares, &measures.update_squares);
+  }
+
+  template <unsigned kUsed, class T>
+  void measure_terms(Work<Rule, T>& work, const TensorShape& shape, int64_t index, int64_t size) {
+    SquareLanes<T, Terms<T>> lanes(shape, size);
+    for (int64_t first = 0; first < size; first += kRow<T>) {
+      const int64_t count = std::min(kRow<T>, size - first);
+      work.template measure_terms<kUsed>(isa_, first, count, [&](const T* params, const T* terms) {
+        lanes.add(isa_, first, count, params, terms);
+      });
+    }
+    TrustSums& sums = step_.trust_sums[index];
+    lanes.leave_totals(isa_, &sums.params, &sums.terms);
   }
 
   const StepParams& step_;

@@ -51,11 +51,14 @@ inline void prefetch(const void* data) {
 // The order in which the chunks of a pass are taken.
 enum class Order { kForward, kReverse };
 
-inline void prefetch(const StepParams& step, int64_t chunk, Order order) {
+// The arrays that a pass reads.
+enum class Arrays { kGrads, kAll };
+
+inline void prefetch(const StepParams& step, int64_t chunk, Arrays arrays) {
   if (chunk >= step.num_chunks || step.chunks[chunk].index != 0) return;
   const uint32_t tensor = step.chunks[chunk].tensor;
   prefetch(step.grads[tensor]);
-  if (order == Order::kForward) return;  // the norm pass reads gradients only
+  if (arrays == Arrays::kGrads) return;
   void* const* const pointers = step.pointers + tensor * step.num_pointers;
   for (int64_t i = 0; i < step.num_pointers; ++i) prefetch(pointers[i]);
 }
@@ -63,7 +66,8 @@ inline void prefetch(const StepParams& step, int64_t chunk, Order order) {
 // Gives the spans of chunks to the threads, one span at a time.
 class Walk {
  public:
-  Walk(const StepParams& step, Order order) : step_(step), order_(order) {}
+  Walk(const StepParams& step, Order order, Arrays arrays)
+      : step_(step), order_(order), arrays_(arrays) {}
 
   // Calls body(chunk) for every chunk that has a gradient. All threads of a team call run(), and
   // each chunk goes to one of them. The chunks of a span are neighbors in memory.
@@ -74,7 +78,7 @@ class Walk {
       const bool forward = order_ == Order::kForward;
       const Span span = step_.spans[forward ? turn : step_.num_spans - 1 - turn];
       for (int64_t i = span.first; i < span.last; ++i) {
-        prefetch(step_, i + kAhead, order_);
+        prefetch(step_, i + kAhead, arrays_);
         if (step_.grads[step_.chunks[i].tensor] != nullptr) {
           body(i);
         } else {
@@ -87,6 +91,7 @@ class Walk {
  private:
   const StepParams& step_;
   const Order order_;
+  const Arrays arrays_;
   std::atomic<int64_t> next_{0};
 };
 

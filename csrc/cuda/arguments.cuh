@@ -12,7 +12,7 @@ namespace fusedopt::cuda {
 
 // Every GPU takes 4 KiB of arguments. From CUDA 12.1 on, compute capability 7.0 and later take
 // 32,764 bytes.
-inline constexpr int64_t kLargeArgs = 32440;
+inline constexpr int64_t kLargeArgs = 32424;
 
 // Copies words from a kernel's arguments. All blocks call it.
 __device__ inline void copy_words(const uint64_t* arguments, uint64_t* to, int64_t count) {

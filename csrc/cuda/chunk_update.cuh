@@ -6,6 +6,7 @@
 
 #include "core/coefficients.h"
 #include "core/dispatch.h"
+#include "core/trust.h"
 #include "cuda/array_types.cuh"
 #include "cuda/block.cuh"
 #include "cuda/segments.cuh"
@@ -22,7 +23,7 @@ template <class Rule>
 struct CoefficientCache {
   uint32_t group;
   float scalars[kMaxScalars], advanced[kMaxScalars];  // before the step, and after
-  double grad_factor;
+  double grad_factor, known_trust_ratio;
   Prepared<Rule> prepared;
   RandomBits random;  // of the chunk
 
@@ -32,17 +33,20 @@ struct CoefficientCache {
     const Pointers<Rule> pointers(step, chunk.tensor);
     float now[kMaxScalars] = {};
     pointers.load_scalars(now);
+    const double trust_ratio = trust_ratio_of<Rule>(step, chunk.tensor);
     bool same = shape.group == group && factor == grad_factor;
+    if constexpr (Rule::kHasTrustRatio) same = same && trust_ratio == known_trust_ratio;
     for (int k = 0; k < num_scalars<Rule>; ++k) same = same && now[k] == scalars[k];
     if (!same) {
       group = shape.group;
       grad_factor = factor;
       for (int k = 0; k < num_scalars<Rule>; ++k) scalars[k] = now[k];
-      prepared = prepare<Rule>(step, group, now, factor);
+      known_trust_ratio = trust_ratio;
+      prepared = prepare<Rule>(step, group, now, factor, trust_ratio);
       for (int k = 0; k < num_scalars<Rule>; ++k) advanced[k] = now[k];
     }
     if (is_stochastic(shape)) random = random_bits<Rule>(prepared, shape, chunk);
-    if (!BlockWorkers::has_advanced(shape)) return;
+    if (Rule::kIsTrustPass || !BlockWorkers::has_advanced(shape)) return;
     for (int k = 0; k < num_scalars<Rule>; ++k) *pointers.scalar(k) = advanced[k];
   }
 };
@@ -59,33 +63,34 @@ class ChunkUpdate {
 
  public:
   __device__ ChunkUpdate(const StepParams& step, Chunk chunk, const CoefficientCache<Rule>& cache,
-                         const ChunkSegments& segments, UpdateLanes& lanes, float* norm_lanes,
+                         const ChunkSegments& segments, SquareLanes<Rule>& lanes, float* norm_lanes,
                          MixedPointers& pointers)
       : segments_(segments),
         // always_used() is a constant, so that the compiler removes the tests for these states.
-        used_(step.groups[step.shapes[chunk.tensor].group].states_used | always_used<Rule>()),
+        used_((step.groups[step.shapes[chunk.tensor].group].states_used | always_used<Rule>()) &
+              loaded_states<Rule>),
         size_(static_cast<int>(chunk.size(step.shapes[chunk.tensor].numel))),
-        measures_(!step.options.measure),
+        measures_(measures_grads<Rule>(step)),
         telemetry_(step.chunk_measures != nullptr),
-        is_uniform_(segments.is_uniform(step.shapes[chunk.tensor])),
+        is_uniform_(!reads_grads<Rule> || segments.is_uniform(step.shapes[chunk.tensor])),
         format_(step.shapes[chunk.tensor]),
         coefficients_(rounded<Rule, T>(cache.prepared.coefficients)),
         grad_factor_(static_cast<T>(cache.prepared.grad_factor)),
         random_(cache.random),
         arrays_(Pointers<Rule>(step, chunk.tensor), step.grads[chunk.tensor],
                 step.shapes[chunk.tensor], chunk, used_, pointers),
-        squares_(lanes),
+        squares_(lanes.bytes),
         norm_lanes_(norm_lanes) {}
 
   // Updates the chunk. If no pass has measured the gradients before, it returns this thread's
-  // measurements of them. With telemetry, it adds squares to the lanes.
+  // measurements of them. With telemetry, and for a trust ratio, it adds squares to the lanes.
   __device__ __forceinline__ GradMeasures run() {
     if constexpr (types::is_mixed) __syncthreads();  // thread 0 has written the pointers
     Meter meter{NormLanes(norm_lanes_)};
-    if (telemetry_) squares_.clear();
+    if (sums_squares()) squares_.clear();
     const int done = update_vectors(meter);
     if (measures_) measure_rest(done, meter);
-    if (telemetry_) __syncthreads();  // update_singles() gives the lanes to other threads
+    if (sums_squares()) __syncthreads();  // update_singles() gives the lanes to other threads
     update_singles(done);
     return meter.result(format_);
   }
@@ -93,6 +98,10 @@ class ChunkUpdate {
  private:
   using NormLanes = typename types::template norm_lanes<SumOfSquares, kVector>;
   using Meter = GradMeter<SumOfSquares, stored_t, kVector, NormLanes>;
+  using lane_t = std::conditional_t<Rule::kIsTrustPass, double, T>;
+
+  __device__ bool sums_squares() const { return Rule::kIsTrustPass || telemetry_; }
+  __device__ bool sums_changes() const { return !Rule::kIsTrustPass && telemetry_; }
 
   // Some elements of all arrays, in registers.
   template <int kCount>
@@ -138,7 +147,7 @@ class ChunkUpdate {
     __device__ Elements<kCount> load(Load load) const {
       Elements<kCount> elements{};
       elements.param = load(param);
-      elements.grad = load(grad);
+      if constexpr (reads_grads<Rule>) elements.grad = load(grad);
 #pragma unroll
       for (int k = 0; k < kStates; ++k) {
         if (has(k)) elements.state[k] = load(state[k]);
@@ -148,10 +157,10 @@ class ChunkUpdate {
 
     template <int kCount, class Store>
     __device__ void store(const Elements<kCount>& elements, Store store) const {
-      store(param, elements.param);
+      if constexpr (!Rule::kIsTrustPass) store(param, elements.param);
 #pragma unroll
       for (int k = 0; k < kStates; ++k) {
-        if (has(k)) store(state[k], elements.state[k]);
+        if (has(k) && is_stored<Rule>(k)) store(state[k], elements.state[k]);
       }
     }
 
@@ -159,7 +168,7 @@ class ChunkUpdate {
     __device__ __forceinline__ void widen(Elements<kCount>& elements,
                                           std::index_sequence<k...>) const {
       param.widen(elements.param);
-      grad.widen(elements.grad);
+      if constexpr (reads_grads<Rule>) grad.widen(elements.grad);
       ((has(k) ? state[k].template widen<Rule::kStates[k].coding>(elements.state[k]) : void()),
        ...);
     }
@@ -169,10 +178,12 @@ class ChunkUpdate {
     __device__ __forceinline__ void narrow(int first, int size, const RandomBits& random,
                                            Elements<kCount>& elements,
                                            std::index_sequence<k...>) const {
-      param.template narrow<kStride>(first, size, random, elements.param);
-      ((has(k) ? state[k].template narrow<kStride, Rule::kStates[k].coding>(first, size, random,
-                                                                            elements.state[k])
-               : void()),
+      if constexpr (!Rule::kIsTrustPass) {
+        param.template narrow<kStride>(first, size, random, elements.param);
+      }
+      ((has(k) && is_stored<Rule>(k) ? state[k].template narrow<kStride, Rule::kStates[k].coding>(
+                                           first, size, random, elements.state[k])
+                                     : void()),
        ...);
     }
   };
@@ -199,9 +210,12 @@ class ChunkUpdate {
       for (int i = 0; i < kRowsInFlight; ++i) {
         arrays_.widen(rows[i], kAllStates);
         if (measures_) meter.add(rows[i].grad, format_, telemetry_);
-        update(rows[i], [&](T grad, int) { return grad * grad_factor_; }, kAllStates);
+        update<1>(
+            first + i * kRow, rows[i], [&](T grad, int) { return grad * grad_factor_; },
+            kAllStates);
         arrays_.template narrow<1>(first + i * kRow, size_, random_, rows[i], kAllStates);
-        if (telemetry_) {  // load the parameter again, from the cache: no register is left for it
+        if (sums_changes()) {  // load the parameter again, from the cache: no register is left for
+                               // it
           const auto before = arrays_.param.template load<kVector>(first + i * kRow);
           squares_.template add<1>(first + i * kRow, size_, arrays_.param.widened(before),
                                    arrays_.param.widened(rows[i].param), format_);
@@ -234,11 +248,11 @@ class ChunkUpdate {
       Elements<kCount> singles = arrays_.template load<kCount>(
           [&](auto array) { return array.template load_each<kCount, kStride>(first, size_); });
       arrays_.widen(singles, kAllStates);
-      update(
-          singles, [&](T grad, int k) { return scaled_grad(grad, first + k * kStride); },
+      update<kStride>(
+          first, singles, [&](T grad, int k) { return scaled_grad(grad, first + k * kStride); },
           kAllStates);
       arrays_.template narrow<kStride>(first, size_, random_, singles, kAllStates);
-      if (telemetry_) {
+      if (sums_changes()) {
         const auto before = arrays_.param.template load_each<kCount, kStride>(first, size_);
         squares_.template add<kStride>(first, size_, arrays_.param.widened(before),
                                        arrays_.param.widened(singles.param), format_);
@@ -256,10 +270,11 @@ class ChunkUpdate {
     return scaled(grad, segments_.factor_of(i)) * grad_factor_;
   }
 
-  // scale(grad, i) unscales and clips the gradient of elements[i].
-  template <int kCount, class Scale, size_t... k>
-  __device__ __forceinline__ void update(Elements<kCount>& elements, Scale scale,
-                                         std::index_sequence<k...>) const {
+  // Updates the elements first, first + kStride, ... of the chunk. scale(grad, i) unscales and
+  // clips the gradient of elements[i].
+  template <int kStride, int kCount, class Scale, size_t... k>
+  __device__ __forceinline__ void update([[maybe_unused]] int first, Elements<kCount>& elements,
+                                         Scale scale, std::index_sequence<k...>) const {
     // One instruction rounds 2 values to 16 bits.
     constexpr int kTogether = sizeof(stored_t) == sizeof(raw16) ? 2 : 1;
 #pragma unroll
@@ -273,12 +288,17 @@ class ChunkUpdate {
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
         (square<k>(state[k][i]), ...);
+        [[maybe_unused]] const T before = param[i];
         update_element<Rule>(used_, coefficients_, scale(grad[i], begin + i), param[i],
                              state[k][i]...);
+        if constexpr (Rule::kIsTrustPass) {
+          const int index = first + (begin + i) * kStride;
+          if (kStride == 1 || index < size_) squares_.add(index, before, param[i]);
+        }
         (root<k>(state[k][i]), ...);
       }
       format_.template visit<stored_t>([&](auto half) {
-        narrow<decltype(half)>(param, begin, elements.param);
+        if constexpr (!Rule::kIsTrustPass) narrow<decltype(half)>(param, begin, elements.param);
         (narrow<decltype(half)>(state[k], begin, elements.state[k]), ...);
       });
     }
@@ -312,7 +332,7 @@ class ChunkUpdate {
   const T grad_factor_;
   const RandomBits& random_;  // in shared memory, as no register is left for it
   const Arrays arrays_;
-  const LanesOf<T, types::kParamBytes> squares_;
+  const LanesOf<lane_t, types::kParamBytes> squares_;
   float* const norm_lanes_;  // in shared memory
 };
 

@@ -13,7 +13,11 @@ namespace {
 
 template <class Rule>
 cudaError_t launch_update(const StepParams& step, const Launch& launch) {
-  return launch_pass<update_kernel<Rule>>(step, launch, make_arguments(step, false));
+  const Arguments<kInlinedArgs> arguments = make_arguments(step, false);
+  if constexpr (Rule::kHasTrustRatio) {
+    FUSEDOPT_RETURN_IF_ERROR(launch_pass<trust_kernel<Rule>>(step, launch, arguments));
+  }
+  return launch_pass<update_kernel<Rule>>(step, launch, arguments);
 }
 
 }  // namespace

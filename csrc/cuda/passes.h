@@ -29,7 +29,8 @@ template <class Rule>
 cudaError_t update(const StepParams& step, Launch launch);
 
 // The whole step in two launches: the last block of the norm pass reduces. Without
-// step.options.measure, only the update is launched.
+// step.options.measure, only the update is launched. The update of a rule with a trust ratio takes
+// two launches.
 template <class Rule>
 cudaError_t run_step(const StepParams& step, Launch launch);
 

@@ -114,30 +114,38 @@ __device__ void leave_grad_measures(const StepParams& step, int64_t index, const
   }
 }
 
-// Sums of squares of a chunk's parameters and of their updates, in lanes. They lie in shared
-// memory, as the update has no registers left for them.
-struct alignas(kVectorBytes) UpdateLanes {
-  unsigned char bytes[2 * kRowBytes / sizeof(raw16) * sizeof(opmath_t<raw16>)];
+// Sums of squares of a chunk's parameters and of a second value, in lanes: for telemetry of their
+// changes, for a trust ratio of the rule's terms, in float64. They lie in shared memory, as the
+// update has no registers left for them.
+template <class Rule>
+struct alignas(kVectorBytes) SquareLanes {
+  static constexpr int kLaneBytes = Rule::kIsTrustPass ? sizeof(double) : sizeof(float);
+  unsigned char bytes[2 * kRowBytes / sizeof(raw16) * kLaneBytes];
 };
 
-// The lanes for a parameter that is computed in T, and that takes kParamBytes per element.
+// The lanes, of type T, for a parameter that takes kParamBytes per element.
 template <class T, int kParamBytes>
 struct LanesOf {
   static constexpr int kRow = kRowBytes / kParamBytes;
-  static_assert(2 * kRow * sizeof(T) <= sizeof(UpdateLanes), "two rows of lanes");
   T* const params;
-  T* const updates;
+  T* const seconds;
 
-  __device__ explicit LanesOf(UpdateLanes& lanes)
-      : params(reinterpret_cast<T*>(lanes.bytes)), updates(params + kRow) {}
+  __device__ explicit LanesOf(unsigned char* lanes)
+      : params(reinterpret_cast<T*>(lanes)), seconds(params + kRow) {}
 
   // Each thread clears the lanes of its own vector.
   __device__ void clear() const {
     constexpr int kVector = kVectorBytes / kParamBytes;
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
-      params[threadIdx.x * kVector + k] = updates[threadIdx.x * kVector + k] = 0;
+      params[threadIdx.x * kVector + k] = seconds[threadIdx.x * kVector + k] = 0;
     }
+  }
+
+  // Adds element i: the parameter, and the term.
+  __device__ void add(int i, T param, T term) const {
+    params[i % kRow] += param * param;
+    seconds[i % kRow] += term * term;
   }
 
   // Adds the elements first, first + kStride, ... that are below `size`: `before` the update, and
@@ -152,15 +160,15 @@ struct LanesOf {
       const T old = format.widen(before.at[k]);
       const T change = format.widen(after.at[k]) - old;
       params[i % kRow] += old * old;
-      updates[i % kRow] += change * change;
+      seconds[i % kRow] += change * change;
     }
   }
 
   // Two warps add up the lanes, one sum each.
-  __device__ void leave_totals(ChunkMeasures& measures) const {
+  __device__ void leave_totals(double& param_squares, double& second_squares) const {
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     if (warp > 1) return;
-    T* const lanes = warp == 0 ? params : updates;
+    T* const lanes = warp == 0 ? params : seconds;
     // The upper half of the lanes is added to the lower half until one lane per thread is left. A
     // thread always works on the same lanes: no barrier is needed.
 #pragma unroll 1
@@ -169,20 +177,25 @@ struct LanesOf {
       for (int i = lane; i < half; i += kWarpSize) lanes[i] += lanes[i + half];
     }
     const double sum = warp_total<SumOfSquares>(static_cast<double>(lanes[lane]));
-    if (lane == 0) (warp == 0 ? measures.param_squares : measures.update_squares) = sum;
+    if (lane == 0) (warp == 0 ? param_squares : second_squares) = sum;
   }
 };
 
-// Writes the sums of a chunk to chunk_measures. Call it after all elements have been added.
-__device__ inline void leave_update_measures(const StepParams& step, int64_t index,
-                                             UpdateLanes& lanes) {
-  const Chunk chunk = step.chunks[index];
-  const TensorShape& shape = step.shapes[chunk.tensor];
-  ChunkMeasures& measures = step.chunk_measures[index];
+// Writes the sums of a chunk to chunk_measures, or to trust_sums. Call it after all elements have
+// been added.
+template <class Rule>
+__device__ void leave_squares(const StepParams& step, int64_t index, SquareLanes<Rule>& lanes) {
   __syncthreads();
-  visit_array(shape.param, [&](auto param) {
+  visit_array(step.shapes[step.chunks[index].tensor].param, [&](auto param) {
     using param_t = type_of<decltype(param)>;
-    LanesOf<opmath_t<param_t>, sizeof(param_t)>(lanes).leave_totals(measures);
+    if constexpr (Rule::kIsTrustPass) {
+      TrustSums& sums = step.trust_sums[index];
+      LanesOf<double, sizeof(param_t)>(lanes.bytes).leave_totals(sums.params, sums.terms);
+    } else {
+      ChunkMeasures& it = step.chunk_measures[index];
+      LanesOf<opmath_t<param_t>, sizeof(param_t)>(lanes.bytes)
+          .leave_totals(it.param_squares, it.update_squares);
+    }
   });
 }
 

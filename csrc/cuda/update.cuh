@@ -1,8 +1,10 @@
 // The update pass. If the step is skipped, it updates no chunk. The last block ends the step: see
-// core/finish.h.
+// core/finish.h. A rule with a trust ratio has a pass before: see core/trust.h. Its last block
+// computes the ratios.
 #pragma once
 
 #include "core/finish.h"
+#include "core/trust.h"
 #include "cuda/arguments.cuh"
 #include "cuda/block.cuh"
 #include "cuda/chunk_update.cuh"
@@ -16,7 +18,7 @@ template <class Rule>
 struct Shared {
   Decision decision;
   ChunkSegments segments;
-  UpdateLanes lanes;
+  SquareLanes<Rule> lanes;
   float norm_lanes[kRowBytes / sizeof(raw16)];  // see SharedLanes
   double values[2];                             // for BlockWorkers
   // No register keeps these while a chunk is updated.
@@ -34,14 +36,14 @@ template <class Rule>
 __device__ __forceinline__ int update_chunk(StepParams& step, int index,
                                             CoefficientCache<Rule>& cache, Shared<Rule>& shared) {
   const Chunk chunk = step.chunks[index];
-  const bool measures = !step.options.measure;
+  const bool measures = measures_grads<Rule>(step);
   const bool telemetry = step.chunk_measures != nullptr;
   if (step.grads[chunk.tensor] == nullptr) {
     if (measures && threadIdx.x == 0) step.chunk_sums[index] = 0;
     return index;
   }
   __syncthreads();
-  if (step.chunk_coefs != nullptr || step.has_unclipped)
+  if (reads_grads<Rule> && (step.chunk_coefs != nullptr || step.has_unclipped))
     SegmentCoefs(step, shared.decision, index).leave(shared.segments);
   if (threadIdx.x == 0) {
     shared.index = index;
@@ -60,16 +62,16 @@ __device__ __forceinline__ int update_chunk(StepParams& step, int index,
   step.grads = shared.grads;
   step.groups = shared.groups;
   if (measures) leave_grad_measures<SumOfSquares>(step, index, mine, telemetry);
-  if (telemetry) leave_update_measures(step, index, shared.lanes);
+  if (Rule::kIsTrustPass || telemetry) leave_squares<Rule>(step, index, shared.lanes);
   return index;
 }
 
+// Updates the chunks of a block. In reverse order: the gradients that the pass before has read last
+// are still in the cache. A pass after that one goes forward.
 template <class Rule>
-__global__ void __launch_bounds__(kThreads, 2)
-    update_kernel(const __grid_constant__ Arguments<kInlinedArgs> arguments) {
-  __shared__ Shared<Rule> shared;
+__device__ __forceinline__ void update_chunks(StepParams& step, Shared<Rule>& shared) {
+  constexpr bool kForward = Rule::kHasTrustRatio && !Rule::kIsTrustPass;
   auto& cache = *reinterpret_cast<CoefficientCache<Rule>*>(shared.cache);
-  StepParams step = arguments.on_device();
   if (threadIdx.x == 0) {
     shared.decision = decide(step.options, step.options.measure ? step.control->sum_of_squares : 0);
     shared.segments.begin(shared.decision);
@@ -78,13 +80,32 @@ __global__ void __launch_bounds__(kThreads, 2)
     cache.group = UINT32_MAX;
   }
   __syncthreads();
-  // In reverse order: the gradients that the norm pass has read last are still in the cache.
-  for (int i = static_cast<int>(step.num_chunks) - 1 - static_cast<int>(blockIdx.x);
-       i >= 0 && !shared.decision.skip;) {
-    i = update_chunk(step, i, cache, shared) - static_cast<int>(gridDim.x);
+  const int last = static_cast<int>(step.num_chunks) - 1;
+  for (int i = last - static_cast<int>(blockIdx.x); i >= 0 && !shared.decision.skip;) {
+    const int index = update_chunk(step, kForward ? last - i : i, cache, shared);
+    i = (kForward ? last - index : index) - static_cast<int>(gridDim.x);
   }
+}
+
+template <class Rule>
+__global__ void __launch_bounds__(kThreads, 2)
+    update_kernel(const __grid_constant__ Arguments<kInlinedArgs> arguments) {
+  __shared__ Shared<Rule> shared;
+  StepParams step = arguments.on_device();
+  update_chunks(step, shared);
   if (is_last_block(&step.tickets[1])) {
     finish<Rule>(step, shared.decision, BlockWorkers{shared.values});
+  }
+}
+
+template <class Rule>
+__global__ void __launch_bounds__(kThreads, 2)
+    trust_kernel(const __grid_constant__ Arguments<kInlinedArgs> arguments) {
+  __shared__ Shared<TrustPass<Rule>> shared;
+  StepParams step = arguments.on_device();
+  update_chunks(step, shared);
+  if (is_last_block(&step.tickets[2]) && !shared.decision.skip) {
+    leave_trust_ratios<Rule>(step, BlockWorkers{shared.values});
   }
 }
 

@@ -15,6 +15,15 @@
 //   coefficients      the numbers that all elements of a tensor share in a step, in float64
 //   direction         turns the gradient into the direction of the update; updates the states
 //   apply             moves the parameter along the direction
+//
+// A rule with a trust ratio, a factor by tensor (see core/trust.h), also declares:
+//
+//   kHasTrustRatio    true; coefficients() gets the tensor's ratio as a third argument, which is 1
+//                     in the first pass
+//   kTrustStates      the states that the first pass updates. If there are any, the second pass
+//                     gets no gradient and only reads these states; else it updates all states
+//   trust_term        updates the kTrustStates, and returns the element whose square is summed up
+//   trust_ratio       the ratio, from the norms of the parameter and of the terms, in float64
 #pragma once
 
 #include "math/blocks.h"
@@ -46,6 +55,8 @@ struct StateName {
 struct RuleDefaults {
   static constexpr bool kHasLr = true;
   static constexpr bool kHasMaximize = true;
+  static constexpr bool kHasTrustRatio = false, kIsTrustPass = false;
+  static constexpr unsigned kTrustStates = 0;
 
   template <class Hyperparameters>
   static FUSEDOPT_INLINE void advance(const Hyperparameters&, float* scalars) {

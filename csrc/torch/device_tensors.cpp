@@ -75,6 +75,7 @@ void DeviceTensors::make_workspace(SegmentKind segments) {
   needs.on_cuda = on_cuda;
   needs.telemetry = param_ring.defined();
   needs.segments = segments_;
+  needs.trust_ratio = rule->has_trust_ratio;
   needs.num_groups = static_cast<int64_t>(num_groups);
   needs.num_hyperparameters = rule->num_hyperparameters;
   needs.num_states = static_cast<int>(rule->states.size());

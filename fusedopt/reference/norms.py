@@ -27,12 +27,14 @@ sums of a row's parts are added exactly, and rounded once.
 
 Telemetry sums the squares of parameters and of their updates in a chunk's lanes in float32 (float64
 for float64 parameters). The upper half of the lanes is added to the lower half until `TENSOR_LANES`
-lanes are left; these are folded in float64.
+lanes are left; these are folded in float64. A trust ratio sums squares of parameters and of terms
+in the same lanes, but in float64, and adds the sums of chunks exactly.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 
 import torch
@@ -129,6 +131,11 @@ def grad_norm(grad: Tensor, param: Tensor) -> Tensor:
     """The norm of a parameter's gradient: 0-d float64."""
     total = exact_sum(sums_of_squares(grad, param))
     return sqrt(torch.tensor(total, dtype=torch.float64, device=param.device))
+
+
+def tensor_norm(values: Tensor, param: Tensor) -> float:
+    """The norm of values shaped as the parameter, for a trust ratio."""
+    return math.sqrt(exact_sum(sums_in_single(values.to(torch.float64), param)))
 
 
 def norm_of_chunks(sums: Tensor) -> Tensor:

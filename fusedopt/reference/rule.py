@@ -30,6 +30,27 @@ class Twin:
     suits: Callable[[Group], bool] = lambda group: True
 
 
+@dataclass(frozen=True)
+class Trust:
+    """The trust ratio of a rule: a factor for every parameter, from two norms.
+
+    Attributes:
+        term: `term(group, scalars, param, grad, states)` returns a tensor shaped as the parameter,
+            whose norm counts, and the new values of `states`. `Rule.update` then gets these, as
+            they were stored.
+        ratio: `ratio(group, param_norm, term_norm)` returns the ratio.
+        states: the names of the states that `term` updates. If there are any, `Rule.update` uses no
+            gradient.
+    """
+
+    term: Callable[
+        [Group, dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]],
+        tuple[Tensor, dict[str, Tensor]],
+    ]
+    ratio: Callable[[Group, float, float], float]
+    states: tuple[str, ...] = ()
+
+
 def column(states: list[dict[str, Tensor]], name: str) -> list[Tensor]:
     """One state of several parameters, as torch's functions take it."""
     return [state[name] for state in states]
@@ -60,7 +81,8 @@ class Rule:
         prepare_next: `prepare_next(group, scalars)` returns the scalars that the next step starts
             from, after `update` has used this step's.
         update: `update(group, scalars, param, grad, states)` returns the new parameter and the new
-            states. All tensors have the dtype that the parameter is computed in.
+            states. All tensors have the dtype that the parameter is computed in. A rule with a
+            trust ratio gets it as one more argument.
         counter: the name of the scalar that counts steps. If torch's class keeps no such state, it
             is not among `scalars`, and it is kept apart from the state. It starts from 1 when a
             state is loaded.
@@ -72,6 +94,7 @@ class Rule:
         any_sign: the options that may be negative.
         scratch: the names of arrays like those of `tensors` that `update` returns, too, and that
             are no state: they are for what follows in the same step.
+        trust: the trust ratio, if the rule has one.
         counts: the options that hold several numbers, and how many. All others hold one.
     """
 
@@ -79,10 +102,7 @@ class Rule:
     scalars: dict[str, float]
     tensors: tuple[str, ...]
     advance: Callable[[Group, dict[str, Tensor]], dict[str, Tensor]]
-    update: Callable[
-        [Group, dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]],
-        tuple[Tensor, dict[str, Tensor]],
-    ]
+    update: Callable[..., tuple[Tensor, dict[str, Tensor]]]
     counter: str = "step"
     codings: Mapping[str, Coding] = field(default_factory=dict)
     twin: Twin | None = None
@@ -91,6 +111,7 @@ class Rule:
     first_values: Mapping[str, str] = field(default_factory=dict)
     any_sign: tuple[str, ...] = ()
     scratch: tuple[str, ...] = ()
+    trust: Trust | None = None
     counts: Mapping[str, int] = field(default_factory=lambda: {"betas": 2})
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -209,20 +209,26 @@ def update(
     names = {*rule.scalars, rule.counter}
     scalars = rule.advance(group, {name: state[name] for name in names})
     grad = scaled(cast_grad(param.grad, param).to(dtype), grad_factor)
-    new_param, new_states = rule.update(
-        _with_floats(group),
-        scalars,
-        formats.param_values(group, param, state),
-        -grad if group.get("maximize") else grad,
-        {
-            name: formats.state_values(rule, group, name, param, state)
-            for name in rule.states(group)
-        },
-    )
+    grad = -grad if group.get("maximize") else grad
+    options, values = _with_floats(group), formats.param_values(group, param, state)
     seed = formats.formats_of(group).seed or 0
     random = formats.RandomBits(seed, int(scalars[rule.counter]), number, first)
+
+    def load(names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: formats.state_values(rule, group, name, param, state) for name in names}
+
+    def store(states: dict[str, Tensor]) -> None:
+        for name, value in states.items():
+            formats.store_state(rule, group, name, param, state, value, random)
+
+    ratio: tuple[float, ...] = ()
+    if (trust := rule.trust) is not None:
+        term, new_states = trust.term(options, scalars, values, grad, load(trust.states))
+        store(new_states)
+        ratio = (trust.ratio(options, *(norms.tensor_norm(it, param) for it in (values, term))),)
+    states = load(rule.states(group))
+    new_param, new_states = rule.update(options, scalars, values, grad, states, *ratio)
     formats.store_param(group, param, state, new_param, random)
-    for name, value in new_states.items():
-        formats.store_state(rule, group, name, param, state, value, random)
+    store(new_states)
     for name, value in rule.prepare_next(group, scalars).items():
         state[name].copy_(value)
