@@ -14,6 +14,8 @@ __all__ = [
     "FusedAdam",
     "FusedAdamW",
     "FusedAdamax",
+    "FusedLAMB",
+    "FusedLARS",
     "FusedLion",
     "FusedMuon",
     "FusedNAdam",

@@ -118,6 +118,22 @@ CASES = [
         {"weight_decay": 0.1, "maximize": True},
         {"lr": 0.1, "betas": (0.5, 0.9)},
     ),
+    *cases_of(
+        fusedopt.FusedLAMB,
+        twins.LAMB,
+        {"weight_decay": 0.0},
+        {"weight_decay": 0.0, "always_adapt": True, "maximize": True},
+        {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.1, "trust_clip": True},
+        {"betas": (0.0, 0.0), "bias_correction": False},
+    ),
+    *cases_of(
+        fusedopt.FusedLARS,
+        twins.LARS,
+        {"weight_decay": 0.1, "maximize": True},
+        {"momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.1},
+        {"momentum": 0.9, "dampening": 0.5, "always_adapt": True, "eps": 0.1},
+        {"lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "trust_clip": True},
+    ),
     # The warm-ups end within seven steps, and not.
     *cases_of(
         fusedopt.FusedAdEMAMix,
@@ -129,7 +145,10 @@ CASES = [
     ),
 ]
 # Each class once, with options under which it has a state to keep.
-TYPICAL = {fusedopt.FusedSGD: {"momentum": 0.9, "dampening": 0.5}}
+TYPICAL = {
+    fusedopt.FusedSGD: {"momentum": 0.9, "dampening": 0.5},
+    fusedopt.FusedLARS: {"momentum": 0.9, "always_adapt": True},
+}
 CLASSES = [
     Case(case.cls, case.twin, TYPICAL.get(case.cls, {})) for case in CASES if not case.kwargs
 ]

@@ -115,17 +115,19 @@ def optimizer_of(case, tensors, **kwargs):
 @pytest.mark.parametrize("tensors", [1, 3, 300])
 @pytest.mark.parametrize("case", CLASSES, ids=str)
 def test_a_step_launches_two_kernels_however_many_tensors(launches, case, tensors):
-    """Before the first step, one more kernel carries the tables."""
+    """Before the first step, one more kernel carries the tables. A trust ratio takes one more."""
+    more = case.cls.rule.trust is not None
     for kwargs in ({"max_grad_norm": 1.0}, {"nonfinite": "skip"}):
         optimizer = optimizer_of(case, tensors, **kwargs)
-        assert [launches(optimizer.step) for _ in range(3)] == [3, 2, 2]
+        assert [launches(optimizer.step) for _ in range(3)] == [3 + more, 2 + more, 2 + more]
 
 
 @pytest.mark.parametrize("tensors", [1, 3, 300])
 @pytest.mark.parametrize("case", CLASSES, ids=str)
 def test_one_kernel_where_nothing_depends_on_the_norm(launches, case, tensors):
+    more = case.cls.rule.trust is not None
     optimizer = optimizer_of(case, tensors)
-    assert [launches(optimizer.step) for _ in range(3)] == [2, 1, 1]
+    assert [launches(optimizer.step) for _ in range(3)] == [2 + more, 1 + more, 1 + more]
 
 
 def test_telemetry_and_an_adaptive_limit_launch_no_more(launches):
@@ -169,18 +171,39 @@ def filled(case, dtype, shapes=ROWS, **kwargs):
     return optimizer, sum(p.numel() for p in params), params[0].element_size()
 
 
+def arrays_of_updates(rule, group):
+    """How many arrays each pass after the norm reads and writes."""
+    updated = 1 + len(rule.states(group))
+    if rule.trust is None:
+        return [(1 + updated, updated)]
+    early = len(rule.trust.states)  # the pass after reads them, and no gradient
+    return [(2 + early, early), (updated + (early == 0), updated - early)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CLASSES, ids=str)
 def test_bytes_of_a_step(traffic, case, dtype):
-    """Each gradient is read once per pass; each updated array is read once and written once."""
+    """Each gradient is read once per pass; each updated array is read once and written once.
+
+    With a trust ratio, the parameter and some states are read twice.
+    """
     optimizer, count, size = filled(case, dtype, max_grad_norm=1.0)
-    arrays = 1 + len(case.cls.rule.states(optimizer.param_groups[0]))  # all updated ones
-    norm, update = traffic(optimizer.step)
+    arrays = arrays_of_updates(case.cls.rule, optimizer.param_groups[0])
+    norm, *updates = traffic(optimizer.step)
     assert norm == (size * count, 0)
-    assert update == ((1 + arrays) * size * count, arrays * size * count)
+    assert updates == [tuple(it * size * count for it in moved) for moved in arrays]
 
     optimizer, count, size = filled(case, dtype)
-    assert traffic(optimizer.step) == [update]
+    assert traffic(optimizer.step) == updates
+
+
+def test_lamb_moves_40_bytes_and_lars_28_for_each_float32(traffic):
+    """And 4 more with clipping."""
+    cases = {case.cls: case for case in CLASSES}
+    for cls, expected in ((fusedopt.FusedLAMB, 40), (fusedopt.FusedLARS, 28)):
+        for limit, more in ((None, 0), (1.0, 4)):
+            optimizer, count, _ = filled(cases[cls], torch.float32, max_grad_norm=limit)
+            assert sum(map(sum, traffic(optimizer.step))) == (expected + more) * count
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

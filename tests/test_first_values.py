@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -72,16 +73,25 @@ def test_asgds_eta_follows_the_lr_of_the_step_before(backend):
     torch.testing.assert_close(tensors_of(fused), tensors_of(twin))
 
 
-@pytest.mark.parametrize("ours", [fusedopt.FusedLion, fusedopt.FusedAdEMAMix])
+AUTHORS = {
+    fusedopt.FusedLion: twins.Lion,
+    fusedopt.FusedAdEMAMix: twins.AdEMAMix,
+    fusedopt.FusedLARS: partial(twins.LARS, momentum=0.9, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("ours", AUTHORS)
 def test_checkpoints_of_the_authors_code(ours):
-    """They have none of torch's flags, and None for no warm-up."""
-    twin = {fusedopt.FusedLion: twins.Lion, fusedopt.FusedAdEMAMix: twins.AdEMAMix}[ours]
+    """They have none of torch's flags, None for no warm-up, and another name of LARS's."""
+    twin = AUTHORS[ours]
     theirs = stepped(twin(make_params(SHAPES)), [0])
     checkpoint = copy.deepcopy(theirs.state_dict())
     group = checkpoint["param_groups"][0]
     for key in ("maximize", "foreach", "capturable", "differentiable"):
         del group[key]
     group.update({key: None for key in group if key.endswith("warmup")})
+    if "trust_coefficient" in group:
+        group["trust_coeff"] = group.pop("trust_coefficient")
     fused = ours([p.detach().clone().requires_grad_() for p in theirs.param_groups[0]["params"]])
     fused.load_state_dict(checkpoint)
     torch.testing.assert_close(tensors_of(stepped(fused, [1])), tensors_of(stepped(theirs, [1])))

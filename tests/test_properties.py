@@ -74,6 +74,9 @@ OPTIONS = {
     "momentum": FLOATS,
     "dampening": FLOATS,
     "nesterov": st.booleans(),
+    "always_adapt": st.booleans(),
+    "trust_clip": st.booleans(),
+    "bias_correction": st.booleans(),
 }
 
 

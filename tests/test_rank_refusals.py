@@ -141,13 +141,30 @@ def parts_have_no_norm(rank):
         opt.step()
 
 
+def parts_have_no_trust_ratio(rank):
+    """Of replicated tensors each rank has the norm."""
+    mesh = init_device_mesh("cpu", (2,))
+    for cls in (fusedopt.FusedLAMB, fusedopt.FusedLARS):
+        with pytest.raises(ValueError, match=f"{cls.__name__} needs the norm of .*a part only"):
+            cls(sharded(mesh, [Shard(0)]))
+        flat = FSDP(torch.nn.Linear(5, 3), device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match=f"{cls.__name__} needs the norm of .*a part only"):
+            cls(flat.parameters(), process_group=dist.group.WORLD, plain="own")
+        params, alone = sharded(mesh, [Replicate()]), list(map(torch.nn.Parameter, tensors(0)))
+        for those in (params, alone):
+            opt = cls(those, weight_decay=0.1)
+            set_grads(those, 1)
+            opt.step()
+        assert all(torch.equal(p._local_tensor, q) for p, q in zip(params, alone, strict=True))
+
+
 def refusals(rank):
     for culprit in range(2):
         for body in (malformed_flag, before_redistribution, broken_copy):
             body(rank, culprit)
     for body in (meshes_without_a_root, settings_differ, replicated_alone):
         body(rank)
-    for body in (without_the_sharded_one, parts_have_no_norm):
+    for body in (without_the_sharded_one, parts_have_no_norm, parts_have_no_trust_ratio):
         body(rank)
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fusedopt.core.checks import checked_defaults
 from fusedopt.optimizers.ademamix import ADEMAMIX
+from fusedopt.optimizers.lamb import LAMB as LAMB_RULE
+from fusedopt.optimizers.lars import LARS as LARS_RULE
 from fusedopt.optimizers.lion import LION
 from fusedopt.optimizers.own import FLAGS
 
@@ -67,6 +69,116 @@ class Lion(Twin):
         update = (beta1 * average + (1 - beta1) * grad).sign() + group["weight_decay"] * param
         param.sub_(group["lr"] * update)
         average.mul_(beta2).add_(grad, alpha=1 - beta2)
+
+
+def flags(maximize, foreach, capturable, differentiable):
+    names = ("maximize", "foreach", "capturable", "differentiable")
+    return dict(zip(names, (maximize, foreach, capturable, differentiable)))
+
+
+class LARS(Twin):
+    """timm's `Lars`: the ratio of arXiv:1708.03888, then torch's SGD."""
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1.0,
+        momentum=0,
+        dampening=0,
+        weight_decay=0.0,
+        nesterov=False,
+        trust_coefficient=0.001,
+        eps=1e-8,
+        trust_clip=False,
+        always_adapt=False,
+        *,
+        maximize=False,
+        foreach=None,
+        capturable=False,
+        differentiable=False,
+    ):
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError(
+                f"nesterov=True with momentum={momentum} and dampening={dampening}; expected a "
+                "momentum > 0 and no dampening"
+            )
+        defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "nesterov": nesterov}
+        defaults |= {"weight_decay": weight_decay, "trust_coefficient": trust_coefficient}
+        defaults |= {"eps": eps, "trust_clip": trust_clip, "always_adapt": always_adapt}
+        defaults |= flags(maximize, foreach, capturable, differentiable)
+        super().__init__(params, checked_defaults(LARS_RULE, defaults))
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("nesterov", False)
+
+    def update(self, group, param, grad, state):
+        decay, momentum, lr = group["weight_decay"], group["momentum"], group["lr"]
+        if decay != 0 or group["always_adapt"]:
+            param_norm, grad_norm = param.double().norm(), grad.double().norm()
+            ratio = group["trust_coefficient"] * param_norm
+            ratio = ratio / (grad_norm + param_norm * decay + group["eps"])
+            ratio = torch.where((param_norm > 0) & (grad_norm > 0), ratio, 1.0)
+            if group["trust_clip"]:
+                ratio = torch.clamp(ratio / lr, max=1.0)
+            grad = (grad + decay * param) * ratio.to(grad.dtype)
+        if momentum != 0:
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = grad.clone()
+            else:
+                state["momentum_buffer"].mul_(momentum).add_(grad, alpha=1 - group["dampening"])
+            buffer = state["momentum_buffer"]
+            grad = grad + momentum * buffer if group["nesterov"] else buffer
+        param.sub_(lr * grad)
+
+
+class LAMB(Twin):
+    """Apex's `FusedLAMB`, as multi_tensor_lamb.cu has it: arXiv:1904.00962 with phi(z) = z."""
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-6,
+        weight_decay=0.01,
+        *,
+        bias_correction=True,
+        trust_clip=False,
+        always_adapt=False,
+        maximize=False,
+        foreach=None,
+        capturable=False,
+        differentiable=False,
+    ):
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults |= {"bias_correction": bias_correction, "trust_clip": trust_clip}
+        defaults |= {"always_adapt": always_adapt}
+        defaults |= flags(maximize, foreach, capturable, differentiable)
+        super().__init__(params, checked_defaults(LAMB_RULE, defaults))
+
+    def update(self, group, param, grad, state):
+        if not state:
+            state["step"] = torch.zeros(())
+            for name in LAMB_RULE.tensors:
+                state[name] = torch.zeros_like(param)
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        mean, squares, decay = state["exp_avg"], state["exp_avg_sq"], group["weight_decay"]
+        mean.mul_(beta1).add_(grad, alpha=1 - beta1)
+        squares.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        corrections = [1 - beta ** int(state["step"]) for beta in (beta1, beta2)]
+        first, second = corrections if group["bias_correction"] else (1.0, 1.0)
+        update = (mean / first) / ((squares / second).sqrt() + group["eps"]) + decay * param
+        ratio = 1.0
+        if decay != 0 or group["always_adapt"]:
+            param_norm, update_norm = param.double().norm(), update.double().norm()
+            if param_norm > 0 and update_norm > 0:  # timm's comparison: nan gives 1
+                ratio = (param_norm / update_norm).item()
+        if group["trust_clip"]:
+            ratio = min(ratio, 1.0)
+        param.sub_(group["lr"] * ratio * update)
 
 
 class AdEMAMix(Twin):

@@ -146,6 +146,7 @@ std::vector<TensorInfo> tensors_of(int64_t count, const int64_t* sizes, const in
 
 Needs needs_of(const RuleInfo& rule, int64_t num_groups) {
   Needs needs{};
+  needs.trust_ratio = rule.has_trust_ratio;
   needs.num_groups = num_groups;
   needs.num_hyperparameters = rule.num_hyperparameters;
   needs.num_states = static_cast<int>(rule.states.size());

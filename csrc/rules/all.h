@@ -8,6 +8,8 @@
 #include "rules/adamax.h"
 #include "rules/ademamix.h"
 #include "rules/asgd.h"
+#include "rules/lamb.h"
+#include "rules/lars.h"
 #include "rules/lion.h"
 #include "rules/muon.h"
 #include "rules/nadam.h"
@@ -24,6 +26,8 @@
   DO(Adamax)                       \
   DO(AdEMAMix)                     \
   DO(ASGD)                         \
+  DO(LAMB)                         \
+  DO(LARS)                         \
   DO(Lion)                         \
   DO(Muon)                         \
   DO(NAdam)                        \

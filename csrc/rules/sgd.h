@@ -6,6 +6,15 @@
 
 namespace fusedopt {
 
+// Adds the gradient to the buffer, if there is one. Returns the direction. LARS shares it.
+template <class Coefficients, class T>
+FUSEDOPT_INLINE T with_momentum(bool has_buffer, const Coefficients& c, T grad,
+                                T& momentum_buffer) {
+  if (!has_buffer) return grad;
+  momentum_buffer = c.momentum * momentum_buffer + c.grad_share * grad;
+  return c.nesterov != 0 ? grad + c.momentum * momentum_buffer : momentum_buffer;
+}
+
 struct SGD : RuleDefaults {
   static constexpr const char* kName = "sgd";
 
@@ -44,12 +53,7 @@ struct SGD : RuleDefaults {
   static FUSEDOPT_INLINE T direction(unsigned used, const Coefficients<T>& c, T grad, T param,
                                      T& momentum_buffer) {
     grad = with_l2(grad, c.weight_decay, param);
-    T direction = grad;
-    if ((used & kMomentumBuffer) != 0) {
-      momentum_buffer = c.momentum * momentum_buffer + c.grad_share * grad;
-      direction = c.nesterov != 0 ? grad + c.momentum * momentum_buffer : momentum_buffer;
-    }
-    return direction;
+    return with_momentum((used & kMomentumBuffer) != 0, c, grad, momentum_buffer);
   }
 
   template <class T>

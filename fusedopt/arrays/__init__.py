@@ -16,6 +16,8 @@ from fusedopt.arrays.base import ArrayOptimizer
 
 __all__ = [
     "ASGD",
+    "LAMB",
+    "LARS",
     "SGD",
     "AdEMAMix",
     "Adadelta",
@@ -135,6 +137,43 @@ class ASGD(ArrayOptimizer):
 
 
 @dataclass(eq=False)
+class LAMB(ArrayOptimizer):
+    """`fusedopt.FusedLAMB` over arrays; see `ArrayOptimizer`."""
+
+    rule: ClassVar = "lamb"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    _: KW_ONLY
+    bias_correction: bool = True
+    trust_clip: bool = False
+    always_adapt: bool = False
+    maximize: bool = False
+
+
+@dataclass(eq=False)
+class LARS(ArrayOptimizer):
+    """`fusedopt.FusedLARS` over arrays; see `ArrayOptimizer`."""
+
+    rule: ClassVar = "lars"
+    lr: float = 1.0
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    trust_coefficient: float = 0.001
+    eps: float = 1e-8
+    trust_clip: bool = False
+    always_adapt: bool = False
+    _: KW_ONLY
+    maximize: bool = False
+
+    def _check_options(self) -> None:
+        _check_nesterov(self)
+
+
+@dataclass(eq=False)
 class Lion(ArrayOptimizer):
     """`fusedopt.FusedLion` over arrays; see `ArrayOptimizer`."""
 
@@ -222,8 +261,12 @@ class SGD(ArrayOptimizer):
     maximize: bool = False
 
     def _check_options(self) -> None:
-        if self.nesterov and (self.momentum <= 0 or self.dampening != 0):
-            raise ValueError(
-                f"nesterov=True with momentum={self.momentum} and dampening={self.dampening}; "
-                "expected a momentum > 0 and no dampening"
-            )
+        _check_nesterov(self)
+
+
+def _check_nesterov(it: LARS | SGD) -> None:
+    if it.nesterov and (it.momentum <= 0 or it.dampening != 0):
+        raise ValueError(
+            f"nesterov=True with momentum={it.momentum} and dampening={it.dampening}; "
+            "expected a momentum > 0 and no dampening"
+        )

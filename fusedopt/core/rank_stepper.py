@@ -214,6 +214,12 @@ class RankStepper(GatheredStep):
                 f"max_grad_norm={limit} needs the norm of {name}, of which each rank has a part "
                 "only; expected a number, Percentile() or ZScore()"
             )
+        if self.rule.trust is not None and sharding.is_part(param):
+            raise ValueError(
+                f"{type(self).__name__} needs the norm of {name}, of which each rank has a part "
+                "only; expected whole parameters: DistributedDataParallel, with shard_states() for "
+                "the states"
+            )
         if not is_dtensor(param):
             return
         if any(placement.is_partial() for placement in param.placements):

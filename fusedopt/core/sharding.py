@@ -6,10 +6,13 @@ of which one half was updated.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fusedopt.core.callers import calling_module
+from fusedopt.distributed import is_dtensor
 
 # By module: who gives every rank's optimizer a part of the parameters.
 _SHARDING_CALLERS = {
@@ -43,6 +46,16 @@ def is_flat_part(param: Tensor) -> bool:
     """Whether it is a flat parameter of `FullyShardedDataParallel`, or a view of one."""
     is_flat = getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False)
     return is_flat and _several_ranks()
+
+
+def is_part(param: Any) -> bool:
+    """Whether other ranks have other elements of the same tensor."""
+    if not is_dtensor(param):
+        return is_flat_part(param)
+    return any(
+        not placement.is_replicate() and param.device_mesh.size(dim) > 1
+        for dim, placement in enumerate(param.placements)
+    )
 
 
 def refuse(sharded: str | None, *asked: str) -> None:

@@ -7,6 +7,8 @@ from fusedopt.optimizers.adam import FusedAdamW as FusedAdamW
 from fusedopt.optimizers.adamax import FusedAdamax as FusedAdamax
 from fusedopt.optimizers.ademamix import FusedAdEMAMix as FusedAdEMAMix
 from fusedopt.optimizers.asgd import FusedASGD as FusedASGD
+from fusedopt.optimizers.lamb import FusedLAMB as FusedLAMB
+from fusedopt.optimizers.lars import FusedLARS as FusedLARS
 from fusedopt.optimizers.lion import FusedLion as FusedLion
 from fusedopt.optimizers.muon import FusedMuon as FusedMuon
 from fusedopt.optimizers.nadam import FusedNAdam as FusedNAdam

@@ -14,14 +14,19 @@ def update_moments(
     group: Group, param: Tensor, grad: Tensor, state: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Returns the parameter and the gradient after weight decay, and the new moments."""
-    beta1, beta2 = map(float, group["betas"])
     if group["decoupled_weight_decay"]:
         param = param * (1 - group["lr"] * group["weight_decay"])
     else:
         grad = with_l2(group, param, grad)
+    return param, grad, new_moments(group, grad, state)
+
+
+def new_moments(group: Group, grad: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The averages of the gradient and of its square."""
+    beta1, beta2 = map(float, group["betas"])
     exp_avg = beta1 * state["exp_avg"] + (1 - beta1) * grad
     exp_avg_sq = beta2 * state["exp_avg_sq"] + ((1 - beta2) * grad) * grad
-    return param, grad, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    return {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 
 def moment_options(group: Group) -> dict[str, Any]:

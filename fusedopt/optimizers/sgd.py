@@ -16,23 +16,29 @@ from fusedopt.reference import Group, Rule, Twin
 from fusedopt.reference.rule import column, with_l2
 
 
-def _advance(group: Group, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+def count_momentum(group: Group, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"momentum_steps": scalars["momentum_steps"] + 1}
+
+
+def with_momentum(
+    group: Group, scalars: dict[str, Tensor], grad: Tensor, state: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The direction of the update, and the new buffer if there is one. LARS shares it."""
+    momentum = group["momentum"]
+    if momentum == 0:
+        return grad, {}
+    # The buffer starts from zero, and its first gradient is not dampened.
+    first = scalars["momentum_steps"] == 1
+    share = 1.0 if first else 1 - group["dampening"]
+    momentum_buffer = momentum * state["momentum_buffer"] + share * grad
+    direction = grad + momentum * momentum_buffer if group["nesterov"] else momentum_buffer
+    return direction, {"momentum_buffer": momentum_buffer}
 
 
 def _update(
     group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    momentum = group["momentum"]
-    grad = with_l2(group, param, grad)
-    direction, new_state = grad, {}
-    if momentum != 0:
-        # The buffer starts from zero, and its first gradient is not dampened.
-        first = scalars["momentum_steps"] == 1
-        share = 1.0 if first else 1 - group["dampening"]
-        momentum_buffer = momentum * state["momentum_buffer"] + share * grad
-        new_state["momentum_buffer"] = momentum_buffer
-        direction = grad + momentum * momentum_buffer if group["nesterov"] else momentum_buffer
+    direction, new_state = with_momentum(group, scalars, with_l2(group, param, grad), state)
     return param - group["lr"] * direction, new_state
 
 
@@ -74,7 +80,7 @@ SGD = Rule(
     tensors=("momentum_buffer",),
     codings={"momentum_buffer": "linear"},
     optional={"momentum_buffer": lambda group: group["momentum"] != 0},
-    advance=_advance,
+    advance=count_momentum,
     update=_update,
     any_sign=("dampening",),
     counter="momentum_steps",

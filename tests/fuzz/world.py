@@ -23,6 +23,8 @@ CLASSES: list[tuple[type, dict[str, Any]]] = [
     (fusedopt.FusedAdagrad, {}),
     (fusedopt.FusedASGD, {"t0": 1.0}),
     (fusedopt.FusedRprop, {}),
+    (fusedopt.FusedLAMB, {}),
+    (fusedopt.FusedLARS, {"momentum": 0.9, "weight_decay": 0.1}),
     (fusedopt.FusedLion, {}),
     (fusedopt.FusedAdEMAMix, {}),
     (fusedopt.FusedRAdam, {}),
