@@ -24,6 +24,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -89,6 +90,7 @@ class Verdict:
         return near and max(abs(self.length - 1), abs(self.root - 1)) < SHARE
 
 
+@cache
 def digits() -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
 
@@ -96,6 +98,7 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(labels)
 
 
+@cache
 def characters() -> tuple[Tensor, Tensor]:
     """Every place of the text with the characters before it; what isn't ASCII is left out."""
     text = "\n".join(topics[name] for name in sorted(topics)).encode("ascii", "ignore")
