@@ -176,6 +176,9 @@ def build_for_jax(folder: Path, linking: list[str]) -> list[Path]:
     if jaxlib is None or jaxlib.origin is None:
         return []
     headers = Path(jaxlib.origin).parent / "include"
+    if not (headers / "xla/ffi/api/ffi.h").is_file():
+        say(f"building without JAX's custom call: {headers} lacks the headers of its FFI")
+        return []
     compiler = [*cxx(), *KERNEL_FLAGS, "-fvisibility=default", f"-isystem{headers}"]
     commands = objects(folder, [*CSRC.glob("ffi/*.cpp")], compiler)
     library = folder.absolute() / "libfusedopt_jax.so"
