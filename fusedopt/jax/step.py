@@ -32,7 +32,7 @@ class State(NamedTuple):
         grad_norm: the global gradient norm of the last step before clipping, float32.
     """
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     moments: dict[str, dict[str, jax.Array]]
     skips: jax.Array
     grad_norm: jax.Array
