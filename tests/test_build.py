@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import fusedopt
 from fusedopt.core import backends
 
 ROOT = Path(__file__).parent.parent
@@ -148,6 +149,13 @@ def test_without_torch_the_library_is_built_and_the_record_says_what_is_missing(
 
 def test_the_folder_of_the_binding_does_not_pass_for_torch():
     assert ROOT / "csrc" not in [Path(entry).resolve() for entry in sys.path]
+
+
+def test_every_file_names_this_version():
+    version = fusedopt.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    newest = next(it for it in (ROOT / "CHANGELOG.md").read_text().splitlines() if "## " in it)
+    assert newest.startswith(f"## {version} ")
 
 
 def test_a_source_distribution_has_what_the_makefile_needs():
