@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import fusedopt
-from fusedopt import __main__ as cli
-from fusedopt import reference
+from fusedopt import front_ends, reference, self_check
 from fusedopt.core import backends
 from fusedopt.core.extension import Found
 
@@ -29,11 +28,12 @@ def test_report_and_self_check():
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"fusedopt {fusedopt.__version__}, torch {torch.__version__} ")
     assert lines[1] == f"Python files: {Path(fusedopt.__file__).parent}"
-    assert lines.pop(2).startswith("fusedopt.keras: ")
+    for name in ("arrays", "jax", "keras"):
+        assert lines.pop(2).startswith(f"fusedopt.{name}: ")
     assert lines[2].startswith(f"compiled extension: {backends._C.__file__}, compiled for torch ")
     assert lines[3].startswith("cpu: ")
     assert any(isa in lines[3] for isa in ("baseline", "avx2", "avx512"))
-    checked = [*(cls.__name__ for cls in cli.CLASSES), "clip_grad_norm_"]
+    checked = [*(cls.__name__ for cls in self_check.CLASSES), "clip_grad_norm_"]
     cuda = 4 + len(checked)
     assert [line.split() for line in lines[4:cuda]] == [[name, "ok"] for name in checked]
     assert lines[cuda].startswith("cuda")
@@ -46,7 +46,7 @@ def test_report_and_self_check():
 def test_it_fails_where_nothing_is_compiled(monkeypatch, capsys, arguments):
     monkeypatch.setattr(backends, "_C", None)
     monkeypatch.setattr(backends, "found", Found(None, "there was no compiler", False, {}))
-    assert cli.main(arguments) == 1
+    assert self_check.self_check(arguments) == 1
     lines = capsys.readouterr().out.splitlines()
     assert "NOT COMPILED: there was no compiler" in lines
     assert not [line for line in lines if line.endswith("ok")]
@@ -57,16 +57,16 @@ def test_missing_cuda_kernels_fail_where_there_is_a_gpu(
     monkeypatch, capsys, gpu, arguments, status
 ):
     why_missing = backends.why_missing
-    monkeypatch.setattr(cli, "CLASSES", ())
+    monkeypatch.setattr(self_check, "CLASSES", ())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
     monkeypatch.setattr(
         backends, "why_missing", lambda name: why_missing(name) if name == "cpu" else "no nvcc"
     )
-    assert cli.main([f"--backend={name}" for name in arguments]) == status
+    assert self_check.self_check([f"--backend={name}" for name in arguments]) == status
     assert "cuda: can't be used: no nvcc" in capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.parametrize("cls", cli.CLASSES)
+@pytest.mark.parametrize("cls", self_check.CLASSES)
 def test_one_wrong_bit_is_reported(monkeypatch, capsys, cls):
     update = reference.update
 
@@ -78,8 +78,8 @@ def test_one_wrong_bit_is_reported(monkeypatch, capsys, cls):
 
     # Where the reference's step finds it; the package's attribute of this name is a function.
     monkeypatch.setattr(sys.modules["fusedopt.reference.step"], "update", off_by_one_bit)
-    monkeypatch.setattr(cli, "CLASSES", (cls,))
-    assert cli.main(["--backend", "cpu"]) == 1
+    monkeypatch.setattr(self_check, "CLASSES", (cls,))
+    assert self_check.self_check(["--backend", "cpu"]) == 1
     assert f"    {cls.__name__:15} FAILED" in capsys.readouterr().out.splitlines()
 
 
@@ -93,7 +93,7 @@ def test_one_wrong_bit_of_clipping_is_reported(monkeypatch, capsys):
         return result
 
     monkeypatch.setattr(reference, "clip_grads", off_by_one_bit)
-    assert cli.main(["--backend", "cpu"]) == 1
+    assert self_check.self_check(["--backend", "cpu"]) == 1
     assert "    clip_grad_norm_ FAILED" in capsys.readouterr().out.splitlines()
 
 
@@ -102,7 +102,39 @@ def test_every_optimizer_is_checked():
     optimizers = {
         cls for cls in exported if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
     }
-    assert optimizers - {fusedopt.FusedOptimizer} == set(cli.CLASSES)
+    assert optimizers - {fusedopt.FusedOptimizer} == set(self_check.CLASSES)
+
+
+def test_without_torch_it_says_which_front_ends_are_there():
+    code = "import runpy, sys; sys.modules['torch'] = None; "
+    code += "runpy.run_module('fusedopt', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"fusedopt {fusedopt.__version__}, without torch, ")
+    assert "\nfusedopt.arrays: for NumPy " in done.stdout
+    assert "\nfusedopt.keras: can't be used: " in done.stdout
+
+
+def test_without_torch_and_kernels_it_fails(monkeypatch, capsys):
+    def find_library(name):
+        raise ImportError(f"there is no {name}")
+
+    monkeypatch.setattr(front_ends.extension, "find_library", find_library)
+    assert front_ends.report_without_torch() == 1
+    assert "fusedopt.arrays: can't be used: there is no kernels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("backend", "text"),
+    [
+        ("torch", "for Keras "),
+        ("jax", "can't be used: KERAS_BACKEND is jax, and it works on torch so far"),
+    ],
+)
+def test_keras_and_the_backend_that_was_chosen(monkeypatch, backend, text):
+    pytest.importorskip("keras")
+    monkeypatch.setenv("KERAS_BACKEND", backend)
+    assert front_ends.describe()["fusedopt.keras"].startswith(text)
 
 
 def test_usage():

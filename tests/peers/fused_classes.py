@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from fusedopt.__main__ import CLASSES
+from fusedopt.self_check import CLASSES
 
 NAMED = {cls.__name__.removeprefix("Fused"): cls for cls in CLASSES}
 SUBSTITUTES = {name: cls for name, cls in NAMED.items() if hasattr(torch.optim, name)}
