@@ -112,18 +112,13 @@ class SegmentCoefs {
         index_(index),
         chunk_(step.chunks[index]),
         shape_(step.shapes[chunk_.tensor]),
-        is_unclipped_(is_unclipped(step, chunk_.tensor)),
-        kind_(is_unclipped_ ? SegmentKind::kNone : segment_kind(step.options.limit.kind)),
+        kind_(segment_kind(step.options.limit.kind)),
         segments_(step, chunk_.tensor, kind_),
         first_(segments_.at(chunk_.begin())),
         last_(segments_.at(chunk_.begin() + chunk_.size(shape_.numel) - 1)) {}
 
   // Writes the coefficients to part_coefs and to `shared`, and the smallest one to chunk_coefs.
   __device__ void leave(ChunkSegments& shared) const {
-    if (kind_ == SegmentKind::kNone) {
-      if (threadIdx.x == 0) leave_shared(shared, is_unclipped_ ? 1.0 : decision_.clip_coef);
-      return;
-    }
     if (first_ == last_) return leave_one(shared);
     double* const coefs = step_.part_coefs + segments_.part(0, chunk_.index);
     if (segments_.size() <= kChunkSize) {
@@ -158,17 +153,12 @@ class SegmentCoefs {
     __syncthreads();
     if (!is_known && threadIdx.x < kWarpSize) coef = coef_of_long(first_);
     if (threadIdx.x != 0) return;
-    leave_shared(shared, coef);
+    step_.chunk_coefs[index_] = coef;
+    shared.is_shared = true;
+    shared.factor = decision_.inv_scale * coef;
     shared.known_tensor = chunk_.tensor;
     shared.known_segment = first_;
     shared.known_coef = coef;
-  }
-
-  // One thread calls it. All elements of the chunk have this coefficient.
-  __device__ void leave_shared(ChunkSegments& shared, double coef) const {
-    if (step_.chunk_coefs != nullptr) step_.chunk_coefs[index_] = coef;
-    shared.is_shared = true;
-    shared.factor = decision_.inv_scale * coef;
   }
 
   // For a segment no longer than a chunk: it has one part or two.
@@ -208,8 +198,7 @@ class SegmentCoefs {
   const int64_t index_;
   const Chunk chunk_;
   const TensorShape& shape_;
-  const bool is_unclipped_;
-  const SegmentKind kind_;  // kNone: all elements have one coefficient
+  const SegmentKind kind_;
   const Segments segments_;
   const int64_t first_, last_;
 };

@@ -22,13 +22,29 @@ struct Shared {
   float norm_lanes[kRowBytes / sizeof(raw16)];  // see SharedLanes
   double values[2];                             // for BlockWorkers
   // No register keeps these while a chunk is updated.
-  int index;  // of the chunk
+  int index;           // of the chunk
+  bool has_own_coefs;  // not all chunks have the same clip coefficient
   const void* const* grads;
   const Group* groups;
   MixedPointers pointers;
   // Raw storage: __shared__ objects can't have constructors.
   alignas(8) unsigned char cache[sizeof(CoefficientCache<Rule>)];
 };
+
+// Leaves the clip coefficients of a chunk. All its elements have one, if it is not clipped, or if
+// no segments are. (A branch within SegmentCoefs would take more registers than there are.)
+template <class Rule>
+__device__ __forceinline__ void leave_coefs(const StepParams& step, Chunk chunk, int index,
+                                            Shared<Rule>& shared) {
+  if (step.chunk_coefs != nullptr && !is_unclipped(step, chunk.tensor)) {
+    return SegmentCoefs(step, shared.decision, index).leave(shared.segments);
+  }
+  if (threadIdx.x != 0) return;
+  const double coef = is_unclipped(step, chunk.tensor) ? 1.0 : shared.decision.clip_coef;
+  if (step.chunk_coefs != nullptr) step.chunk_coefs[index] = coef;
+  shared.segments.is_shared = true;
+  shared.segments.factor = shared.decision.inv_scale * coef;
+}
 
 // Updates a chunk. Also measures its gradients, if no pass has measured them before. Returns the
 // index again.
@@ -43,8 +59,7 @@ __device__ __forceinline__ int update_chunk(StepParams& step, int index,
     return index;
   }
   __syncthreads();
-  if (reads_grads<Rule> && (step.chunk_coefs != nullptr || step.has_unclipped))
-    SegmentCoefs(step, shared.decision, index).leave(shared.segments);
+  if (reads_grads<Rule> && shared.has_own_coefs) leave_coefs(step, chunk, index, shared);
   if (threadIdx.x == 0) {
     shared.index = index;
     const ChunkSegments& segments = shared.segments;
@@ -77,6 +92,7 @@ __device__ __forceinline__ void update_chunks(StepParams& step, Shared<Rule>& sh
     shared.segments.begin(shared.decision);
     shared.grads = step.grads;
     shared.groups = step.groups;
+    shared.has_own_coefs = step.chunk_coefs != nullptr || step.has_unclipped;
     cache.group = UINT32_MAX;
   }
   __syncthreads();

@@ -64,7 +64,7 @@ def translated(rule: Rule, groups: list[Group], checkpoint: Checkpoint) -> Check
         translated_groups.append(saved if library is None else _group(rule, library, group, saved))
         if library is None:
             continue
-        _check_group(rule, library, saved, index)
+        _check_group(rule, library, group, saved, index)
         for place, (param, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
             if key in found:
                 name = name_of(groups, index, place)
@@ -85,18 +85,20 @@ def _library_of(group: Group, states: Mapping[Any, State]) -> str | None:
         return "torchao"
     if "master_bytewidth" in group or any(map(is_flashoptims, each)):
         return "FlashOptim"
-    if "bias_correction" in group or any(MASTER in state for state in each):
+    # Our LAMB has this option, too, but apex counts the steps of a group in the group.
+    is_apexs = "bias_correction" in group and not any("step" in state for state in each)
+    if is_apexs or any(MASTER in state for state in each):
         return "apex or TransformerEngine"
     return None
 
 
-def _check_group(rule: Rule, library: str, saved: Group, index: int) -> None:
+def _check_group(rule: Rule, library: str, own: Group, saved: Group, index: int) -> None:
     if library == "bitsandbytes" and rule.name not in BITSANDBYTES:
         raise TypeError(
             f"loaded param group {index} is of bitsandbytes, whose states fit the rules "
             f"{', '.join(BITSANDBYTES)}; expected one of torch's or of ours for {rule.name}"
         )
-    if not saved.get("bias_correction", True):
+    if not saved.get("bias_correction", True) and "bias_correction" not in own:
         raise ValueError(
             f"loaded param group {index} has bias_correction=False; expected True: no step here "
             "leaves the correction out"
