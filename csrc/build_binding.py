@@ -8,7 +8,6 @@ It needs ninja, and a C++ compiler. The kernels' library is not compiled: it kno
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from toolchain import CXX_FLAGS, check_compiler, openmp
@@ -45,4 +44,3 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     library = arguments.library.resolve()
     print(build(arguments.folder.resolve(), library, arguments.rpath or str(library.parent)))
-    sys.exit()
