@@ -40,6 +40,9 @@ FUSEDOPT_INLINE constexpr bool is_stored(size_t state) {
   return (stored_states<Rule> >> state & 1) != 0;
 }
 
+template <class Rule>
+inline constexpr bool reads_params = !Rule::kIsTrustPass || Rule::kTrustReadsParams;
+
 // If the first pass updates states, they hold all that the second pass needs of the gradient.
 template <class Rule>
 inline constexpr bool reads_grads = Rule::kIsTrustPass || Rule::kTrustStates == 0;
@@ -60,10 +63,12 @@ FUSEDOPT_INLINE void leave_trust_ratios(const StepParams& step, const Workers& w
       return std::sqrt(
           sum.exact([&](int64_t chunk) { return Workers::load(&(step.trust_sums[chunk].*it)); }));
     };
-    const double params = norm(&TrustSums::params), terms = norm(&TrustSums::terms);
+    const double params = Rule::kTrustReadsParams ? norm(&TrustSums::params) : 0;
+    const double terms = norm(&TrustSums::terms);
     if (!sum.leads()) return;
     const auto h = hyperparameters<Rule>(step, step.shapes[t].group);
-    step.trust_ratios[t] = Rule::trust_ratio(h, params, terms);
+    const double numel = static_cast<double>(step.shapes[t].numel);
+    step.trust_ratios[t] = Rule::trust_ratio(h, {params, terms, numel});
   });
 }
 

@@ -14,9 +14,12 @@ struct AddRow {
 #pragma GCC ivdep
 #pragma GCC unroll 4
     for (int64_t i = 0; i < count; ++i) {
-      const lane_t param = before[i], second = Second::of(before[i], after[i]);
-      params[i] += param * param;
+      const lane_t second = Second::of(before, after, i);
       seconds[i] += second * second;
+      if constexpr (Second::kBesideParams) {
+        const lane_t param = before[i];
+        params[i] += param * param;
+      }
     }
   }
 };
@@ -61,7 +64,9 @@ void SquareLanes<T, Second>::leave_totals(Isa isa, double* params, double* secon
 
 template class SquareLanes<float, Changes<float>>;
 template class SquareLanes<double, Changes<double>>;
-template class SquareLanes<float, Terms<float>>;
-template class SquareLanes<double, Terms<double>>;
+template class SquareLanes<float, Terms<float, true>>;
+template class SquareLanes<double, Terms<double, true>>;
+template class SquareLanes<float, Terms<float, false>>;
+template class SquareLanes<double, Terms<double, false>>;
 
 }  // namespace fusedopt::cpu

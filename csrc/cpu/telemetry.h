@@ -14,15 +14,19 @@ namespace fusedopt::cpu {
 template <class T>
 struct Changes {
   using lane_t = T;
-  static FUSEDOPT_INLINE T of(T before, T after) { return after - before; }
+  static constexpr bool kBesideParams = true;
+  static FUSEDOPT_INLINE T of(const T* before, const T* after, int64_t i) {
+    return after[i] - before[i];
+  }
 };
 
 // Trust ratios: the squares of the rule's terms, in float64, where squares of float32 numbers
-// neither overflow nor vanish.
-template <class T>
+// neither overflow nor vanish. Some rules need no squares of the parameters.
+template <class T, bool kParams>
 struct Terms {
   using lane_t = double;
-  static FUSEDOPT_INLINE T of(T, T term) { return term; }
+  static constexpr bool kBesideParams = kParams;
+  static FUSEDOPT_INLINE T of(const T*, const T* terms, int64_t i) { return terms[i]; }
 };
 
 // Sums of squares over a chunk. An element's lane is its place in its row.
@@ -31,7 +35,8 @@ class SquareLanes {
  public:
   SquareLanes(const TensorShape& shape, int64_t chunk_size);
 
-  // Adds a row of elements: `before` the pass, and `after` it, or the terms.
+  // Adds a row of elements: `before` the pass, and `after` it, or the terms. `before` may be null
+  // if the parameters are not summed up: their sum is 0.
   void add(Isa isa, int64_t first, int64_t count, const T* before, const T* after);
 
   void leave_totals(Isa isa, double* params, double* seconds);
@@ -47,7 +52,9 @@ class SquareLanes {
 
 extern template class SquareLanes<float, Changes<float>>;
 extern template class SquareLanes<double, Changes<double>>;
-extern template class SquareLanes<float, Terms<float>>;
-extern template class SquareLanes<double, Terms<double>>;
+extern template class SquareLanes<float, Terms<float, true>>;
+extern template class SquareLanes<double, Terms<double, true>>;
+extern template class SquareLanes<float, Terms<float, false>>;
+extern template class SquareLanes<double, Terms<double, false>>;
 
 }  // namespace fusedopt::cpu

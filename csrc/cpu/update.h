@@ -117,11 +117,11 @@ struct Work {
   }
 
   // The same for the first pass of a rule with a trust ratio. Calls observe(params, terms) at the
-  // end, and stores no parameters.
+  // end, and stores no parameters. `params` is null if the pass doesn't read them.
   template <unsigned kUsed, class Observe>
   FUSEDOPT_INLINE void measure_terms(Isa isa, int64_t first, int64_t count, Observe observe) {
-    const T* const param_row = params.load(isa, first, count);
-    memcpy(terms, param_row, count * sizeof(T));
+    const T* const param_row = reads_params<Rule> ? params.load(isa, first, count) : nullptr;
+    if constexpr (reads_params<Rule>) memcpy(terms, param_row, count * sizeof(T));
     update_states<kUsed>(isa, first, count, terms);
     observe(param_row, terms);
   }
@@ -248,7 +248,7 @@ class ChunkUpdater {
 
   template <unsigned kUsed, class T>
   void measure_terms(Work<Rule, T>& work, const TensorShape& shape, int64_t index, int64_t size) {
-    SquareLanes<T, Terms<T>> lanes(shape, size);
+    SquareLanes<T, Terms<T, reads_params<Rule>>> lanes(shape, size);
     for (int64_t first = 0; first < size; first += kRow<T>) {
       const int64_t count = std::min(kRow<T>, size - first);
       work.template measure_terms<kUsed>(isa_, first, count, [&](const T* params, const T* terms) {

@@ -134,7 +134,8 @@ class ChunkUpdate {
     __device__ bool has(int k) const { return (used >> k & 1) != 0; }
 
     __device__ bool aligned() const {
-      bool result = param.template aligned<kVector>() && grad.template aligned<kVector>();
+      bool result = grad.template aligned<kVector>();
+      if constexpr (reads_params<Rule>) result = result && param.template aligned<kVector>();
 #pragma unroll
       for (int k = 0; k < kStates; ++k) {
         result = result && (!has(k) || state[k].template aligned<kVector>());
@@ -146,7 +147,7 @@ class ChunkUpdate {
     template <int kCount, class Load>
     __device__ Elements<kCount> load(Load load) const {
       Elements<kCount> elements{};
-      elements.param = load(param);
+      if constexpr (reads_params<Rule>) elements.param = load(param);
       if constexpr (reads_grads<Rule>) elements.grad = load(grad);
 #pragma unroll
       for (int k = 0; k < kStates; ++k) {
@@ -167,7 +168,7 @@ class ChunkUpdate {
     template <int kCount, size_t... k>
     __device__ __forceinline__ void widen(Elements<kCount>& elements,
                                           std::index_sequence<k...>) const {
-      param.widen(elements.param);
+      if constexpr (reads_params<Rule>) param.widen(elements.param);
       if constexpr (reads_grads<Rule>) grad.widen(elements.grad);
       ((has(k) ? state[k].template widen<Rule::kStates[k].coding>(elements.state[k]) : void()),
        ...);
@@ -293,7 +294,10 @@ class ChunkUpdate {
                              state[k][i]...);
         if constexpr (Rule::kIsTrustPass) {
           const int index = first + (begin + i) * kStride;
-          if (kStride == 1 || index < size_) squares_.add(index, before, param[i]);
+          if (kStride == 1 || index < size_) {
+            if constexpr (reads_params<Rule>) squares_.add_param(index, before);
+            squares_.add_term(index, param[i]);
+          }
         }
         (root<k>(state[k][i]), ...);
       }

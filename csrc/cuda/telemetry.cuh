@@ -142,11 +142,9 @@ struct LanesOf {
     }
   }
 
-  // Adds element i: the parameter, and the term.
-  __device__ void add(int i, T param, T term) const {
-    params[i % kRow] += param * param;
-    seconds[i % kRow] += term * term;
-  }
+  // Add the parameter of element i, and its term.
+  __device__ void add_param(int i, T param) const { params[i % kRow] += param * param; }
+  __device__ void add_term(int i, T term) const { seconds[i % kRow] += term * term; }
 
   // Adds the elements first, first + kStride, ... that are below `size`: `before` the update, and
   // `after` it.

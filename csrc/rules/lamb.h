@@ -67,11 +67,10 @@ struct LAMB : RuleDefaults {
     return direction(used, c, grad, param, exp_avg, exp_avg_sq);
   }
 
-  static FUSEDOPT_INLINE double trust_ratio(const Hyperparameters& h, double param_norm,
-                                            double direction_norm) {
+  static FUSEDOPT_INLINE double trust_ratio(const Hyperparameters& h, const TrustNorms& norms) {
     if (h.weight_decay == 0 && h.always_adapt == 0) return 1;
-    if (!(param_norm > 0 && direction_norm > 0)) return 1;
-    const double ratio = param_norm / direction_norm;
+    if (!(norms.params > 0 && norms.terms > 0)) return 1;
+    const double ratio = norms.params / norms.terms;
     return h.trust_clip != 0 && ratio > 1 ? 1 : ratio;
   }
 

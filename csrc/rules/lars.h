@@ -55,12 +55,11 @@ struct LARS : RuleDefaults {
     return grad;
   }
 
-  static FUSEDOPT_INLINE double trust_ratio(const Hyperparameters& h, double param_norm,
-                                            double grad_norm) {
+  static FUSEDOPT_INLINE double trust_ratio(const Hyperparameters& h, const TrustNorms& norms) {
     if (h.weight_decay == 0 && h.always_adapt == 0) return 1;
-    if (!(param_norm > 0 && grad_norm > 0)) return 1;
+    if (!(norms.params > 0 && norms.terms > 0)) return 1;
     const double ratio =
-        h.trust_coefficient * param_norm / (grad_norm + h.weight_decay * param_norm + h.eps);
+        h.trust_coefficient * norms.params / (norms.terms + h.weight_decay * norms.params + h.eps);
     if (h.trust_clip == 0) return ratio;
     return ratio < h.lr ? ratio / h.lr : 1;
   }

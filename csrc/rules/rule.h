@@ -22,8 +22,10 @@
 //                     in the first pass
 //   kTrustStates      the states that the first pass updates. If there are any, the second pass
 //                     gets no gradient and only reads these states; else it updates all states
+//   kTrustReadsParams whether the first pass reads the parameters. If not, trust_term() gets 0 in
+//                     their place, and TrustNorms::params is 0
 //   trust_term        updates the kTrustStates, and returns the element whose square is summed up
-//   trust_ratio       the ratio, from the norms of the parameter and of the terms, in float64
+//   trust_ratio       the ratio, from the TrustNorms, in float64
 #pragma once
 
 #include "math/blocks.h"
@@ -51,12 +53,18 @@ struct StateName {
   Coding coding = Coding::kNone;
 };
 
+// The norms of a tensor's parameters and terms, and the number of its elements.
+struct TrustNorms {
+  double params, terms, numel;
+};
+
 // Declarations that most rules share.
 struct RuleDefaults {
   static constexpr bool kHasLr = true;
   static constexpr bool kHasMaximize = true;
   static constexpr bool kHasTrustRatio = false, kIsTrustPass = false;
   static constexpr unsigned kTrustStates = 0;
+  static constexpr bool kTrustReadsParams = true;
 
   template <class Hyperparameters>
   static FUSEDOPT_INLINE void advance(const Hyperparameters&, float* scalars) {

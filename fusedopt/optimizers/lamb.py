@@ -14,7 +14,7 @@ from fusedopt.core.optimizer import Backend
 from fusedopt.core.settings import MasterWeights, NonFinite, Plain, Rounding, StateDtype
 from fusedopt.optimizers.moments import new_moments
 from fusedopt.optimizers.own import OwnOptimizer
-from fusedopt.reference import Group, Rule, Trust, count_step
+from fusedopt.reference import Group, Rule, Trust, TrustNorms, count_step
 from fusedopt.reference.arithmetic import power, sqrt
 from fusedopt.reference.rule import with_l2
 
@@ -39,12 +39,12 @@ def _term(
     return _direction(group, scalars, param, new_states), new_states
 
 
-def _ratio(group: Group, param_norm: float, direction_norm: float) -> float:
+def _ratio(group: Group, norms: TrustNorms) -> float:
     if group["weight_decay"] == 0 and not group["always_adapt"]:
         return 1.0
-    if not (param_norm > 0 and direction_norm > 0):
+    if not (norms.params > 0 and norms.terms > 0):
         return 1.0
-    ratio = param_norm / direction_norm
+    ratio = norms.params / norms.terms
     return 1.0 if group["trust_clip"] and ratio > 1 else ratio
 
 

@@ -14,7 +14,7 @@ from fusedopt.core.optimizer import Backend
 from fusedopt.core.settings import MasterWeights, NonFinite, Plain, Rounding, StateDtype
 from fusedopt.optimizers.own import OwnOptimizer
 from fusedopt.optimizers.sgd import count_momentum, with_momentum
-from fusedopt.reference import Group, Rule, Trust
+from fusedopt.reference import Group, Rule, Trust, TrustNorms
 from fusedopt.reference.rule import with_l2
 
 
@@ -24,14 +24,14 @@ def _term(
     return grad, {}
 
 
-def _ratio(group: Group, param_norm: float, grad_norm: float) -> float:
+def _ratio(group: Group, norms: TrustNorms) -> float:
     weight_decay = group["weight_decay"]
     if weight_decay == 0 and not group["always_adapt"]:
         return 1.0
-    if not (param_norm > 0 and grad_norm > 0):
+    if not (norms.params > 0 and norms.terms > 0):
         return 1.0
-    decayed = grad_norm + weight_decay * param_norm + group["eps"]
-    ratio = group["trust_coefficient"] * param_norm / decayed
+    decayed = norms.terms + weight_decay * norms.params + group["eps"]
+    ratio = group["trust_coefficient"] * norms.params / decayed
     if not group["trust_clip"]:
         return ratio
     return ratio / group["lr"] if ratio < group["lr"] else 1.0

@@ -9,7 +9,7 @@ from fusedopt.reference.clip_grads import clip_grads, total_norm
 from fusedopt.reference.coefficients import Decision, clip_coefficient, smaller
 from fusedopt.reference.decision import Control, StepOptions, decide
 from fusedopt.reference.groups import Group, distinct_params, is_clipped
-from fusedopt.reference.rule import Rule, Trust, Twin, all_state_names, count_step
+from fusedopt.reference.rule import Rule, Trust, TrustNorms, Twin, all_state_names, count_step
 from fusedopt.reference.step import step, update, write_readings
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Rule",
     "StepOptions",
     "Trust",
+    "TrustNorms",
     "Twin",
     "all_state_names",
     "clip_coefficient",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,14 @@ class Twin:
     suits: Callable[[Group], bool] = lambda group: True
 
 
+class TrustNorms(NamedTuple):
+    """The norms of a parameter and of a rule's term, and how many elements they have."""
+
+    params: float
+    terms: float
+    numel: int
+
+
 @dataclass(frozen=True)
 class Trust:
     """The trust ratio of a rule: a factor for every parameter, from two norms.
@@ -38,17 +47,19 @@ class Trust:
         term: `term(group, scalars, param, grad, states)` returns a tensor shaped as the parameter,
             whose norm counts, and the new values of `states`. `Rule.update` then gets these, as
             they were stored.
-        ratio: `ratio(group, param_norm, term_norm)` returns the ratio.
+        ratio: `ratio(group, norms)` returns the ratio.
         states: the names of the states that `term` updates. If there are any, `Rule.update` uses no
             gradient.
+        reads_param: whether `term` or `ratio` needs the parameter. If not, its norm is given as 0.
     """
 
     term: Callable[
         [Group, dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]],
         tuple[Tensor, dict[str, Tensor]],
     ]
-    ratio: Callable[[Group, float, float], float]
+    ratio: Callable[[Group, TrustNorms], float]
     states: tuple[str, ...] = ()
+    reads_param: bool = True
 
 
 def column(states: list[dict[str, Tensor]], name: str) -> list[Tensor]:

@@ -17,7 +17,7 @@ from fusedopt.reference.coefficients import Decision, least, smaller
 from fusedopt.reference.decision import Control, StepOptions, decide
 from fusedopt.reference.exact_sum import exact_sum
 from fusedopt.reference.groups import Group, distinct_params, is_clipped
-from fusedopt.reference.rule import Rule
+from fusedopt.reference.rule import Rule, TrustNorms
 
 
 class Rings(Protocol):
@@ -225,7 +225,9 @@ def update(
     if (trust := rule.trust) is not None:
         term, new_states = trust.term(options, scalars, values, grad, load(trust.states))
         store(new_states)
-        ratio = (trust.ratio(options, *(norms.tensor_norm(it, param) for it in (values, term))),)
+        param_norm = norms.tensor_norm(values, param) if trust.reads_param else 0.0
+        found = TrustNorms(param_norm, norms.tensor_norm(term, param), param.numel())
+        ratio = (trust.ratio(options, found),)
     states = load(rule.states(group))
     new_param, new_states = rule.update(options, scalars, values, grad, states, *ratio)
     formats.store_param(group, param, state, new_param, random)
