@@ -24,6 +24,7 @@ __all__ = [
     "FusedRMSprop",
     "FusedRprop",
     "FusedSGD",
+    "FusedStableAdamW",
     "GradScaler",
     "Monitor",
     "NonFiniteGradientError",

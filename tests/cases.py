@@ -127,6 +127,13 @@ CASES = [
         {"betas": (0.0, 0.0), "bias_correction": False},
     ),
     *cases_of(
+        fusedopt.FusedStableAdamW,
+        twins.StableAdamW,
+        {"weight_decay": 0.0, "maximize": True},
+        {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.1},
+        {"betas": (0.0, 0.0)},
+    ),
+    *cases_of(
         fusedopt.FusedLARS,
         twins.LARS,
         {"weight_decay": 0.1, "maximize": True},

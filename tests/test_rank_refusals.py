@@ -144,7 +144,7 @@ def parts_have_no_norm(rank):
 def parts_have_no_trust_ratio(rank):
     """Of replicated tensors each rank has the norm."""
     mesh = init_device_mesh("cpu", (2,))
-    for cls in (fusedopt.FusedLAMB, fusedopt.FusedLARS):
+    for cls in (fusedopt.FusedLAMB, fusedopt.FusedLARS, fusedopt.FusedStableAdamW):
         with pytest.raises(ValueError, match=f"{cls.__name__} needs the norm of .*a part only"):
             cls(sharded(mesh, [Shard(0)]))
         flat = FSDP(torch.nn.Linear(5, 3), device_id=torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Trust ratios: LARS and LAMB move every tensor by a share of its own norm."""
+"""Factors by tensor: LARS and LAMB move every tensor by a share of its norm; StableAdamW brakes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ TRUSTED = [case for case in CLASSES if case.cls.rule.trust is not None]
 each_case = pytest.mark.parametrize("case", TRUSTED, ids=lambda case: case.cls.__name__)
 
 
-def test_both_classes_are_here():
-    assert {case.cls for case in TRUSTED} == {fusedopt.FusedLAMB, fusedopt.FusedLARS}
+ADAPTED = [case for case in TRUSTED if case.cls is not fusedopt.FusedStableAdamW]
+each_adapted = pytest.mark.parametrize("case", ADAPTED, ids=lambda case: case.cls.__name__)
+
+
+def test_all_classes_are_here():
+    names = {case.cls.__name__ for case in TRUSTED}
+    assert names == {"FusedLAMB", "FusedLARS", "FusedStableAdamW"}
 
 
 def moved_by(backend, cls, values, grads, **kwargs):
@@ -54,7 +59,7 @@ def test_lars_moves_a_tensor_by_a_share_of_its_norm(backend):
     assert found == pytest.approx([0.5, 0.05])
 
 
-@each_case
+@each_adapted
 def test_the_ratio_of_a_norm_of_zero_is_1(backend, case):
     """A tensor of zeros can leave zero, and one with gradients of zeros is not divided by them."""
     options = {"weight_decay": 0.0, "always_adapt": True}
@@ -63,7 +68,7 @@ def test_the_ratio_of_a_norm_of_zero_is_1(backend, case):
     assert start == plain and start[0] > 0 and start[1] == 0
 
 
-@each_case
+@each_adapted
 def test_a_group_without_weight_decay_is_not_adapted(backend, case):
     """Unless it asks for it: biases and norms train as with Adam, or as with SGD."""
     cls = {fusedopt.FusedLAMB: fusedopt.FusedAdamW, fusedopt.FusedLARS: fusedopt.FusedSGD}[case.cls]
@@ -73,6 +78,28 @@ def test_a_group_without_weight_decay_is_not_adapted(backend, case):
     adapted = moved_by(backend, case.cls, [[3.0, 4.0]], [[0.1, 0.2]], **options)
     assert without == pytest.approx(plain, rel=1e-5)
     assert adapted != pytest.approx(plain, rel=1e-5)
+
+
+def test_stable_adamw_is_slower_where_gradients_are_larger_than_usual(backend):
+    """With one gradient of another size per tensor, after some steps of the usual size."""
+    grads = [1.0] * 5 + [10.0]
+    params = [torch.nn.Parameter(torch.ones(4, device=backend.device)) for _ in range(2)]
+    options = {"lr": 0.1, "weight_decay": 0.0, "betas": (0.0, 0.9), "eps": 1e-12}
+    ours = backend.make(fusedopt.FusedStableAdamW, params[:1], **options)
+    plain = backend.make(fusedopt.FusedAdamW, params[1:], **options)
+    moved = []
+    for grad in grads:
+        before = [param.detach().clone() for param in params]
+        for param in params:
+            param.grad = torch.full_like(param, grad)
+        ours.step()
+        plain.step()
+        moved.append([(old - it.detach())[0].item() for old, it in zip(before, params)])
+    for with_brake, without in moved[:-1]:
+        assert with_brake == pytest.approx(without, rel=1e-5)
+    usual = sum(0.1 * 0.9**age * grad**2 for age, grad in enumerate(reversed(grads)))
+    rms = 10 / math.sqrt(usual / (1 - 0.9 ** len(grads)))
+    assert moved[-1][0] == pytest.approx(moved[-1][1] / rms, rel=1e-4) and rms > 2
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e19, 1e30])

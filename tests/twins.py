@@ -13,6 +13,7 @@ from fusedopt.optimizers.lamb import LAMB as LAMB_RULE
 from fusedopt.optimizers.lars import LARS as LARS_RULE
 from fusedopt.optimizers.lion import LION
 from fusedopt.optimizers.own import FLAGS
+from fusedopt.optimizers.stable_adamw import STABLE_ADAMW
 
 
 class Twin(torch.optim.Optimizer):
@@ -179,6 +180,47 @@ class LAMB(Twin):
         if group["trust_clip"]:
             ratio = min(ratio, 1.0)
         param.sub_(group["lr"] * ratio * update)
+
+
+class StableAdamW(Twin):
+    """Algorithm 2 of arXiv:2304.13013, with the averages of Adam in place of its debiased ones."""
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        betas=(0.9, 0.99),
+        eps=1e-6,
+        weight_decay=0.01,
+        *,
+        maximize=False,
+        foreach=None,
+        capturable=False,
+        differentiable=False,
+    ):
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults |= flags(maximize, foreach, capturable, differentiable)
+        super().__init__(params, checked_defaults(STABLE_ADAMW, defaults))
+
+    def update(self, group, param, grad, state):
+        if not state:
+            state["step"] = torch.zeros(())
+            for name in STABLE_ADAMW.tensors:
+                state[name] = torch.zeros_like(param)
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        mean, squares, eps = state["exp_avg"], state["exp_avg_sq"], group["eps"]
+        mean.mul_(beta1).add_(grad, alpha=1 - beta1)
+        squares.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        first, second = (
+            mean / (1 - beta1 ** int(state["step"])),
+            squares / (1 - beta2 ** int(state["step"])),
+        )
+        lr = group["lr"]
+        if param.numel() > 0:
+            ratios = grad.double().square() / second.double().clamp_min(eps**2)
+            lr = lr / max(1.0, ratios.mean().sqrt().item())
+        param.mul_(1 - lr * group["weight_decay"]).sub_(lr * first / (second.sqrt() + eps))
 
 
 class AdEMAMix(Twin):

@@ -18,6 +18,7 @@
 #include "rules/rprop.h"
 #include "rules/scale.h"
 #include "rules/sgd.h"
+#include "rules/stable_adamw.h"
 
 #define FUSEDOPT_FOR_EACH_RULE(DO) \
   DO(Adadelta)                     \
@@ -35,4 +36,5 @@
   DO(RMSprop)                      \
   DO(Rprop)                        \
   DO(Scale)                        \
-  DO(SGD)
+  DO(SGD)                          \
+  DO(StableAdamW)

@@ -31,6 +31,7 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "Rprop",
+    "StableAdamW",
 ]
 
 
@@ -262,6 +263,19 @@ class SGD(ArrayOptimizer):
 
     def _check_options(self) -> None:
         _check_nesterov(self)
+
+
+@dataclass(eq=False)
+class StableAdamW(ArrayOptimizer):
+    """`fusedopt.FusedStableAdamW` over arrays; see `ArrayOptimizer`."""
+
+    rule: ClassVar = "stable_adamw"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    _: KW_ONLY
+    maximize: bool = False
 
 
 def _check_nesterov(it: LARS | SGD) -> None:

@@ -16,3 +16,4 @@ from fusedopt.optimizers.radam import FusedRAdam as FusedRAdam
 from fusedopt.optimizers.rmsprop import FusedRMSprop as FusedRMSprop
 from fusedopt.optimizers.rprop import FusedRprop as FusedRprop
 from fusedopt.optimizers.sgd import FusedSGD as FusedSGD
+from fusedopt.optimizers.stable_adamw import FusedStableAdamW as FusedStableAdamW

@@ -25,6 +25,7 @@ CLASSES: list[tuple[type, dict[str, Any]]] = [
     (fusedopt.FusedRprop, {}),
     (fusedopt.FusedLAMB, {}),
     (fusedopt.FusedLARS, {"momentum": 0.9, "weight_decay": 0.1}),
+    (fusedopt.FusedStableAdamW, {}),
     (fusedopt.FusedLion, {}),
     (fusedopt.FusedAdEMAMix, {}),
     (fusedopt.FusedRAdam, {}),
