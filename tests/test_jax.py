@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import runpy
 import sys
@@ -37,8 +38,28 @@ CASES = [
         *("sgd", {"momentum": 0.9, "nesterov": True}, fusedopt.FusedSGD),
         {"momentum": 0.9, "nesterov": True},
     ),
+    (
+        *("nadam", {"b1": 0.5, "eps": 1e-3}, fusedopt.FusedNAdam),
+        {"betas": (0.5, 0.999), "eps": 1e-3, "momentum_decay": math.inf},
+    ),
+    (
+        *("nadamw", {"weight_decay": 0.1}, fusedopt.FusedNAdam),
+        {"weight_decay": 0.1, "decoupled_weight_decay": True, "momentum_decay": math.inf},
+    ),
+    (
+        *("rmsprop", {"eps_in_sqrt": False}, fusedopt.FusedRMSprop),
+        {"alpha": 0.9},
+    ),
+    (
+        *("rmsprop", {"eps_in_sqrt": False, "centered": True, "momentum": 0.9}),
+        *(fusedopt.FusedRMSprop, {"alpha": 0.9, "centered": True, "momentum": 0.9}),
+    ),
 ]
 STEPS = [("plain", 1.0), ("nan", 1.0), ("large", 1e30), ("plain", 0.1)]
+
+
+def make(name: str, **options: Any) -> fusedopt.jax.Optimizer:
+    return getattr(fusedopt.jax, name)(**options)
 
 
 def make_tree(seed: int, dtype: str = "float32", scale: float = 1.0) -> Any:
@@ -73,7 +94,7 @@ def test_the_bits_of_the_reference(case, dtype):
     reference = cls(
         [*params.values()], lr=0.01, **torch_options, max_grad_norm=0.5, backend="reference"
     )
-    optimizer = getattr(fusedopt.jax, name)(0.01, **options, max_grad_norm=0.5)
+    optimizer = make(name, learning_rate=0.01, **options, max_grad_norm=0.5)
     step, state = jax.jit(optimizer.step), optimizer.init(tree)
     for grads in gradients(dtype):
         for key, param in params.items():
@@ -131,6 +152,12 @@ OPTAX = [
     ("adamw", {"learning_rate": 0.01, "weight_decay": 0.3, "mask": mask}),
     ("sgd", {"learning_rate": schedule}),
     ("sgd", {"learning_rate": 0.01, "momentum": 0.9, "nesterov": True}),
+    ("nadam", {"learning_rate": schedule, "b1": 0.8}),
+    ("nadamw", {"learning_rate": 0.01, "weight_decay": 0.3, "mask": mask}),
+    ("adamw", {"learning_rate": schedule, "weight_decay": schedule}),
+    ("rmsprop", {"learning_rate": schedule, "eps_in_sqrt": False, "initial_scale": 1.0}),
+    ("rmsprop", {"learning_rate": 0.01, "eps": 0.0, "centered": True}),
+    ("rmsprop", {"learning_rate": 0.01, "eps_in_sqrt": False, "decay": 0.5, "momentum": 0.9}),
 ]
 
 OPTAX_IDS = [f"{name}({','.join(options)})-{index}" for index, (name, options) in enumerate(OPTAX)]
@@ -153,7 +180,7 @@ def assert_close(actual: Any, expected: Any) -> None:
 def test_the_results_are_optaxs_also_within_a_chain(name, options):
     theirs = getattr(optax, name)(**options)
     expected, _ = run(theirs, theirs.init(make_tree(0)), make_tree(0), range(1, 5))
-    ours = getattr(fusedopt.jax, name)(**options)
+    ours = make(name, **options)
     actual, _ = run(ours, ours.init(make_tree(0)), make_tree(0), range(1, 5))
     assert_close(actual, expected)
     chained = optax.chain(optax.scale(1.0), ours)
@@ -163,13 +190,14 @@ def test_the_results_are_optaxs_also_within_a_chain(name, options):
 @pytest.mark.parametrize(("name", "options"), OPTAX, ids=OPTAX_IDS)
 def test_states_go_to_optax_and_back(name, options):
     theirs = optax.chain(optax.clip_by_global_norm(1e6), getattr(optax, name)(**options))
-    ours = getattr(fusedopt.jax, name)(**options)
+    ours = make(name, **options)
     params, state = run(ours, ours.init(make_tree(0)), make_tree(0), range(1, 3))
-    converted = fusedopt.jax.to_optax(state, theirs.init(params))
+    rate = {"learning_rate": 0.01} if "momentum" in options and name == "rmsprop" else {}
+    converted = fusedopt.jax.to_optax(state, theirs.init(params), **rate)
     expected, after = run(theirs, converted, params, range(3, 5))
     assert_close(run(ours, state, params, range(3, 5))[0], expected)
-    back = fusedopt.jax.from_optax(ours.init(params), after)
-    if "learning_rate" not in options or name != "sgd" or callable(options["learning_rate"]):
+    back = fusedopt.jax.from_optax(ours.init(params), after, **rate)
+    if name.startswith(("adam", "nadam")) or callable(options["learning_rate"]):
         assert int(back.count) == 4
     both = [run(ours, back, expected, range(5, 7))[0], run(theirs, after, expected, range(5, 7))[0]]
     assert_close(*both)
@@ -182,6 +210,11 @@ def test_states_of_another_optimizer_are_refused():
         fusedopt.jax.to_optax(state, optax.sgd(0.1).init(params))
     with pytest.raises(ValueError, match="optax_state has no exp_avg, exp_avg_sq"):
         fusedopt.jax.from_optax(state, optax.sgd(0.1).init(params))
+    state = fusedopt.jax.rmsprop(0.1, eps_in_sqrt=False, momentum=0.9).init(params)
+    theirs = optax.rmsprop(0.1, momentum=0.9).init(params)
+    for convert in (fusedopt.jax.to_optax, fusedopt.jax.from_optax):
+        with pytest.raises(ValueError, match="Invalid learning_rate value: None; expected that of"):
+            convert(state, theirs)
 
 
 def test_options_that_are_refused():
@@ -191,9 +224,63 @@ def test_options_that_are_refused():
         ({"nonfinite": "raise"}, "Invalid nonfinite value: 'raise'; expected one of 'skip'"),
     ):
         with pytest.raises(ValueError, match=message):
-            fusedopt.jax.adam(0.1, **options)
+            make("adam", learning_rate=0.1, **options)
     with pytest.raises(ValueError, match="Invalid lr value: -1"):
         fusedopt.jax.sgd(-1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("adam", {"eps_root": 1e-8}, "Invalid eps_root value: 1e-08; expected 0.0: .*optax.adam"),
+        ("adamw", {"mu_dtype": "bfloat16"}, "Invalid mu_dtype value: bfloat16; expected None"),
+        ("sgd", {"accumulator_dtype": "float32"}, "Invalid accumulator_dtype value: float32"),
+        ("rmsprop", {}, "Invalid eps_in_sqrt value: True; expected False: .* as torch has it"),
+        ("rmsprop", {"eps": 0.0, "bias_correction": True}, r"bias_correction .*use adam\(b1=0.0\)"),
+        (
+            *("rmsprop", {"eps": 0.0, "momentum": 0.9, "nesterov": True}),
+            "Invalid nesterov value: True; expected False: use optax.rmsprop",
+        ),
+        (
+            *("rmsprop", {"learning_rate": schedule, "eps": 0.0, "momentum": 0.9}),
+            "Invalid learning_rate value: a schedule or an array; expected a number with momentum",
+        ),
+    ],
+)
+def test_arguments_of_optax_that_the_kernels_lack_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(name, **{"learning_rate": 0.1, **options})
+
+
+def test_arguments_may_be_arrays():
+    """As float32 numbers of the program, they are those of Python rounded to float32."""
+    numbers = {"learning_rate": 2**-6, "b1": 0.875, "b2": 0.75, "eps": 2**-8, "max_grad_norm": 0.5}
+    params, grads = make_tree(0), make_tree(1)
+    for name in ("adam", "nadam"):
+        optimizer = make(name, **numbers)
+        expected = optimizer.step(params, grads, optimizer.init(params))
+        expected = optimizer.step(expected[0], grads, expected[1])
+
+        @jax.jit
+        def two_steps(values, params, grads, name=name):
+            traced = make(name, **values)
+            params, state = traced.step(params, grads, traced.init(params))
+            return traced.step(params, grads, state)
+
+        actual = two_steps(numbers, params, grads)
+        assert all(map(np.array_equal, jax.tree.leaves(actual), jax.tree.leaves(expected)))
+    with pytest.raises(Exception, match="Invalid max_grad_norm value: -1; expected a number > 0"):
+        jax.block_until_ready(two_steps({**numbers, "max_grad_norm": -1.0}, params, grads))
+
+
+def test_a_mask_may_stand_for_branches():
+    params = {"body": {"w": jnp.ones(3), "b": jnp.ones(3)}, "head": jnp.ones(3)}
+    masks = ({"body": False, "head": True}, lambda _: {"body": False, "head": True})
+    for chosen in masks:
+        optimizer = fusedopt.jax.adamw(0.1, weight_decay=0.5, mask=chosen)
+        grads = jax.tree.map(jnp.zeros_like, params)
+        new, _ = optimizer.step(params, grads, optimizer.init(params))
+        assert (new["body"]["w"] == 1).all() and np.allclose(new["head"], 0.95)
 
 
 def test_trees_that_are_refused():

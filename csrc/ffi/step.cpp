@@ -1,132 +1,123 @@
 // JAX's custom call: one step over the buffers of a compiled program, in place.
-#include <xla/ffi/api/ffi.h>
-
 #include <cmath>
-#include <cstdint>
-#include <memory>
-#include <string>
+#include <sstream>
 #include <string_view>
-#include <vector>
 
-#include "c/fusedopt.h"
+#include "ffi/tensors.h"
 
 namespace {
 
-namespace ffi = xla::ffi;
+using namespace fusedopt;
 
 // The order of the operands and results. All results but the norm lie in the memory of operands.
-enum Operand : size_t { kLr, kCount, kSkips, kTensors };  // then gradients, parameters, states
+enum Operand : size_t { kNumbers, kCount, kSkips, kTensors };  // then gradients, parameters, states
 enum Result : size_t { kGradNorm, kNewCount, kNewSkips, kNewTensors };  // then parameters, states
 
-int32_t dtype_of(ffi::DataType type) {
-  switch (type) {
-    case ffi::DataType::F32:
-      return FUSEDOPT_FLOAT32;
-    case ffi::DataType::F64:
-      return FUSEDOPT_FLOAT64;
-    case ffi::DataType::BF16:
-      return FUSEDOPT_BFLOAT16;
-    case ffi::DataType::F16:
-      return FUSEDOPT_FLOAT16;
-    default:
-      return -1;
-  }
+ffi::AnyBuffer buffer(const ffi::RemainingRets& results, size_t index) {
+  return **results.get<ffi::AnyBuffer>(index);
 }
 
-ffi::Error failure() { return ffi::Error(ffi::ErrorCode::kInvalidArgument, fusedopt_error()); }
+// The numbers of the options of all groups, and then the limit. Some are constants of the program,
+// the others are an operand.
+std::vector<double> numbers_of(ffi::Span<const double> constants, ffi::Span<const int32_t> places,
+                               const ffi::RemainingArgs& args) {
+  std::vector<double> numbers(constants.begin(), constants.end());
+  const float* next = args.get<ffi::AnyBuffer>(kNumbers)->typed_data<float>();
+  for (const int32_t place : places) numbers[place] = *next++;
+  return numbers;
+}
 
-struct FreePlan {
-  void operator()(fusedopt_plan* plan) const { fusedopt_free_plan(plan); }
-};
+// 1 after `count` multiplications by `factor` in float32. Below 2^-64 it may be anything: rules
+// subtract it from 1 in float64.
+float product_after(int32_t count, float factor) {
+  float product = 1;
+  for (int32_t i = 0; i < count && product > 0x1p-64f; ++i) product *= factor;
+  return product;
+}
 
-// The parts of the states' buffers. The states of all tensors of one dtype lie in one buffer, in
-// the order of the tensors.
-class States {
+// The scalars of a tensor before this step: how many steps there were, and products that every
+// step multiplied by one of the numbers.
+std::vector<float> scalars_of(int32_t count, ffi::Span<const int32_t> factors,
+                              const std::vector<double>& numbers) {
+  std::vector<float> scalars{static_cast<float>(count)};
+  for (const int32_t place : factors) {
+    scalars.push_back(product_after(count, static_cast<float>(numbers[place])));
+  }
+  return scalars;
+}
+
+// The addresses of a step's arrays, and the memory of its scalars.
+class Arrays {
  public:
-  States(ffi::RemainingRets& results, size_t first) : results_(results), next_(first) {}
-
-  // The next part of the buffer of this dtype; a dtype that is new takes the next buffer.
-  char* take(ffi::DataType type, size_t bytes) {
-    for (Buffer& buffer : buffers_) {
-      if (buffer.type == type) return advance(buffer, bytes);
+  Arrays(size_t num_tensors, size_t num_states, const std::vector<float>& scalars)
+      : num_tensors_(num_tensors),
+        per_tensor_(1 + num_states + scalars.size()),
+        addresses_(num_tensors * per_tensor_) {
+    for (size_t t = 0; t < num_tensors; ++t) {
+      scalars_.insert(scalars_.end(), scalars.begin(), scalars.end());
     }
-    buffers_.push_back(
-        {type, static_cast<char*>((*results_.get<ffi::AnyBuffer>(next_++))->untyped_data())});
-    return advance(buffers_.back(), bytes);
+    for (size_t i = 0; i < scalars_.size(); ++i) {
+      const size_t t = i / scalars.size(), k = i % scalars.size();
+      addresses_[t * per_tensor_ + 1 + num_states + k] = &scalars_[i];
+    }
   }
 
-  // Goes on with the buffers of another state.
-  void begin_state() { buffers_.clear(); }
+  // Finds parameters, and then states, in the results from the one at `first` on.
+  void find(const ffi::RemainingRets& results, size_t first, int64_t states_used) {
+    for (size_t t = 0; t < num_tensors_; ++t) {
+      addresses_[t * per_tensor_] = buffer(results, first + t).untyped_data();
+    }
+    States states(results, first + num_tensors_);
+    for (int64_t k = 0; states_used >> k != 0; ++k) {
+      if ((states_used >> k & 1) == 0) continue;
+      states.begin_state();
+      for (size_t t = 0; t < num_tensors_; ++t) {
+        const ffi::AnyBuffer param = buffer(results, first + t);
+        addresses_[t * per_tensor_ + 1 + k] = states.take(param.element_type(), param.size_bytes());
+      }
+    }
+  }
+
+  void* const* data() const { return addresses_.data(); }
 
  private:
-  struct Buffer {
-    ffi::DataType type;
-    char* at;
-  };
-  static char* advance(Buffer& buffer, size_t bytes) {
-    char* const at = buffer.at;
-    buffer.at += bytes;
-    return at;
-  }
-
-  ffi::RemainingRets& results_;
-  size_t next_;
-  std::vector<Buffer> buffers_;
+  size_t num_tensors_, per_tensor_;
+  std::vector<void*> addresses_;
+  std::vector<float> scalars_;
 };
 
-ffi::Error take_step(std::string_view rule_name, ffi::Span<const double> numbers,
+std::string bad_limit(double number) {
+  std::ostringstream text;
+  text << "Invalid max_grad_norm value: " << number << "; expected a number > 0";
+  return text.str();
+}
+
+ffi::Error take_step(std::string_view rule, ffi::Span<const double> constants,
+                     ffi::Span<const int32_t> places, ffi::Span<const int32_t> factors,
                      ffi::Span<const int32_t> groups, int64_t num_groups, int64_t num_states,
-                     int64_t states_used, bool traced_lr, double max_grad_norm, bool skip_nonfinite,
-                     ffi::RemainingArgs args, ffi::RemainingRets results) {
-  const std::string rule(rule_name);
-  const size_t num_tensors = groups.size(), per_tensor = 1 + num_states + 1;
-  std::vector<double> options(numbers.begin(), numbers.end());
-  if (traced_lr) {  // the learning rate is the first number of every rule
-    const double lr = *args.get<ffi::AnyBuffer>(kLr)->typed_data<float>();
-    for (int64_t g = 0; g < num_groups; ++g) options[g * options.size() / num_groups] = lr;
-  }
-  int32_t& count = *(*results.get<ffi::AnyBuffer>(kNewCount))->typed_data<int32_t>();
-  int32_t& skips = *(*results.get<ffi::AnyBuffer>(kNewSkips))->typed_data<int32_t>();
-  std::vector<float> counts(num_tensors, static_cast<float>(count));
+                     int64_t states_used, bool skip_nonfinite, ffi::RemainingArgs args,
+                     ffi::RemainingRets results) {
+  const std::vector<double> numbers = numbers_of(constants, places, args);
+  int32_t& count = *buffer(results, kNewCount).typed_data<int32_t>();
+  int32_t& skips = *buffer(results, kNewSkips).typed_data<int32_t>();
+  const Tensors tensors(args, kTensors, groups.size());
+  Arrays arrays(tensors.count(), num_states, scalars_of(count, factors, numbers));
+  arrays.find(results, kNewTensors, states_used);
+  if (!(numbers.back() > 0)) return failure(bad_limit(numbers.back()));
+  const Plan plan = tensors.plan(std::string(rule), groups.begin(), num_groups);
+  if (plan == nullptr) return failure(fusedopt_error());
 
-  std::vector<int64_t> sizes;
-  std::vector<int32_t> dtypes;
-  std::vector<const void*> grads;
-  std::vector<void*> arrays(num_tensors * per_tensor);
-  for (size_t t = 0; t < num_tensors; ++t) {
-    ffi::AnyBuffer param = **results.get<ffi::AnyBuffer>(kNewTensors + t);
-    sizes.push_back(static_cast<int64_t>(param.element_count()));
-    dtypes.push_back(dtype_of(param.element_type()));
-    grads.push_back(args.get<ffi::AnyBuffer>(kTensors + t)->untyped_data());
-    arrays[t * per_tensor] = param.untyped_data();
-    arrays[t * per_tensor + per_tensor - 1] = &counts[t];
-  }
-  States states(results, kNewTensors + num_tensors);
-  for (int64_t k = 0; k < num_states; ++k) {
-    if ((states_used >> k & 1) == 0) continue;
-    states.begin_state();
-    for (size_t t = 0; t < num_tensors; ++t) {
-      ffi::AnyBuffer param = **results.get<ffi::AnyBuffer>(kNewTensors + t);
-      arrays[t * per_tensor + 1 + k] = states.take(param.element_type(), param.size_bytes());
-    }
-  }
-
-  const std::unique_ptr<fusedopt_plan, FreePlan> plan(
-      fusedopt_new_plan(rule.c_str(), static_cast<int64_t>(num_tensors), sizes.data(),
-                        dtypes.data(), groups.begin(), num_groups));
-  if (plan == nullptr) return failure();
   fusedopt_control control{};
   fusedopt_step step{};
   step.arrays = arrays.data();
-  step.grads = grads.data();
-  step.options = options.data();
-  step.max_grad_norm = max_grad_norm;
-  step.measure = skip_nonfinite || std::isfinite(max_grad_norm);
+  step.grads = tensors.grads.data();
+  step.options = numbers.data();
+  step.max_grad_norm = numbers.back();
+  step.measure = skip_nonfinite || std::isfinite(step.max_grad_norm);
   step.skip_nonfinite = skip_nonfinite;
   step.control = &control;
-  if (fusedopt_take_step(plan.get(), &step) != 0) return failure();
-  *(*results.get<ffi::AnyBuffer>(kGradNorm))->typed_data<float>() =
-      static_cast<float>(control.grad_norm);
+  if (fusedopt_take_step(plan.get(), &step) != 0) return failure(fusedopt_error());
+  *buffer(results, kGradNorm).typed_data<float>() = static_cast<float>(control.grad_norm);
   control.step_skipped != 0 ? ++skips : ++count;
   return ffi::Error::Success();
 }
@@ -136,13 +127,13 @@ ffi::Error take_step(std::string_view rule_name, ffi::Span<const double> numbers
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fusedopt_jax_step, take_step,
                               ffi::Ffi::Bind()
                                   .Attr<std::string_view>("rule")
-                                  .Attr<ffi::Span<const double>>("options")
+                                  .Attr<ffi::Span<const double>>("constants")
+                                  .Attr<ffi::Span<const int32_t>>("places")
+                                  .Attr<ffi::Span<const int32_t>>("factors")
                                   .Attr<ffi::Span<const int32_t>>("groups")
                                   .Attr<int64_t>("num_groups")
                                   .Attr<int64_t>("num_states")
                                   .Attr<int64_t>("states_used")
-                                  .Attr<bool>("traced_lr")
-                                  .Attr<double>("max_grad_norm")
                                   .Attr<bool>("skip_nonfinite")
                                   .RemainingArgs()
                                   .RemainingRets());

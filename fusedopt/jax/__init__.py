@@ -11,74 +11,83 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from fusedopt.core.nonfinite import check_choice, check_limit
-from fusedopt.jax.checks import check_grads, check_params
+from fusedopt.jax.checks import check_argument
+from fusedopt.jax.formula import Formula, is_traced
 from fusedopt.jax.optax_state import from_optax, to_optax
-from fusedopt.jax.step import Formula, State, call, sizes_by_dtype
+from fusedopt.jax.optimizer import Mask, Optimizer, make_optimizer, skips
+from fusedopt.jax.step import State
 
-__all__ = ["Optimizer", "State", "adam", "adamw", "from_optax", "sgd", "to_optax"]
+__all__ = [
+    "Optimizer",
+    "State",
+    "adam",
+    "adamw",
+    "from_optax",
+    "nadam",
+    "nadamw",
+    "rmsprop",
+    "sgd",
+    "to_optax",
+]
 
-Rate = float | jax.Array | Callable[[jax.Array], Any]
-Mask = Any  # a tree of bools, or a function from parameters to one
-
-
-class Optimizer(NamedTuple):
-    """What `adam`, `adamw` and `sgd` return; optax takes it for one of its transformations.
-
-    Attributes:
-        init: `init(params)` returns the first `State`.
-        update: `update(grads, state, params)` is optax's protocol: it returns differences to add
-            to the parameters, and the new state. The step is computed on copies, so that it takes
-            more passes over memory than `step`.
-        step: `step(params, grads, state)` returns the new parameters and the new state. Inside
-            `jax.jit` with `params` and `state` donated, it changes them in place.
-    """
-
-    init: Callable[[Any], State]
-    update: Callable[..., tuple[Any, State]]
-    step: Callable[[Any, Any, State], tuple[Any, State]]
+Number = float | jax.Array
+NumberOrSchedule = Number | Callable[[jax.Array], Any]
 
 
 def adam(
-    learning_rate: Rate,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
+    learning_rate: NumberOrSchedule,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
+    eps_root: float | None = None,
+    mu_dtype: Any = None,
     *,
-    max_grad_norm: float | None = None,
+    nesterov: bool = False,
+    max_grad_norm: Number | None = None,
     nonfinite: str | None = None,
 ) -> Optimizer:
     """`optax.adam` as one step; see `adamw` for the arguments."""
-    options = {"betas": (b1, b2), "eps": eps}
-    return _optimizer("adam", (options,), learning_rate, None, max_grad_norm, nonfinite)
+    options = {"lr": learning_rate, "betas": (b1, b2), "eps": eps}
+    _check_adam(eps_root, mu_dtype)
+    return make_optimizer(_adam((options,), nesterov, max_grad_norm, nonfinite))
 
 
 def adamw(
-    learning_rate: Rate,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    *,
-    weight_decay: float = 1e-4,
+    learning_rate: NumberOrSchedule,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
+    eps_root: float | None = None,
+    mu_dtype: Any = None,
+    weight_decay: NumberOrSchedule = 1e-4,
     mask: Mask | None = None,
-    max_grad_norm: float | None = None,
+    *,
+    nesterov: bool = False,
+    max_grad_norm: Number | None = None,
     nonfinite: str | None = None,
 ) -> Optimizer:
     """`optax.adamw` as one step.
 
+    A number may be an array, also one that changes: `optax.inject_hyperparams` works. It is then
+    rounded to float32.
+
     Args:
-        learning_rate: a number, an array, or a schedule: a function of the count of steps.
+        learning_rate: a number, or a schedule: a function of the count of steps.
         b1, b2: decay rates of the averages of the gradient and of its square.
         eps: added to the root.
-        weight_decay: the parameter is multiplied by 1 - learning_rate * weight_decay.
+        eps_root, mu_dtype: refused, but for 0 and None.
+        weight_decay: the parameter is multiplied by 1 - learning_rate * weight_decay. It may be a
+            schedule.
         mask: a tree of bools, or a function that makes one of the parameters: where it is False,
-            a parameter doesn't decay.
+            a parameter doesn't decay. A bool may stand for a branch of the tree.
+        nesterov: Nesterov momentum, as in `nadamw`.
         max_grad_norm: all gradients are clipped by one factor if their global L2 norm is larger.
             The norm is measured without overflow.
         nonfinite: "skip" changes nothing if a gradient holds inf or nan, "propagate" updates
@@ -88,57 +97,111 @@ def adamw(
         ImportError: the kernels, or the custom call, are not compiled.
         TypeError, ValueError: an option, a parameter or a gradient is refused.
     """
-    options = {"betas": (b1, b2), "eps": eps, "decoupled_weight_decay": 1.0}
-    both = ({**options, "weight_decay": weight_decay}, options)
-    return _optimizer("adam", both, learning_rate, mask, max_grad_norm, nonfinite)
+    _check_adam(eps_root, mu_dtype)
+    rest = {"lr": learning_rate, "betas": (b1, b2), "eps": eps, "decoupled_weight_decay": 1.0}
+    both = ({**rest, "weight_decay": weight_decay}, rest)
+    return make_optimizer(_adam(both, nesterov, max_grad_norm, nonfinite), mask)
+
+
+nadam = functools.partial(adam, nesterov=True)
+nadamw = functools.partial(adamw, nesterov=True)
+
+
+def rmsprop(
+    learning_rate: NumberOrSchedule,
+    decay: Number = 0.9,
+    eps: Number = 1e-8,
+    initial_scale: Number = 0.0,
+    eps_in_sqrt: bool = True,
+    centered: bool = False,
+    momentum: Number | None = None,
+    nesterov: bool = False,
+    bias_correction: bool = False,
+    *,
+    max_grad_norm: Number | None = None,
+    nonfinite: str | None = None,
+) -> Optimizer:
+    """`optax.rmsprop` as one step; see `adamw` for the other arguments.
+
+    The kernels have torch's formula, so that `eps_in_sqrt=False` must be given.
+
+    Args:
+        decay: decay rate of the average of the gradient's square.
+        eps: added to the root.
+        initial_scale: the first value of that average.
+        eps_in_sqrt: must be False, unless `eps` is 0.
+        centered: divide by the root of the variance. It is never below 0; optax's may be.
+        momentum: decay rate of the sum of the steps. The learning rate must then be a number.
+        nesterov, bias_correction: must be False.
+    """
+    if is_traced(eps) or eps != 0:
+        advice = "the kernels add eps to the root; give eps_in_sqrt=False, as torch has it"
+        check_argument("eps_in_sqrt", eps_in_sqrt, False, advice)
+    if momentum is not None:
+        check_argument("nesterov", nesterov, False, "use optax.rmsprop for it")
+        if is_traced(learning_rate):
+            raise ValueError(
+                "Invalid learning_rate value: a schedule or an array; expected a number with "
+                "momentum: optax sums up steps that hold the learning rate. Use optax.rmsprop"
+            )
+    advice = "use adam(b1=0.0) for it"
+    check_argument("bias_correction", bias_correction, False, advice)
+    options = {
+        "lr": learning_rate,
+        "alpha": decay,
+        "eps": eps,
+        "centered": float(centered),
+        "momentum": 0.0 if momentum is None else momentum,
+    }
+    first = (("square_avg", initial_scale),)
+    skip = skips(max_grad_norm, nonfinite)
+    return make_optimizer(Formula("rmsprop", (options,), max_grad_norm, skip, first))
 
 
 def sgd(
-    learning_rate: Rate,
-    momentum: float | None = None,
+    learning_rate: NumberOrSchedule,
+    momentum: Number | None = None,
     nesterov: bool = False,
+    accumulator_dtype: Any = None,
     *,
-    max_grad_norm: float | None = None,
+    max_grad_norm: Number | None = None,
     nonfinite: str | None = None,
 ) -> Optimizer:
-    """`optax.sgd` as one step; see `adamw` for the arguments."""
-    options = {"momentum": momentum or 0.0, "nesterov": float(nesterov and bool(momentum))}
-    return _optimizer("sgd", (options,), learning_rate, None, max_grad_norm, nonfinite)
+    """`optax.sgd` as one step; see `adamw` for the other arguments.
+
+    Args:
+        momentum: decay rate of the sum of the gradients.
+        nesterov: Nesterov momentum.
+        accumulator_dtype: must be None: the sum has the parameter's dtype.
+    """
+    advice = "the sum has the parameter's dtype"
+    check_argument("accumulator_dtype", accumulator_dtype, None, advice)
+    options = {
+        "lr": learning_rate,
+        "momentum": 0.0 if momentum is None else momentum,
+        "nesterov": float(nesterov and momentum is not None),
+    }
+    return make_optimizer(
+        Formula("sgd", (options,), max_grad_norm, skips(max_grad_norm, nonfinite))
+    )
 
 
-def _optimizer(
-    rule: str,
+def _check_adam(eps_root: float | None, mu_dtype: Any) -> None:
+    if eps_root is not None:
+        advice = "the kernels add eps to the root, and nothing below it. Use optax.adam for it"
+        check_argument("eps_root", eps_root, 0.0, advice)
+    check_argument("mu_dtype", mu_dtype, None, "the averages have the parameter's dtype")
+
+
+def _adam(
     options: tuple[dict[str, Any], ...],
-    learning_rate: Rate,
-    mask: Mask | None,
-    max_grad_norm: float | None,
+    nesterov: bool,
+    max_grad_norm: Number | None,
     nonfinite: str | None,
-) -> Optimizer:
-    check_limit("max_grad_norm", max_grad_norm)
-    check_choice("nonfinite", nonfinite, ("skip", "propagate"))
-    skips = nonfinite == "skip" or (nonfinite is None and max_grad_norm is not None)
-    formula = Formula(rule, options, learning_rate, max_grad_norm, skips)
-    used = formula.used()  # refuses options that are out of range
-
-    def init(params: Any) -> State:
-        leaves = check_params(params)
-        sizes = sizes_by_dtype(leaves)
-        moments = {name: {key: jnp.zeros(sizes[key], key) for key in sizes} for name in used}
-        zero = jnp.zeros((), jnp.int32)
-        return State(zero, moments, jnp.array(zero), jnp.zeros((), jnp.float32))
-
-    def step(params: Any, grads: Any, state: State) -> tuple[Any, State]:
-        leaves, structure = check_params(params), jax.tree.structure(params)
-        chosen = mask(params) if callable(mask) else mask
-        decays = [True] * len(leaves) if chosen is None else structure.flatten_up_to(chosen)
-        groups = [0 if decay else 1 for decay in decays]
-        new, state = call(formula, groups, leaves, check_grads(grads, params), state)
-        return jax.tree.unflatten(structure, new), state
-
-    def update(grads: Any, state: State, params: Any = None, **_: Any) -> tuple[Any, State]:
-        if params is None:
-            raise ValueError("update() needs params; expected update(grads, state, params)")
-        new, state = step(params, grads, state)
-        return jax.tree.map(jnp.subtract, new, params), state
-
-    return Optimizer(init, update, step)
+) -> Formula:
+    """torch's NAdam has optax's momentum if the momentum decays at once."""
+    skip = skips(max_grad_norm, nonfinite)
+    if not nesterov:
+        return Formula("adam", options, max_grad_norm, skip)
+    options = tuple({**it, "momentum_decay": math.inf} for it in options)
+    return Formula("nadam", options, max_grad_norm, skip, factors=("betas",))

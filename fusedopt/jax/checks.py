@@ -9,6 +9,19 @@ from typing import Any
 import jax
 
 from fusedopt.core import c_library
+from fusedopt.jax.formula import is_traced
+
+
+def check_argument(name: str, value: Any, expected: Any, advice: str) -> None:
+    """Refuses an argument of optax's that the kernels have only one value of.
+
+    Raises:
+        ValueError: it has another value.
+    """
+    if is_traced(value):
+        raise ValueError(f"Invalid {name} value: an array; expected {expected}: {advice}")
+    if value != expected:
+        raise ValueError(f"Invalid {name} value: {value}; expected {expected}: {advice}")
 
 
 def check_params(params: Any) -> list[jax.Array]:

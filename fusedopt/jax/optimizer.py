@@ -1,0 +1,81 @@
+"""What the functions of `fusedopt.jax` return."""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fusedopt.core.nonfinite import check_choice, check_limit
+from fusedopt.jax.checks import check_grads, check_params
+from fusedopt.jax.formula import Formula, is_traced
+from fusedopt.jax.step import State, call, sizes_by_dtype
+
+Mask = Any  # a tree of bools, or a function from parameters to one
+
+
+class Optimizer(NamedTuple):
+    """What the functions of `fusedopt.jax` return; optax takes it for one of its transformations.
+
+    Attributes:
+        init: `init(params)` returns the first `State`.
+        update: `update(grads, state, params)` is optax's protocol: it returns differences to add
+            to the parameters, and the new state. The step is computed on copies, so that it takes
+            more passes over memory than `step`.
+        step: `step(params, grads, state)` returns the new parameters and the new state. Inside
+            `jax.jit` with `params` and `state` donated, it changes them in place.
+    """
+
+    init: Callable[[Any], State]
+    update: Callable[..., tuple[Any, State]]
+    step: Callable[[Any, Any, State], tuple[Any, State]]
+
+
+def skips(max_grad_norm: Any, nonfinite: str | None) -> bool:
+    """Whether a step is skipped if a gradient holds inf or nan.
+
+    Raises:
+        ValueError: one of the arguments is refused.
+    """
+    if not is_traced(max_grad_norm):
+        check_limit("max_grad_norm", max_grad_norm)
+    check_choice("nonfinite", nonfinite, ("skip", "propagate"))
+    return nonfinite == "skip" or (nonfinite is None and max_grad_norm is not None)
+
+
+def make_optimizer(formula: Formula, mask: Mask | None = None) -> Optimizer:
+    """`mask`: the parameters in the formula's first group; the others are in the second."""
+    used = formula.used()  # refuses options that are out of range
+
+    def init(params: Any) -> State:
+        sizes = sizes_by_dtype(check_params(params))
+        first = {**dict.fromkeys(used, 0.0), **dict(formula.first_values)}
+        moments = {
+            name: {it: jnp.full(sizes[it], first[name], it) for it in sizes} for name in used
+        }
+        zero = jnp.zeros((), jnp.int32)
+        return State(zero, moments, jnp.array(zero), jnp.zeros((), jnp.float32))
+
+    def step(params: Any, grads: Any, state: State) -> tuple[Any, State]:
+        leaves, structure = check_params(params), jax.tree.structure(params)
+        groups = _groups(mask, params)
+        new, state = call(formula, groups, leaves, check_grads(grads, params), state)
+        return jax.tree.unflatten(structure, new), state
+
+    def update(grads: Any, state: State, params: Any = None, **_: Any) -> tuple[Any, State]:
+        if params is None:
+            raise ValueError("update() needs params; expected update(grads, state, params)")
+        new, state = step(params, grads, state)
+        return jax.tree.map(jnp.subtract, new, params), state
+
+    return Optimizer(init, update, step)
+
+
+def _groups(mask: Mask | None, params: Any) -> Sequence[int]:
+    """The group of each leaf. The mask may stand for whole branches of the tree."""
+    chosen = mask(params) if callable(mask) else True if mask is None else mask
+    return [0 if it else 1 for it in jax.tree.leaves(jax.tree.broadcast(chosen, params))]
