@@ -1,6 +1,7 @@
 # You need Python with venv and its headers, a C++ compiler and make. The rest is installed in .venv.
 ## make demo       train on handwritten digits
 ## make test       run every test
+## make test-tensorflow   run the tests of TensorFlow's op, in .venv-tensorflow, where there is no torch
 ## make lint       check style and types
 ## make format     correct the style
 ## make sanitize   run the CUDA kernels, emulated on the CPU, under ASan and UBSan
@@ -61,7 +62,7 @@ cpp := $(filter-out csrc/__pycache__/%,$(wildcard csrc/*.* csrc/*/*.*))
 emulation := $(wildcard tests/emulator/*.*)
 measuring := benchmarks/ceiling.cpp benchmarks/ceiling.cu tests/front_end.cpp $(wildcard tests/guard/*.c)
 
-.PHONY: help demo test lint format sanitize racecheck bench bench-report peers docs wheel clean tools
+.PHONY: help demo test test-tensorflow lint format sanitize racecheck bench bench-report peers docs wheel clean tools
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -71,6 +72,11 @@ demo: $(extension)
 
 test: $(extension) $(emulator)
 	$(pytest)
+
+# The tests' own configuration needs plugins and a conftest.py that need torch.
+test-tensorflow: .venv-tensorflow/test
+	.venv-tensorflow/bin/pip install --quiet --no-build-isolation --no-deps .
+	.venv-tensorflow/bin/pytest -q --noconftest -o filterwarnings=error tests/test_tensorflow*.py
 
 lint: $(tools) $(lint-tools)
 	$(bin)/ruff check
@@ -121,7 +127,7 @@ wheel: $(tools) $(release-tools)
 	$(python) tests/release/make_wheel.py --torch $(TORCHES)
 
 clean:
-	rm -rf .venv build dist fusedopt/*.so fusedopt/_build.json *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-tensorflow build dist fusedopt/*.so fusedopt/_build.json *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Install torch first and alone, then the rest against this torch. The extension is built later, in
@@ -131,6 +137,12 @@ clean:
 	.venv/bin/pip install $(TORCH)
 	.venv/bin/pip install 'setuptools>=77'
 	FUSEDOPT_PURE_PYTHON=1 .venv/bin/pip install --no-build-isolation --editable '.[test]'
+	touch $@
+
+.venv-tensorflow/test: pyproject.toml
+	python3 -m venv .venv-tensorflow
+	.venv-tensorflow/bin/pip install 'tensorflow-cpu>=2.21' 'keras>=3.15' scikit-learn pytest \
+	  'setuptools>=77'
 	touch $@
 
 .venv/lint: .venv/test

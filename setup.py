@@ -1,4 +1,4 @@
-"""Builds the kernels' library, torch's binding where torch is, and JAX's custom call where JAX is.
+"""Builds the kernels' library, and what binds it to torch, JAX and TensorFlow where these are.
 
 The CPU kernels are always built, the CUDA kernels where there are an nvcc and a GPU. What is built,
 for which torch, and why something is left out, is recorded beside the library: see
@@ -179,12 +179,37 @@ def build_for_jax(folder: Path, linking: list[str]) -> list[Path]:
     if not (headers / "xla/ffi/api/ffi.h").is_file():
         say(f"building without JAX's custom call: {headers} lacks the headers of its FFI")
         return []
-    compiler = [*cxx(), *KERNEL_FLAGS, "-fvisibility=default", f"-isystem{headers}"]
-    commands = objects(folder, [*CSRC.glob("ffi/*.cpp")], compiler)
-    library = folder.absolute() / "libfusedopt_jax.so"
+    return [front_end(folder, "jax", "ffi", [f"-isystem{headers}"], linking)]
+
+
+def front_end(folder: Path, name: str, sources: str, flags: list[str], linking: list[str]) -> Path:
+    """A library of its own, from a folder of csrc, over the kernels' library."""
+    compiler = [*cxx(), *KERNEL_FLAGS, "-fvisibility=default", *flags]
+    commands = objects(folder, [*CSRC.glob(f"{sources}/*.cpp")], compiler)
+    library = folder.absolute() / f"libfusedopt_{name}.so"
     command = [*cxx(), "-shared", *compile_objects(commands), *linking, "-o", str(library)]
     subprocess.run(command, check=True)
-    return [library]
+    return library
+
+
+def build_for_tensorflow(folder: Path, linking: list[str]) -> tuple[list[Path], str | None]:
+    """The library of TensorFlow's op, and the version of TensorFlow, where it is installed."""
+    if find_spec("tensorflow") is None:
+        return [], None
+    # In a process of its own: TensorFlow brings libraries that torch has, too.
+    script = (
+        "import json, tensorflow as tf; it = tf.sysconfig; print(json.dumps("
+        "[it.get_compile_flags(), it.get_link_flags(), tf.__version__]))"
+    )
+    asked = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    if asked.returncode != 0:
+        say(f"building without TensorFlow's op: it can't be imported: {asked.stderr[-500:]}")
+        return [], None
+    compiling, its_linking, version = json.loads(asked.stdout.splitlines()[-1])
+    # Its headers warn, and they include no others of ours.
+    flags = [re.sub("^-I", "-isystem", flag) for flag in compiling]
+    library = front_end(folder, "tensorflow", "tensorflow", flags, [*linking, *its_linking])
+    return [library], version
 
 
 def build_kernels(
@@ -224,10 +249,13 @@ def make_build_ext(base: type[build_ext], torch: str | None) -> type[build_ext]:
             super().run()
             package = ROOT / "fusedopt" if self.inplace else Path(self.build_lib) / "fusedopt"
             package.mkdir(parents=True, exist_ok=True)
-            for it in [library, *build_for_jax(folder, arguments)]:
+            op, tensorflow = build_for_tensorflow(folder, arguments)
+            for it in [library, *build_for_jax(folder, arguments), *op]:
                 shutil.copy(it, package)
             missing = None if torch else NO_TORCH
-            write_record(package, torch=torch, no_cuda=no_cuda, missing=missing)
+            write_record(
+                package, torch=torch, no_cuda=no_cuda, missing=missing, tensorflow=tensorflow
+            )
             say("built" + (f", without CUDA kernels: {no_cuda}" if no_cuda else ""))
             if missing:
                 say(f"built WITHOUT the extension for torch: {missing}")

@@ -20,6 +20,7 @@ ALLOWED = {
     "torch": {"door"},
     "c": {"door"},
     "ffi": {"c"},
+    "tensorflow": {"c"},
     "door": {"core", "rules"},
     "cpu": {"core", "rules", "math"},
     "cuda": {"core", "rules", "math"},
@@ -55,9 +56,9 @@ def test_every_include_goes_down():
 
 
 def test_no_kernel_knows_torch_or_python():
-    foreign = r"torch|ATen|c10|pybind11|[Pp]ython|xla"
+    foreign = r"torch|ATen|c10|pybind11|[Pp]ython|xla|tensorflow"
     for path in sources():
-        if layer_of(path.relative_to(CSRC)) not in ("torch", "ffi"):
+        if layer_of(path.relative_to(CSRC)) not in ("torch", "ffi", "tensorflow"):
             found = [name for name in includes(path, "<(.+)>") if re.search(foreign, name)]
             assert not found, f"{path.relative_to(CSRC)} includes {found}"
 

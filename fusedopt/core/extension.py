@@ -96,7 +96,7 @@ def find_library(
 
 
 def library_in(package: Path, name: str = "kernels") -> Path | None:
-    """The file of one of our libraries: "kernels" or "jax"."""
+    """The file of one of our libraries: "kernels", "jax" or "tensorflow"."""
     files = [package / f"libfusedopt_{name}.{suffix}" for suffix in ("so", "dylib")]
     return next((file for file in files if file.is_file()), None)
 
@@ -124,8 +124,9 @@ def read_record(package: Path) -> dict[str, Any]:
     """The record that the build left in the package; empty if there is none.
 
     Its keys are "torch": the version that the extension was compiled for, or None; "missing": why
-    there is no extension, or None; "no_cuda": why there are no CUDA kernels, or None; "sources":
-    the `fingerprint` of the compiled sources.
+    there is no extension, or None; "no_cuda": why there are no CUDA kernels, or None;
+    "tensorflow": the version that TensorFlow's op was compiled for, or None; "sources": the
+    `fingerprint` of the compiled sources.
     """
     try:
         record = json.loads((package / RECORD).read_text())
