@@ -63,6 +63,19 @@ def test_no_kernel_knows_torch_or_python():
             assert not found, f"{path.relative_to(CSRC)} includes {found}"
 
 
+def test_headers_that_take_seconds_to_compile_are_included_once():
+    heavy = r"pybind11/pybind11|torch/csrc/(utils/pybind|autograd/|Exceptions)|ATen/(ops/|Expand)"
+    # python_tensor.h includes one only for versions of torch that it wasn't compared with.
+    places = {"aten.cpp", "bindings.cpp", "python_tensor.h"}
+    files = {
+        path.name
+        for path in sources()
+        for name in includes(path, "<(.+)>")
+        if re.match(heavy, name)
+    }
+    assert files == places
+
+
 def test_cuda_headers_stay_in_cuda():
     for path in sources():
         relative = path.relative_to(CSRC)

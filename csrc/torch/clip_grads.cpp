@@ -1,14 +1,13 @@
 #include "torch/clip_grads.h"
 
-#include <ATen/ExpandUtils.h>
 #include <c10/core/GradMode.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <stdexcept>
 
+#include "torch/aten.h"
 #include "torch/cuda_stream.h"
 #include "torch/launch.h"
 #include "torch/memory_overlap.h"
@@ -38,7 +37,7 @@ std::optional<std::vector<at::Tensor>> gather(const py::list& tensors, bool of_p
   grads.reserve(tensors.size());
   for (const py::handle& item : tensors) {
     if (!is_tensor(item.ptr())) return std::nullopt;
-    const at::Tensor& tensor = THPVariable_Unpack(item.ptr());
+    const at::Tensor& tensor = unpack(item.ptr());
     const at::Tensor& grad = of_params ? tensor.unsafeGetTensorImpl()->grad() : tensor;
     if (!grad.defined()) continue;
     if (!is_ordinary(grad) || !runs_on(grad.device(), backend)) return std::nullopt;
@@ -84,8 +83,8 @@ class Collector {
     const bool writes = writes_ && !repeated;
     void* data = writes ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr());
     if (repeated || !is_dense(grad)) {
-      at::Tensor dense = at::empty_strided(
-          grad.sizes(), at::infer_dense_strides(grad.sizes(), grad.strides()), grad.options());
+      at::Tensor dense =
+          new_strided(grad.sizes(), dense_strides_of(grad.sizes(), grad.strides()), grad.options());
       dense.copy_(grad.detach());
       data = dense.mutable_data_ptr();
       device_tensors.dense_grads.push_back(dense);

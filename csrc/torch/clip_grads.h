@@ -2,12 +2,13 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <optional>
 #include <string>
 #include <utility>
 #include <variant>
+
+#include "torch/python.h"
 
 namespace fusedopt {
 

@@ -1,13 +1,21 @@
 #include "torch/cuda_stream.h"
 
 #include <c10/util/Exception.h>
-#include <pybind11/pybind11.h>
 
 #include "kernels.h"
-
-namespace py = pybind11;
+#include "torch/python.h"
 
 namespace fusedopt {
+
+namespace {
+
+// The result of a call of Python's, or its error.
+py::object owned(PyObject* result) {
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+}  // namespace
 
 #if !defined(FUSEDOPT_CUDA_DEVICE)
 #define FUSEDOPT_CUDA_DEVICE c10::kCUDA
@@ -17,9 +25,16 @@ c10::DeviceType cuda_device_type() { return FUSEDOPT_CUDA_DEVICE; }
 
 void* current_stream(c10::Device device) {
   if (!device.is_cuda()) return nullptr;
-  static const py::object* const get =
-      new py::object(py::module_::import("torch._C").attr("_cuda_getCurrentRawStream"));
-  return reinterpret_cast<void*>(py::cast<uintptr_t>((*get)(device.index())));
+  static PyObject* const get =
+      owned(PyObject_GetAttrString(owned(PyImport_ImportModule("torch._C")).ptr(),
+                                   "_cuda_getCurrentRawStream"))
+          .release()
+          .ptr();
+  const py::object stream =
+      owned(PyObject_CallFunction(get, "i", static_cast<int>(device.index())));
+  void* const result = PyLong_AsVoidPtr(stream.ptr());
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return result;
 }
 
 void check_launch(int status, c10::Device device) {

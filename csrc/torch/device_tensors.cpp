@@ -1,10 +1,8 @@
 #include "torch/device_tensors.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-
 #include <algorithm>
 
+#include "torch/aten.h"
 #include "torch/cuda_stream.h"
 #include "torch/keep_alive.h"
 
@@ -32,8 +30,7 @@ void DeviceTensors::begin(const RuleInfo& its_rule, size_t groups, bool runs_on_
   grads.resize(infos.size());
   num_groups = groups;
   group_table.resize(groups * (sizeof(Group) / sizeof(double) + its_rule.num_hyperparameters));
-  control = at::zeros({sizeof(StepControl) / sizeof(double)},
-                      at::TensorOptions(device).dtype(at::kDouble));
+  control = new_zeros(sizeof(StepControl) / sizeof(double), at::kDouble, device);
 }
 
 // Tables that another stream may still read, or that only a replay fills, are for a new plan.
@@ -81,7 +78,7 @@ void DeviceTensors::make_workspace(SegmentKind segments) {
   needs.num_states = static_cast<int>(rule->states.size());
   needs.num_scalars = static_cast<int>(rule->scalars.size());
   layout.emplace(infos, needs);
-  workspace = at::empty({layout->bytes()}, at::TensorOptions(device).dtype(at::kByte));
+  workspace = new_empty(layout->bytes(), at::kByte, device);
   tables_are_current = false;
 }
 

@@ -1,9 +1,6 @@
 #include "torch/exchange.h"
 
-#include <ATen/ops/cat.h>
-#include <ATen/ops/where.h>
-#include <ATen/ops/zeros.h>
-
+#include "torch/aten.h"
 #include "torch/cuda_stream.h"
 
 namespace fusedopt {
@@ -30,7 +27,7 @@ void exchange_with_ranks(std::vector<DeviceTensors>& devices, const std::vector<
   std::vector<at::Tensor> messages;
   for (size_t i = 0; i < devices.size(); ++i) {
     const at::Device device = devices[i].device;
-    messages.push_back(at::zeros({kMessageSize}, at::dtype(at::kLong).device(device)));
+    messages.push_back(new_zeros(kMessageSize, at::kLong, device));
     const at::Tensor counted = exchange.counted.at(i).to(device);
     TORCH_CHECK_VALUE(counted.scalar_type() == at::kBool && counted.is_contiguous() &&
                           counted.numel() == steps[i].num_chunks,
@@ -59,7 +56,7 @@ void exchange_norms(std::vector<DeviceTensors>& devices, StepParams step) {
     chunk_sums.push_back(it.chunk_sums().to(devices[0].device, at::kDouble, false, /*copy=*/true));
     leave_out_unclipped(it, chunk_sums.back());
   }
-  const at::Tensor all = at::cat(chunk_sums);
+  const at::Tensor all = concatenated(chunk_sums);
   step.has_unclipped = false;  // the table of chunks is that of one device
   step.chunk_sums = all.data_ptr<double>();
   step.num_chunks = all.numel();
@@ -72,7 +69,7 @@ void exchange_coefs(std::vector<DeviceTensors>& devices) {
   for (size_t i = 1; i < devices.size(); ++i) {
     const at::Tensor other =
         control_slot(devices[i], offsetof(StepControl, clip_coef)).to(smallest.device());
-    smallest.copy_(at::where(other.lt(smallest), other, smallest));
+    smallest.copy_(other.where(other.lt(smallest), smallest));
   }
   const at::Tensor& ring = devices[0].step_ring;
   if (!ring.defined()) return;

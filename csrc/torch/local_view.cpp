@@ -1,6 +1,6 @@
 #include "torch/local_view.h"
 
-#include <torch/csrc/autograd/python_variable.h>
+#include "torch/python_tensor.h"
 
 namespace fusedopt {
 
@@ -60,7 +60,7 @@ bool is_entry(PyObject* entry, Comparison& comparison) {
 }
 
 at::Tensor& tensor_of(const py::list& tensors, size_t index) {
-  return const_cast<at::Tensor&>(THPVariable_Unpack(PyList_GET_ITEM(tensors.ptr(), index)));
+  return const_cast<at::Tensor&>(unpack(PyList_GET_ITEM(tensors.ptr(), index)));
 }
 
 }  // namespace
@@ -89,8 +89,8 @@ bool take_local_grads(const py::list& params, const py::list& locals, const py::
     PyObject* const known = PyList_GET_ITEM(layouts.ptr(), i);
     if (known == Py_None || attribute(object.ptr(), layout_name).ptr() != known) return false;
     const py::object local = attribute(object.ptr(), local_tensor_name());
-    if (!local || !THPVariable_Check(local.ptr())) return false;
-    tensor_of(locals, i).mutable_grad() = THPVariable_Unpack(local.ptr());
+    if (!local || !is_tensor(local.ptr())) return false;
+    tensor_of(locals, i).mutable_grad() = unpack(local.ptr());
   }
   return true;
 }

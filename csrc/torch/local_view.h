@@ -1,7 +1,7 @@
 // The parts of fusedopt/distributed/local_view.py that look at every tensor of every step.
 #pragma once
 
-#include <torch/csrc/utils/pybind.h>
+#include "torch/python.h"
 
 namespace fusedopt {
 

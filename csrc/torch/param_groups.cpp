@@ -1,7 +1,6 @@
 #include "torch/param_groups.h"
 
-#include <torch/csrc/autograd/python_variable.h>
-
+#include "torch/aten.h"
 #include "torch/tensor_guard.h"
 
 namespace fusedopt {
@@ -10,13 +9,13 @@ namespace {
 
 double to_double(PyObject* value) {
   if (PyFloat_Check(value)) return PyFloat_AS_DOUBLE(value);
-  if (THPVariable_Check(value)) {
-    const at::Tensor& tensor = THPVariable_Unpack(value);
+  if (is_tensor(value)) {
+    const at::Tensor& tensor = unpack(value);
     // torch would read a number from freed memory.
     if (is_plain(tensor.unsafeGetTensorImpl()) && !fits_its_storage(tensor.unsafeGetTensorImpl())) {
       throw py::value_error("a tensor's storage was freed or cut");
     }
-    return tensor.item<double>();
+    return number_of(tensor);
   }
   const double number = PyFloat_AsDouble(value);
   if (PyErr_Occurred()) throw py::error_already_set();
@@ -36,9 +35,9 @@ py::object item_of(PyObject* dict, PyObject* key) {
 py::object as_list(py::handle iterable) {
   PyObject* const value = iterable.ptr();
   if (is_list_or_tuple(value)) return py::reinterpret_borrow<py::object>(value);
-  if (PyIter_Check(value) || PyUnicode_Check(value) || THPVariable_Check(value)) {
+  if (PyIter_Check(value) || PyUnicode_Check(value) || is_tensor(value)) {
     throw py::type_error("expected a list, not " +
-                         py::cast<std::string>(py::str(py::type::handle_of(iterable))));
+                         std::string(py::str(py::type::handle_of(iterable))));
   }
   PyObject* const list = PySequence_List(value);
   if (list == nullptr) throw py::error_already_set();
@@ -47,8 +46,7 @@ py::object as_list(py::handle iterable) {
 
 [[noreturn]] void refuse(const OptionInfo& option, py::handle value) {
   throw py::value_error(
-      "a param group's " + option.name + " is " + py::cast<std::string>(py::repr(value)) +
-      "; expected " +
+      "a param group's " + option.name + " is " + std::string(py::repr(value)) + "; expected " +
       (option.count == 1 ? "one number" : std::to_string(option.count) + " numbers"));
 }
 
@@ -76,13 +74,13 @@ bool read_unclipped(PyObject* group) {
   const py::object value = item_of(group, kClipped);
   if (!value || value.ptr() == Py_True) return false;
   if (value.ptr() == Py_False) return true;
-  throw py::value_error("a param group's clipped is " + py::cast<std::string>(py::repr(value)) +
+  throw py::value_error("a param group's clipped is " + std::string(py::repr(value)) +
                         "; expected True or False");
 }
 
 bool stays_on_device(PyObject* value, c10::Device device) {
   if (device.is_cpu() || !is_tensor(value)) return false;
-  const at::Tensor& tensor = THPVariable_Unpack(value);
+  const at::Tensor& tensor = unpack(value);
   return is_plain(tensor.unsafeGetTensorImpl()) && tensor.device() == device &&
          tensor.numel() == 1 && !tensor.is_neg() &&
          fits_its_storage(tensor.unsafeGetTensorImpl()) &&
@@ -152,7 +150,7 @@ Group read_group(const RuleInfo& rule, const std::vector<PyObject*>& names, PyOb
     } else if (is_list_or_tuple(value.ptr())) {
       refuse(option, value);
     } else if (option.name == "lr" && stays_on_device(value.ptr(), device)) {
-      const at::Tensor& lr = THPVariable_Unpack(value.ptr());
+      const at::Tensor& lr = unpack(value.ptr());
       result.lr = lr.const_data_ptr();
       result.lr_storage = to_storage(lr.scalar_type());
       numbers[0] = 0;  // states_used() does not depend on it

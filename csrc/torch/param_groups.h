@@ -2,12 +2,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <optional>
 #include <vector>
 
 #include "kernels.h"
+#include "torch/python.h"
 
 namespace fusedopt {
 

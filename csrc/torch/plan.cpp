@@ -1,15 +1,13 @@
 // Makes a plan. plan_refresh.cpp compares it with the tensors at every step.
 #include "torch/plan.h"
 
-#include <ATen/ExpandUtils.h>
-#include <torch/csrc/autograd/python_variable.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <iterator>
 #include <unordered_map>
 
+#include "torch/aten.h"
 #include "torch/cuda_stream.h"
 #include "torch/no_python.h"
 
@@ -21,8 +19,6 @@ namespace {
 constexpr const char* kRestName = "param_rest";
 constexpr const char* kCodesSuffix = "_8bit";
 constexpr const char* kScalesSuffix = "_scale";
-
-const at::Tensor& unpack(PyObject* object) { return THPVariable_Unpack(object); }
 
 bool runs_on_cuda(c10::Device device, const std::string& backend) {
   return built_with_cuda() && (device.is_cuda() || (backend == "cuda" && device.is_cpu() &&
@@ -204,7 +200,7 @@ void Plan::lay_out(PlanParam& plan_param, const at::Tensor& param) {
   plan_param.sizes = param.sizes();
   plan_param.strides = plan_param.dense_strides = param.strides();
   if (!param.is_non_overlapping_and_dense()) {
-    plan_param.dense_strides = at::infer_dense_strides(param.sizes(), param.strides());
+    plan_param.dense_strides = dense_strides_of(param.sizes(), param.strides());
   }
   info.numel = param.numel();
   info.param = param_storage(plan_param.dtype, formats_[plan_param.group]);
@@ -214,7 +210,7 @@ void Plan::lay_out(PlanParam& plan_param, const at::Tensor& param) {
   const int64_t rows = param.dim() > 1 ? std::max<int64_t>(1, param.size(0)) : 1;
   info.row_size = std::max<int64_t>(1, param.numel() / rows);
   if (!same_layout(param.sizes(), param.strides(), plan_param.dense_strides) || param.is_neg()) {
-    at::Tensor dense = at::empty_strided(param.sizes(), plan_param.dense_strides, param.options());
+    at::Tensor dense = new_strided(param.sizes(), plan_param.dense_strides, param.options());
     pointers_of(plan_param).param = dense.data_ptr();
     device_tensors.dense_params.push_back({plan_param.guard.impl, plan_param.index, dense, {}});
   }

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <optional>
 #include <string>
@@ -18,6 +17,7 @@
 #include "torch/device_tensors.h"
 #include "torch/memory_overlap.h"
 #include "torch/param_groups.h"
+#include "torch/python.h"
 #include "torch/tensor_guard.h"
 
 namespace fusedopt {
@@ -182,7 +182,7 @@ class Plan {
   void set_rings(const std::vector<at::Tensor>& rings);
 
   static const at::Tensor& grad_of(const PlanParam& plan_param) {
-    return THPVariable_Unpack(plan_param.guard.object).unsafeGetTensorImpl()->grad();
+    return unpack(plan_param.guard.object).unsafeGetTensorImpl()->grad();
   }
   TensorInfo& info_of(const PlanParam& plan_param) {
     return devices_[plan_param.device_tensors].infos[plan_param.index];

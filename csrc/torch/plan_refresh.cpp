@@ -1,11 +1,8 @@
 // Compares a plan with its tensors, at every step.
-#include <ATen/ops/empty_strided.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
-
 #include <exception>
 #include <stdexcept>
 
+#include "torch/aten.h"
 #include "torch/dict_version.h"
 #include "torch/plan.h"
 
@@ -15,8 +12,6 @@ namespace {
 
 // How many tensors ahead to prefetch. That many are compared while one comes from memory.
 constexpr size_t kAhead = 6;
-
-const at::Tensor& unpack(PyObject* object) { return THPVariable_Unpack(object); }
 
 constexpr c10::DispatchKeySet kSpecialViews({c10::DispatchKey::Negative,
                                              c10::DispatchKey::ZeroTensor});
@@ -71,9 +66,6 @@ bool Plan::read_groups(const py::object& param_groups) {
         group.seed = formats_[g].seed;
       }
     }
-  } catch (python_error& error) {
-    error.restore();
-    throw py::error_already_set();
   } catch (py::error_already_set& error) {
     if (!is_of_a_bad_value(error)) throw;
     return false;  // Python's checks say what is wrong
@@ -186,8 +178,8 @@ bool Plan::gather_grad(PlanParam& plan_param, const at::Tensor& grad) {
   } else if (!is_zero(impl) && !fits_its_storage(impl)) {
     return false;
   }
-  at::Tensor dense = at::empty_strided(plan_param.sizes, plan_param.dense_strides,
-                                       grad.options().dtype(plan_param.grad_dtype));
+  at::Tensor dense = new_strided(plan_param.sizes, plan_param.dense_strides,
+                                 grad.options().dtype(plan_param.grad_dtype));
   dense.copy_(grad.detach().resolve_neg());  // copy_ gets lazy negation wrong between some dtypes
   *plan_param.grad = dense.const_data_ptr();
   devices_[plan_param.device_tensors].dense_grads.push_back(std::move(dense));

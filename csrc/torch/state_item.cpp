@@ -1,17 +1,14 @@
-#include <torch/csrc/autograd/python_variable.h>
-
 #include "torch/plan.h"
 
 namespace fusedopt {
 
 bool StateItem::takes(PyObject* object, const PlanParam& plan_param) const {
-  if (!fusedopt::is_tensor(object)) return false;
-  const c10::TensorImpl* impl = THPVariable_Unpack(object).unsafeGetTensorImpl();
-  if (!is_plain(impl) || THPVariable_Unpack(object).is_neg() ||
-      impl->device() != plan_param.device) {
+  if (!is_tensor(object)) return false;
+  const c10::TensorImpl* impl = unpack(object).unsafeGetTensorImpl();
+  if (!is_plain(impl) || unpack(object).is_neg() || impl->device() != plan_param.device) {
     return false;
   }
-  const at::ScalarType its_dtype = THPVariable_Unpack(object).scalar_type();
+  const at::ScalarType its_dtype = unpack(object).scalar_type();
   const bool is_usable = kind == Kind::kState ? has_kernels(its_dtype) : its_dtype == dtype;
   return is_usable && fits(impl, plan_param) && fits_its_storage(impl);
 }

@@ -1,10 +1,8 @@
 #include "torch/step.h"
 
-#include <ATen/ops/where.h>
-#include <ATen/ops/zeros.h>
-
 #include <algorithm>
 
+#include "torch/aten.h"
 #include "torch/launch.h"
 
 namespace fusedopt {
@@ -34,7 +32,7 @@ StepParams make_params(DeviceTensors& tensors, bool is_first, const StepCall& ca
   options.measure = call.measure || call.exchange;
   options.grad_scale = scalar_on(call.grad_scale, tensors.device, kept);
   if (call.exchange) {  // this rank's own wish is in the message
-    tensors.found_inf = at::zeros({1}, at::dtype(at::kFloat).device(tensors.device));
+    tensors.found_inf = new_zeros(1, at::kFloat, tensors.device);
     options.found_inf = tensors.found_inf.const_data_ptr<float>();
   } else {
     options.found_inf = scalar_on(call.found_inf, tensors.device, kept);
@@ -56,7 +54,7 @@ void gather_limit_states(const std::vector<DeviceTensors>& devices, at::Tensor s
                          const at::Tensor& before) {
   for (size_t i = 1; i < devices.size(); ++i) {
     const at::Tensor now = devices[i].limit_state.to(state.device());
-    state.copy_(at::where(now.ne(before), now, state));
+    state.copy_(now.where(now.ne(before), state));
   }
 }
 

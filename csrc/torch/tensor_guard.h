@@ -1,16 +1,9 @@
 // Remembers where a Python object's tensor was, so that the next step sees whether it has moved.
 #pragma once
 
-#include <torch/csrc/autograd/python_variable.h>
+#include "torch/python_tensor.h"
 
 namespace fusedopt {
-
-// The same as THPVariable_Check, but it never runs Python code.
-inline bool is_tensor(PyObject* object) {
-  PyTypeObject* const type = Py_TYPE(object);
-  return THPVariable_CheckTypeExact(type) ||
-         PyType_IsSubtype(type, reinterpret_cast<PyTypeObject*>(THPVariableClass));
-}
 
 // The elements of a tensor with only these dispatch keys lie in memory as its sizes, strides and
 // storage say. Any other key marks a subclass with operations of its own, a sparse layout, or a
@@ -58,7 +51,7 @@ struct TensorGuard {
   static TensorGuard of(PyObject* tensor) {
     TensorGuard guard;
     guard.object = tensor;
-    guard.impl = THPVariable_Unpack(tensor).unsafeGetTensorImpl();
+    guard.impl = unpack(tensor).unsafeGetTensorImpl();
     guard.storage = guard.impl->unsafe_storage().unsafeGetStorageImpl();
     guard.base = guard.storage->data_ptr().get();
     guard.context = guard.storage->data_ptr().get_context();
@@ -78,7 +71,7 @@ struct TensorGuard {
   // Whether `object`, which must be a tensor, is still the same tensor in the same memory and of
   // the same kind. The caller compares sizes and strides.
   bool is_unchanged() const {
-    const c10::TensorImpl* now = THPVariable_Unpack(object).unsafeGetTensorImpl();
+    const c10::TensorImpl* now = unpack(object).unsafeGetTensorImpl();
     if (now != impl || now->unsafe_storage().unsafeGetStorageImpl() != storage) return false;
     // data_ptr() would first check whether this storage may give out a pointer.
     const c10::DataPtr& data =
