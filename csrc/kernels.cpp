@@ -49,7 +49,8 @@ std::vector<OptionInfo> options_of() {
     const double* const begin = reinterpret_cast<const double*>(&h);
     for (const auto& option : Rule::kHyperparameters) {
       const int first = static_cast<int>(&(h.*option.first) - begin);
-      options.push_back({option.name, first, option.count, option.on_host, option.any_sign});
+      options.push_back(
+          {option.name, first, option.count, option.on_host, option.any_sign, option.optional});
     }
   }
   return options;

@@ -31,6 +31,7 @@ struct OptionInfo {
   int first, count;
   double (*on_host)(double);  // null, or a function that the host applies to each number
   bool any_sign;              // else a number below 0 is refused
+  bool optional;              // a group without it has 0
 };
 
 // Whether an option may have this number. torch's ranges: numbers of pairs, such as betas, are in

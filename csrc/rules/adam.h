@@ -16,6 +16,7 @@ struct Adam : RuleDefaults {
 
   struct Hyperparameters {
     double lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay;
+    double eps_hat;  // eps is added before the bias correction
   };
   static constexpr Option<Hyperparameters> kHyperparameters[] = {
       {"lr", &Hyperparameters::lr},
@@ -24,7 +25,8 @@ struct Adam : RuleDefaults {
       {"weight_decay", &Hyperparameters::weight_decay},
       {"amsgrad", &Hyperparameters::amsgrad},
       {"maximize", &Hyperparameters::maximize},
-      {"decoupled_weight_decay", &Hyperparameters::decoupled_weight_decay}};
+      {"decoupled_weight_decay", &Hyperparameters::decoupled_weight_decay},
+      optional("eps_hat", &Hyperparameters::eps_hat)};
 
   static constexpr StateName kScalars[] = {{"step"}};
   static constexpr StateName kStates[] = {
@@ -47,15 +49,15 @@ struct Adam : RuleDefaults {
                                                            const float* scalars) {
     const uint64_t step = static_cast<uint64_t>(scalars[0]);
     const double bias_correction1 = 1 - power(h.beta1, step);
-    const double bias_correction2 = 1 - power(h.beta2, step);
+    const double inv_sqrt_bias_correction2 = 1 / std::sqrt(1 - power(h.beta2, step));
     const bool decoupled = h.decoupled_weight_decay != 0;
     return {h.beta1,
             1 - h.beta1,
             h.beta2,
             1 - h.beta2,
             h.lr / bias_correction1,
-            1 / std::sqrt(bias_correction2),
-            h.eps,
+            inv_sqrt_bias_correction2,
+            h.eps_hat != 0 ? h.eps * inv_sqrt_bias_correction2 : h.eps,
             decoupled ? 0 : h.weight_decay,
             decoupled ? 1 - h.lr * h.weight_decay : 1};
   }

@@ -40,14 +40,15 @@ struct LARS : RuleDefaults {
 
   template <class T>
   struct Coefficients {
-    T lr, momentum, grad_share, nesterov, weight_decay, trust_ratio;
+    T lr, momentum, nesterov, grad_share, nesterov_share, weight_decay, trust_ratio;
   };
 
   static FUSEDOPT_INLINE Coefficients<double> coefficients(const Hyperparameters& h,
                                                            const float* scalars,
                                                            double trust_ratio) {
     const bool first = scalars[0] == 1;  // the buffer, still zero, becomes the whole gradient
-    return {h.lr, h.momentum, first ? 1 : 1 - h.dampening, h.nesterov, h.weight_decay, trust_ratio};
+    return {h.lr, h.momentum,     h.nesterov, first ? 1 : 1 - h.dampening,
+            1,    h.weight_decay, trust_ratio};
   }
 
   template <class T>

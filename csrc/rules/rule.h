@@ -43,7 +43,14 @@ struct Option {
   // the device.
   double (*on_host)(double) = nullptr;
   bool any_sign = false;  // else a number below 0 is refused
+  bool optional = false;  // a group without it has 0
 };
+
+// An option that torch's class doesn't have: for formulas of other libraries.
+template <class Hyperparameters>
+constexpr Option<Hyperparameters> optional(const char* name, double Hyperparameters::* field) {
+  return {name, field, 1, nullptr, false, true};
+}
 
 // A state or a scalar of a parameter, and its first value. A state without a coding can't be stored
 // in 8 bits; nor can the other states of a variant that uses it.

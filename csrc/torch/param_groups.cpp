@@ -140,6 +140,10 @@ Group read_group(const RuleInfo& rule, const std::vector<PyObject*>& names, PyOb
     const OptionInfo& option = rule.options[i];
     double* const numbers = hyperparameters + option.first;
     const py::object value = item_of(group, names[i]);
+    if (!value && option.optional) {
+      numbers[0] = 0;
+      continue;
+    }
     if (!value) throw py::key_error(option.name);
     if (option.count > 1) {
       read_numbers(option, value, numbers);

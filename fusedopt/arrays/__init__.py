@@ -68,6 +68,7 @@ class Adam(ArrayOptimizer):
     """`torch.optim.Adam` over arrays; see `ArrayOptimizer`."""
 
     rule: ClassVar = "adam"
+    eps_hat: ClassVar = False
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -83,6 +84,7 @@ class AdamW(ArrayOptimizer):
     """`torch.optim.AdamW` over arrays; see `ArrayOptimizer`."""
 
     rule: ClassVar = "adam"
+    eps_hat: ClassVar = False
     decoupled_weight_decay: ClassVar = True
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
@@ -220,6 +222,9 @@ class RMSprop(ArrayOptimizer):
     """`torch.optim.RMSprop` over arrays; see `ArrayOptimizer`."""
 
     rule: ClassVar = "rmsprop"
+    eps_in_sqrt: ClassVar = False
+    lr_in_momentum: ClassVar = False
+    decoupled_weight_decay: ClassVar = False
     lr: float = 1e-2
     alpha: float = 0.99
     eps: float = 1e-8
@@ -253,6 +258,8 @@ class SGD(ArrayOptimizer):
     """`torch.optim.SGD` over arrays; see `ArrayOptimizer`."""
 
     rule: ClassVar = "sgd"
+    lr_in_momentum: ClassVar = False
+    decoupled_weight_decay: ClassVar = False
     lr: float = 1e-3
     momentum: float = 0.0
     dampening: float = 0.0

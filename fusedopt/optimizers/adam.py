@@ -26,7 +26,6 @@ def _update(
     step = int(scalars["step"])
     beta1, beta2 = map(float, group["betas"])
     bias_correction1 = 1 - power(beta1, step)
-    bias_correction2 = 1 - power(beta2, step)
 
     param, grad, new_state = update_moments(group, param, grad, state)
     second_moment = new_state["exp_avg_sq"]
@@ -34,7 +33,9 @@ def _update(
         largest = state["max_exp_avg_sq"]
         second_moment = torch.where(largest > second_moment, largest, second_moment)
         new_state["max_exp_avg_sq"] = second_moment
-    denom = sqrt(second_moment) * (1 / math.sqrt(bias_correction2)) + group["eps"]
+    inv_sqrt_bias_correction2 = 1 / math.sqrt(1 - power(beta2, step))
+    eps = group["eps"] * inv_sqrt_bias_correction2 if group.get("eps_hat") else group["eps"]
+    denom = sqrt(second_moment) * inv_sqrt_bias_correction2 + eps
     step_size = group["lr"] / bias_correction1
     return param - step_size * (new_state["exp_avg"] / denom), new_state
 
@@ -72,6 +73,7 @@ ADAM = Rule(
     twin=Twin(
         _torch_step,
         fused_dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+        suits=lambda group: not group.get("eps_hat"),
     ),
 )
 

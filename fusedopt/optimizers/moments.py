@@ -7,17 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from fusedopt.reference import Group
-from fusedopt.reference.rule import with_l2
+from fusedopt.reference.rule import with_decay
 
 
 def update_moments(
     group: Group, param: Tensor, grad: Tensor, state: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Returns the parameter and the gradient after weight decay, and the new moments."""
-    if group["decoupled_weight_decay"]:
-        param = param * (1 - group["lr"] * group["weight_decay"])
-    else:
-        grad = with_l2(group, param, grad)
+    param, grad = with_decay(group, param, grad)
     return param, grad, new_moments(group, grad, state)
 
 

@@ -14,14 +14,14 @@ from fusedopt.core.optimizer import Backend, FusedOptimizer
 from fusedopt.core.settings import MasterWeights, NonFinite, Plain, Rounding, StateDtype
 from fusedopt.reference import Group, Rule, Twin, count_step
 from fusedopt.reference.arithmetic import sqrt
-from fusedopt.reference.rule import column, with_l2
+from fusedopt.reference.rule import column, with_decay
 
 
 def _update(
     group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     alpha, momentum = group["alpha"], group["momentum"]
-    grad = with_l2(group, param, grad)
+    param, grad = with_decay(group, param, grad)
     square_avg = alpha * state["square_avg"] + ((1 - alpha) * grad) * grad
     new_state = {"square_avg": square_avg}
     variance = square_avg
@@ -31,11 +31,13 @@ def _update(
         variance = square_avg - grad_avg * grad_avg
         # Rounding can push a zero variance below zero; a nan stays one.
         variance = torch.where(variance < 0, torch.zeros_like(variance), variance)
-    direction = grad / (sqrt(variance) + group["eps"])
+    in_sqrt, eps = (group["eps"], 0.0) if group.get("eps_in_sqrt") else (0.0, group["eps"])
+    lr, direction = group["lr"], grad / (sqrt(variance + in_sqrt) + eps)
     if momentum > 0:
-        direction = momentum * state["momentum_buffer"] + direction
+        lr, share = (1.0, lr) if group.get("lr_in_momentum") else (lr, 1.0)
+        direction = momentum * state["momentum_buffer"] + share * direction
         new_state["momentum_buffer"] = direction
-    return param - group["lr"] * direction, new_state
+    return param - lr * direction, new_state
 
 
 def _torch_step(
@@ -77,7 +79,15 @@ RMSPROP = Rule(
     },
     advance=count_step,
     update=_update,
-    twin=Twin(_torch_step, suits=lambda group: not group["centered"]),
+    twin=Twin(
+        _torch_step,
+        suits=lambda group: (
+            not any(
+                group.get(name)
+                for name in ("centered", "eps_in_sqrt", "lr_in_momentum", "decoupled_weight_decay")
+            )
+        ),
+    ),
 )
 
 

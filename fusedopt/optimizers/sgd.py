@@ -13,7 +13,7 @@ from fusedopt.clip import AdaptiveClip
 from fusedopt.core.optimizer import Backend, FusedOptimizer
 from fusedopt.core.settings import MasterWeights, NonFinite, Plain, Rounding, StateDtype
 from fusedopt.reference import Group, Rule, Twin
-from fusedopt.reference.rule import column, with_l2
+from fusedopt.reference.rule import column, with_decay
 
 
 def count_momentum(group: Group, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -29,17 +29,22 @@ def with_momentum(
         return grad, {}
     # The buffer starts from zero, and its first gradient is not dampened.
     first = scalars["momentum_steps"] == 1
-    share = 1.0 if first else 1 - group["dampening"]
-    momentum_buffer = momentum * state["momentum_buffer"] + share * grad
-    direction = grad + momentum * momentum_buffer if group["nesterov"] else momentum_buffer
+    share = -group["lr"] if group.get("lr_in_momentum") else 1.0
+    grad_share = share if first else share * (1 - group["dampening"])
+    momentum_buffer = momentum * state["momentum_buffer"] + grad_share * grad
+    direction = momentum_buffer
+    if group["nesterov"]:
+        direction = share * grad + momentum * momentum_buffer
     return direction, {"momentum_buffer": momentum_buffer}
 
 
 def _update(
     group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    direction, new_state = with_momentum(group, scalars, with_l2(group, param, grad), state)
-    return param - group["lr"] * direction, new_state
+    param, grad = with_decay(group, param, grad)
+    direction, new_state = with_momentum(group, scalars, grad, state)
+    lr = -1.0 if group.get("lr_in_momentum") and new_state else group["lr"]
+    return param - lr * direction, new_state
 
 
 def _torch_step(
@@ -85,7 +90,13 @@ SGD = Rule(
     any_sign=("dampening",),
     counter="momentum_steps",
     # On a CPU, torch's fused SGD leaves wrong momentum of 16-bit parameters (2.13).
-    twin=Twin(_torch_step, fused_dtypes=(torch.float32, torch.float64)),
+    twin=Twin(
+        _torch_step,
+        fused_dtypes=(torch.float32, torch.float64),
+        suits=lambda group: (
+            not (group.get("lr_in_momentum") or group.get("decoupled_weight_decay"))
+        ),
+    ),
 )
 
 

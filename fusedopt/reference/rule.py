@@ -144,6 +144,13 @@ def count_step(group: Group, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"step": scalars["step"] + 1}
 
 
+def with_decay(group: Group, param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The parameter and the gradient after weight decay, which changes one of them."""
+    if group.get("decoupled_weight_decay"):
+        return param * (1 - group["lr"] * group["weight_decay"]), grad
+    return param, with_l2(group, param, grad)
+
+
 def with_l2(group: Group, param: Tensor, grad: Tensor) -> Tensor:
     """The gradient of the loss with an L2 penalty: `weight_decay` times the parameter is added."""
     weight_decay = float(group["weight_decay"])
