@@ -1,0 +1,116 @@
+"""What a step needs from Keras's backend, and the choice of the file that provides it."""
+
+from __future__ import annotations
+
+import importlib
+import operator
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+# The class in fusedopt/keras/<name>_backend.py.
+BACKENDS = {"torch": "TorchBackend"}
+
+
+def _refusal(backend: str) -> ImportError:
+    return ImportError(
+        f"KERAS_BACKEND is {backend}; fusedopt.keras works on {', '.join(BACKENDS)}: set the "
+        "environment variable to one of them before keras is imported"
+    )
+
+
+try:
+    import keras
+except ImportError as error:
+    chosen = os.environ.get("KERAS_BACKEND", "torch")
+    if chosen not in BACKENDS:
+        raise _refusal(chosen) from error
+    raise
+
+
+class Backend(ABC):
+    """The step of one optimizer on one of Keras's backends. Its constructor makes one.
+
+    Attributes:
+        nonfinite_modes: the modes of `nonfinite` that this backend has.
+        is_stateless: whether variables may be those of Keras's stateless scope.
+        variables: Keras variables that a step changes, besides the optimizer's own. Keras's loop
+            carries them, and nothing saves them.
+    """
+
+    nonfinite_modes: ClassVar[tuple[str, ...]]
+    is_stateless: ClassVar[bool] = False
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.variables: list[Any] = []
+        self._updated: list[Any] = []
+
+    def updated(self) -> list[Any]:
+        """The variables that the optimizer was built with, but for those that Keras overwrites."""
+        if not self._updated:
+            is_overwritten = self.optimizer._overwrite_variable_with_gradient
+            known = self.optimizer._trainable_variables
+            self._updated = [it for it in known if not is_overwritten(it)]
+        return self._updated
+
+    def are_all(self, variables: Sequence[Any]) -> bool:
+        """Whether these are all variables that get a step, in order, as in Keras's loop."""
+        known = self._updated
+        return len(variables) == len(known) > 0 and all(map(operator.is_, variables, known))
+
+    def decays(self, variable: Any) -> bool:
+        return self.optimizer._use_weight_decay(variable)
+
+    @property
+    @abstractmethod
+    def grad_norm(self) -> Any:
+        """The global gradient norm of the last step, before clipping: 0-d float32."""
+
+    @property
+    @abstractmethod
+    def step_skipped(self) -> Any:
+        """Whether the last step met inf or nan and changed nothing: 0-d bool."""
+
+    @property
+    @abstractmethod
+    def skipped_steps(self) -> Any:
+        """How many steps this object has skipped: a 0-d integer."""
+
+    @abstractmethod
+    def check_grad(self, grad: Any, variable: Any) -> None:
+        """Raises TypeError if a gradient is no dense tensor of this backend."""
+
+    @abstractmethod
+    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scale: Any) -> Any:
+        """One call of Keras's `apply`, with as many gradients as variables, and at least one.
+
+        It adds up gradients if the optimizer accumulates. Else, or when it is time, it takes a
+        step of the optimizer's rule (`_options`, `_states`, `_scalars`) with its learning rate,
+        weight decay and limit; if this is applied, constraints, moving averages and `_keep`
+        follow, and `_iterations` counts it.
+
+        Args:
+            scale: None, or a tensor, by which the gradients are divided. Then a step is skipped
+                if they hold inf or nan, whatever `nonfinite` is.
+
+        Returns:
+            Whether the step was applied, or only added up: a bool, or a tensor of the backend.
+        """
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Looks at the optimizer anew: other variables decay."""
+
+
+def backend_class() -> type[Backend]:
+    """The class for Keras's backend.
+
+    Raises:
+        ImportError: there is none, or it lacks something.
+    """
+    name = keras.config.backend()
+    if name not in BACKENDS:
+        raise _refusal(name)
+    return getattr(importlib.import_module(f"fusedopt.keras.{name}_backend"), BACKENDS[name])
