@@ -11,9 +11,10 @@
 
 namespace fusedopt::cpu {
 
-// The number of elements in a row. A row stays in the L1 cache while a rule works on it.
+// The number of elements in a row. A row stays in the L1 cache while a rule works on it. Rows are
+// short, so that the processor fetches the next row while it computes this one.
 template <class T>
-inline constexpr int64_t kRow = 4096 / sizeof(T);
+inline constexpr int64_t kRow = 1024 / sizeof(T);
 
 // Convert the elements first, first + 1, ... of an array that is not stored as float32 or float64.
 void load_row(Isa isa, const Array& array, int64_t first, int64_t count, float* to);

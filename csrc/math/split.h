@@ -8,6 +8,12 @@
 
 namespace fusedopt {
 
+// All bits are 1 if a < b, else 0. Both are below 2^31. (Of `? :`, GCC would make branches here,
+// and would not vectorize the loop.)
+FUSEDOPT_INLINE constexpr uint32_t mask_of_less(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>(static_cast<int32_t>(a - b) >> 31);
+}
+
 // extended<scalar_t>: the 16-bit format with 16 more bits of mantissa, as an integer.
 template <class scalar_t>
 struct extended;
@@ -29,11 +35,13 @@ struct extended<float16> {
   static FUSEDOPT_INLINE uint32_t from(float value) {
     const uint32_t bits = bit_cast<uint32_t>(value);
     const uint32_t magnitude = bits & 0x7fffffffu;
-    const float small = magnitude < 0x38800000u ? bit_cast<float>(magnitude) : 0.0f;
+    const uint32_t is_small = mask_of_less(magnitude, 0x38800000u);
+    const uint32_t small = magnitude & is_small;
     // Adding 2^-17 aligns the mantissa to 2^-40, so that the addition does the rounding.
-    const float rounded = small < 0x1p-17f ? (small + 0x1p-17f) - 0x1p-17f : small;
+    const float aligning = bit_cast<float>(0x37000000u & mask_of_less(small, 0x37000000u));
+    const float rounded = (bit_cast<float>(small) + aligning) - aligning;
     const uint32_t subnormal = static_cast<uint32_t>(static_cast<int32_t>(rounded * 0x1p40f));
-    uint32_t result = magnitude < 0x38800000u ? subnormal : (magnitude - 0x38000000u) << 3;
+    uint32_t result = subnormal | (((magnitude - 0x38000000u) << 3) & ~is_small);
     result = magnitude >= 0x47800000u ? 0x7c000000u : result;
     result = magnitude > 0x7f800000u ? 0x7e000000u : result;
     return result | (bits & 0x80000000u);
