@@ -171,8 +171,9 @@ def norm_cases() -> list[Case]:
 
 def format_cases() -> list[Case]:
     """Steps whose sides store weights and states in different formats."""
-    large = "one tensor of 25M"
-    return [Case("AdamW", large, WORKLOADS[large], mode) for mode in ("plain", "clip")]
+    # torchao leaves a tensor in 16 bits if its blocks of 256 elements don't divide it.
+    large = ((25_000_000 // 256 * 256,),)
+    return [Case("AdamW", "one tensor of 25M", large, mode) for mode in ("plain", "clip")]
 
 
 def gpu_cases() -> list[Case]:
