@@ -1,25 +1,28 @@
 #include "cpu/rows.h"
 
 #include "cpu/blocks.h"
+#include "cpu/fetch.h"
 #include "math/split.h"
 
 namespace fusedopt::cpu {
 
 namespace {
 
+// The last row has no next one.
+int64_t to_next_row(int64_t count) { return count == kRow<float> ? count : 0; }
+
 template <class scalar_t>
 struct Widen {
   static FUSEDOPT_INLINE void run(const scalar_t* from, int64_t count, float* to) {
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+    for_each_and_fetch(count, to_next_row(count), [&](int64_t i) { to[i] = widen(from[i]); }, from);
   }
 };
 
 template <class scalar_t>
 struct Narrow {
   static FUSEDOPT_INLINE void run(const float* from, int64_t count, scalar_t* to) {
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < count; ++i) to[i] = narrow<scalar_t>(from[i]);
+    for_each_and_fetch(
+        count, to_next_row(count), [&](int64_t i) { to[i] = narrow<scalar_t>(from[i]); }, to);
   }
 };
 
@@ -27,12 +30,12 @@ template <class scalar_t>
 struct NarrowAtRandom {
   static FUSEDOPT_INLINE void run(const float* from, int64_t first, int64_t count, scalar_t* to,
                                   const RandomBits random, int shift) {
-    const int32_t begin = static_cast<int32_t>(first), size = static_cast<int32_t>(count);
-#pragma GCC ivdep
-    for (int32_t i = 0; i < size; ++i) {
-      const uint32_t bits = random.of(begin + i) >> shift & 0xffffu;
+    const int32_t begin = static_cast<int32_t>(first);
+    const auto narrow_one = [&](int64_t i) {
+      const uint32_t bits = random.of(begin + static_cast<int32_t>(i)) >> shift & 0xffffu;
       to[i].bits = static_cast<uint16_t>(narrow_at_random<scalar_t>(from[i], bits));
-    }
+    };
+    for_each_and_fetch(count, to_next_row(count), narrow_one, to);
   }
 };
 
@@ -48,12 +51,12 @@ struct Join {
 template <class scalar_t, class rest_t>
 struct Split {
   static FUSEDOPT_INLINE void run(const float* from, int64_t count, scalar_t* to, rest_t* rest) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) {
+    const auto split_one = [&](int64_t i) {
       const Parts parts = split<scalar_t, rest_t>(from[i]);
       to[i].bits = static_cast<uint16_t>(parts.number);
       rest[i] = static_cast<rest_t>(parts.rest);
-    }
+    };
+    for_each_and_fetch(count, to_next_row(count), split_one, to, rest);
   }
 };
 
