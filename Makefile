@@ -1,7 +1,7 @@
 # You need Python with venv and its headers, a C++ compiler and make. The rest is installed in .venv.
 ## make demo       train on handwritten digits
 ## make test       run every test
-## make test-tensorflow   run the tests of TensorFlow's op, in .venv-tensorflow, where there is no torch
+## make test-tensorflow   test Keras on TensorFlow, in .venv-tensorflow, where there is no torch
 ## make lint       check style and types
 ## make format     correct the style
 ## make sanitize   run the CUDA kernels, emulated on the CPU, under ASan and UBSan
@@ -76,7 +76,9 @@ test: $(extension) $(emulator)
 # The tests' own configuration needs plugins and a conftest.py that need torch.
 test-tensorflow: .venv-tensorflow/test
 	.venv-tensorflow/bin/pip install --quiet --no-build-isolation --no-deps .
-	.venv-tensorflow/bin/pytest -q --noconftest -o filterwarnings=error tests/test_tensorflow*.py
+	KERAS_BACKEND=tensorflow .venv-tensorflow/bin/pytest -q --noconftest -o filterwarnings=error \
+	  tests/test_tensorflow*.py tests/test_keras.py tests/test_keras_models.py
+	KERAS_BACKEND=tensorflow .venv-tensorflow/bin/python examples/keras_digits.py
 
 lint: $(tools) $(lint-tools)
 	$(bin)/ruff check

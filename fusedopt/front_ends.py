@@ -8,7 +8,7 @@ from importlib import metadata
 from importlib.util import find_spec
 
 import fusedopt
-from fusedopt.core import extension
+from fusedopt.core import extension, tensorflow_op
 
 
 def report_without_torch() -> int:
@@ -46,16 +46,43 @@ def _describe_jax() -> str:
 
 
 def _describe_keras() -> str:
-    try:
-        version = metadata.version("keras")
-    except metadata.PackageNotFoundError:
+    version = _version("keras")
+    if version is None:
         return "can't be used: Keras isn't installed (pip install 'keras>=3.15')"
-    if find_spec("torch") is None:
-        return "can't be used: it works on torch so far, which isn't installed"
-    chosen = os.environ.get("KERAS_BACKEND")
-    if chosen not in (None, "torch"):
-        return f"can't be used: KERAS_BACKEND is {chosen}, and it works on torch so far"
-    return f"for Keras {version}, with KERAS_BACKEND=torch"
+    reasons = {name: why_not() for name, why_not in KERAS_BACKENDS.items()}
+    chosen, usable = os.environ.get("KERAS_BACKEND"), [it for it in reasons if not reasons[it]]
+    if chosen is not None and chosen not in usable:
+        works = f"it works on {' and '.join(reasons)}"
+        return f"can't be used: KERAS_BACKEND is {chosen}, and {reasons.get(chosen) or works}"
+    if not usable:
+        return f"can't be used: {', and '.join(filter(None, reasons.values()))}"
+    return f"for Keras {version}, with KERAS_BACKEND={' or '.join(usable)}"
+
+
+def _why_not_torch() -> str | None:
+    return None if find_spec("torch") else "torch isn't installed"
+
+
+def _why_not_tensorflow() -> str | None:
+    version = _version("tensorflow") or _version("tensorflow-cpu")
+    if version is None or find_spec("tensorflow") is None:
+        return "TensorFlow isn't installed"
+    try:
+        tensorflow_op.library_for(version)
+    except ImportError as error:
+        return f"{error}. It is compiled where TensorFlow is installed before fusedopt"
+    return None
+
+
+# Keras's backends that fusedopt.keras works on, and why one can't be used here.
+KERAS_BACKENDS = {"tensorflow": _why_not_tensorflow, "torch": _why_not_torch}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _missing_library(name: str) -> str | None:

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("keras", reason="keras isn't installed")
 ROOT = Path(__file__).resolve().parent.parent
-BACKENDS = ["torch"]
+BACKENDS = ["tensorflow", "torch"]
 SUITE = ["tests/test_keras.py", "tests/test_keras_models.py"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 

@@ -14,7 +14,7 @@ import pytest
 tf: Any = pytest.importorskip("tensorflow", reason="TensorFlow isn't installed")
 np: Any = pytest.importorskip("numpy")
 
-from fusedopt import arrays  # noqa: E402
+from fusedopt import arrays, front_ends  # noqa: E402
 from fusedopt.core import c_library, extension, tensorflow_op  # noqa: E402
 
 try:
@@ -74,6 +74,7 @@ class OpUser:
             variables=[it.handle for it in self.variables],
             states=states,
             grads=grads,
+            lr=self.options[0, 0],
             options=self.options,
             scalars=scalars,
             max_grad_norm=self.limit,
@@ -211,6 +212,10 @@ def drop_states(user: OpUser, grads: list[Any]) -> None:
     del user.states["exp_avg"]
 
 
+def drop_options(user: OpUser, grads: list[Any]) -> None:
+    user.attributes["groups"] = [0, 1] * 3
+
+
 def refuse_option(user: OpUser, grads: list[Any]) -> None:
     user.options[0, 0] = -1.0
 
@@ -226,6 +231,7 @@ def refuse_option(user: OpUser, grads: list[Any]) -> None:
         ),
         (repeat, r"variables\[4\] and variables\[5\] are one variable"),
         (drop_states, r"6 variables, 6 states and 6 gradients; expected 6, 12 and 6"),
+        (drop_options, r"options has 1 rows; expected 2, one for each group"),
         (refuse_option, r"Invalid lr value: -1; expected a number >= 0"),
     ],
 )
@@ -250,5 +256,18 @@ def test_variables_of_integers_are_refused():
 
 def test_an_op_for_another_tensorflow_is_refused(monkeypatch):
     monkeypatch.setattr(tf, "__version__", "9.9.0")
-    with pytest.raises(ImportError, match=r"is compiled for TensorFlow 2\..*, but 9.9.0 runs here"):
+    words = r"is compiled for TensorFlow 2\..*, but 9.9.0 runs here"
+    with pytest.raises(ImportError, match=words):
         tensorflow_op.load.__wrapped__()
+    with pytest.raises(ImportError, match=words):
+        tensorflow_op.library_for("9.9.0")
+
+
+def test_the_front_end_is_listed(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
+    text = front_ends.describe()["fusedopt.keras"]
+    assert text.startswith("for Keras ") and "KERAS_BACKEND=tensorflow" in text
+    monkeypatch.setattr(front_ends, "_version", lambda package: "9.9.0")
+    text = front_ends.describe()["fusedopt.keras"]
+    assert text.startswith("can't be used: KERAS_BACKEND is tensorflow, and ")
+    assert "9.9.0 runs here" in text

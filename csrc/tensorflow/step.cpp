@@ -109,6 +109,7 @@ class StepOp : public tf::AsyncOpKernel {
     OP_REQUIRES_OK(construction, construction->GetAttr("states_used", &states_used_));
     OP_REQUIRES_OK(construction, construction->GetAttr("measure", &measure_));
     OP_REQUIRES_OK(construction, construction->GetAttr("skip_nonfinite", &skip_nonfinite_));
+    num_groups_ = 1 + *std::max_element(groups_.begin(), groups_.end());
     const auto length_of = [&](const char* list) {
       int first = 0, last = 0;
       return InputRange(list, &first, &last).ok() ? last - first : -1;
@@ -132,10 +133,18 @@ class StepOp : public tf::AsyncOpKernel {
   }
 
  private:
+  struct Arrays {
+    std::vector<float> scalars;    // of each variable
+    std::vector<void*> addresses;  // per variable: itself, its states, its scalars
+  };
+
   tf::Status step(tf::OpKernelContext* context);
   tf::Status find(tf::OpKernelContext* context, std::vector<Variable>& variables) const;
   tf::Status check(const std::vector<Variable>& variables, const tf::OpInputList& grads) const;
   tf::Status make_plan(const std::vector<Variable>& variables);
+  tf::Status place(tf::OpKernelContext* context, const std::vector<Variable>& variables,
+                   const tf::Tensor& scalars, Arrays& found) const;
+  tf::Status numbers_of(const tf::Tensor& options, double lr, std::vector<double>& numbers) const;
   tf::Status call(tf::OpKernelContext* context, const std::vector<Variable>& variables,
                   const tf::OpInputList& grads, fusedopt_control& control);
 
@@ -143,6 +152,7 @@ class StepOp : public tf::AsyncOpKernel {
 
   std::string rule_;
   std::vector<tf::int32> groups_;
+  int64_t num_groups_;
   std::vector<bool> states_used_;
   bool measure_, skip_nonfinite_;
 
@@ -193,9 +203,8 @@ tf::Status StepOp::make_plan(const std::vector<Variable>& variables) {
     dtypes.push_back(dtype_of(variables[i]->tensor()->dtype()));
   }
   if (plan_ != nullptr && sizes == sizes_ && dtypes == dtypes_) return tf::OkStatus();
-  const int num_groups = 1 + *std::max_element(groups_.begin(), groups_.end());
   plan_.reset(fusedopt_new_plan(rule_.c_str(), num_variables(), sizes.data(), dtypes.data(),
-                                groups_.data(), num_groups));
+                                groups_.data(), num_groups_));
   if (plan_ == nullptr) return InvalidArgument(fusedopt_error());
   sizes_ = sizes;
   dtypes_ = dtypes;
@@ -223,40 +232,61 @@ tf::Status StepOp::step(tf::OpKernelContext* context) {
   return tf::OkStatus();
 }
 
-// Calls the kernels. All variables share the rule's scalars.
+// Finds the arrays of all variables in the order of the kernels. All share the rule's scalars.
+tf::Status StepOp::place(tf::OpKernelContext* context, const std::vector<Variable>& variables,
+                         const tf::Tensor& scalars, Arrays& found) const {
+  const int64_t num_scalars = scalars.NumElements();
+  found.scalars.reserve(num_variables() * num_scalars);  // their addresses stay
+  for (int i = 0; i < num_variables(); ++i) {
+    found.addresses.push_back(nullptr);
+    TF_RETURN_IF_ERROR(writable(context, *variables[i], found.addresses.back()));
+    int state = num_variables() + i;
+    for (const bool used : states_used_) {
+      found.addresses.push_back(nullptr);
+      if (!used) continue;
+      TF_RETURN_IF_ERROR(writable(context, *variables[state], found.addresses.back()));
+      state += num_variables();
+    }
+    for (int64_t k = 0; k < num_scalars; ++k) {
+      found.scalars.push_back(scalars.flat<float>()(k));
+      found.addresses.push_back(&found.scalars.back());
+    }
+  }
+  return tf::OkStatus();
+}
+
+// The options of all groups, with this learning rate, which is the first number of every rule.
+tf::Status StepOp::numbers_of(const tf::Tensor& options, double lr,
+                              std::vector<double>& numbers) const {
+  if (options.dim_size(0) < num_groups_) {
+    return InvalidArgument("options has ", options.dim_size(0), " rows; expected ", num_groups_,
+                           ", one for each group");
+  }
+  const double* const first = options.flat<double>().data();
+  numbers.assign(first, first + options.NumElements());
+  for (int64_t g = 0; g < num_groups_; ++g) numbers[g * options.dim_size(1)] = lr;
+  return tf::OkStatus();
+}
+
 tf::Status StepOp::call(tf::OpKernelContext* context, const std::vector<Variable>& variables,
                         const tf::OpInputList& grads, fusedopt_control& control) {
-  const tf::Tensor *options = nullptr, *scalars = nullptr, *limit = nullptr, *scale = nullptr;
+  const tf::Tensor *lr, *options, *scalars, *limit, *scale;
+  TF_RETURN_IF_ERROR(context->input("lr", &lr));
   TF_RETURN_IF_ERROR(context->input("options", &options));
   TF_RETURN_IF_ERROR(context->input("scalars", &scalars));
   TF_RETURN_IF_ERROR(context->input("max_grad_norm", &limit));
   TF_RETURN_IF_ERROR(context->input("grad_scale", &scale));
-
-  const int64_t num_scalars = scalars->NumElements();
-  std::vector<float> counters;
-  std::vector<void*> arrays;
+  std::vector<double> numbers;
+  TF_RETURN_IF_ERROR(numbers_of(*options, lr->scalar<double>()(), numbers));
+  Arrays arrays;
+  TF_RETURN_IF_ERROR(place(context, variables, *scalars, arrays));
   std::vector<const void*> gradients;
-  counters.reserve(num_variables() * num_scalars);
-  for (int i = 0; i < num_variables(); ++i) {
-    gradients.push_back(grads[i].data());
-    arrays.push_back(nullptr);
-    TF_RETURN_IF_ERROR(writable(context, *variables[i], arrays.back()));
-    int next = num_variables() + i;
-    for (const bool used : states_used_) {
-      arrays.push_back(nullptr);
-      if (!used) continue;
-      TF_RETURN_IF_ERROR(writable(context, *variables[next], arrays.back()));
-      next += num_variables();
-    }
-    for (int64_t k = 0; k < num_scalars; ++k) {
-      counters.push_back(scalars->flat<float>()(k));
-      arrays.push_back(&counters.back());
-    }
-  }
+  for (int i = 0; i < num_variables(); ++i) gradients.push_back(grads[i].data());
+
   fusedopt_step step{};
-  step.arrays = arrays.data();
+  step.arrays = arrays.addresses.data();
   step.grads = gradients.data();
-  step.options = options->flat<double>().data();
+  step.options = numbers.data();
   step.max_grad_norm = limit->scalar<double>()();
   step.measure = measure_;
   step.skip_nonfinite = skip_nonfinite_;
@@ -267,13 +297,21 @@ tf::Status StepOp::call(tf::OpKernelContext* context, const std::vector<Variable
 
   tf::Tensor* left = nullptr;
   TF_RETURN_IF_ERROR(context->allocate_output("new_scalars", scalars->shape(), &left));
-  std::copy_n(counters.begin(), num_scalars, left->flat<float>().data());
+  std::copy_n(arrays.scalars.begin(), scalars->NumElements(), left->flat<float>().data());
   return tf::OkStatus();
 }
 
 tf::Status infer_shapes(tf::shape_inference::InferenceContext* context) {
-  std::vector<tf::shape_inference::ShapeHandle> scalars;
-  TF_RETURN_IF_ERROR(context->input("scalars", &scalars));
+  using Shapes = std::vector<tf::shape_inference::ShapeHandle>;
+  const std::pair<const char*, int> ranks[] = {
+      {"lr", 0}, {"options", 2}, {"scalars", 1}, {"max_grad_norm", 0}, {"grad_scale", 1}};
+  Shapes scalars;
+  for (const auto& [name, rank] : ranks) {
+    Shapes shapes;
+    TF_RETURN_IF_ERROR(context->input(name, &shapes));
+    TF_RETURN_IF_ERROR(context->WithRank(shapes[0], rank, &shapes[0]));
+    if (name == std::string("scalars")) scalars = shapes;
+  }
   TF_RETURN_IF_ERROR(context->set_output("grad_norm", {context->Scalar()}));
   TF_RETURN_IF_ERROR(context->set_output("skipped", {context->Scalar()}));
   return context->set_output("new_scalars", scalars);
@@ -284,7 +322,8 @@ tf::Status infer_shapes(tf::shape_inference::InferenceContext* context) {
 REGISTER_OP("FusedoptStep")
     .Doc(R"(Takes one step over variables of the CPU, in place, or skips it.
 
-rule, options: a rule of the kernels, and for each group the numbers of all its options.
+rule, options: a rule of the kernels, and a row for each group: the numbers of all its options.
+lr: replaces the first number of each row.
 groups: the group of each variable.
 states_used: for each state of the rule, whether the options use it.
 states: of each used state, the variables of all variables.
@@ -303,6 +342,7 @@ grad_scale: empty, or the factor that the loss was multiplied by.
     .Input("variables: num_variables * resource")
     .Input("states: num_states * resource")
     .Input("grads: T")
+    .Input("lr: double")
     .Input("options: double")
     .Input("scalars: float")
     .Input("max_grad_norm: double")

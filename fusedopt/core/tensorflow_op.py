@@ -1,13 +1,12 @@
-"""TensorFlow's op of a step (csrc/tensorflow), loaded once."""
+"""TensorFlow's op of a step (csrc/tensorflow), loaded once. TensorFlow is imported by `load`."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
-
-import tensorflow as tf
 
 from fusedopt.core import c_library
 from fusedopt.core.extension import INSTALL, find_library, minor, read_record
@@ -20,12 +19,23 @@ def load() -> Any:
     Raises:
         ImportError: it is not compiled, or for another TensorFlow.
     """
+    import tensorflow as tf
+
     c_library.load()
+    return tf.load_op_library(str(library_for(tf.__version__))).fusedopt_step
+
+
+def library_for(version: str) -> Path:
+    """The library of the op for this version of TensorFlow.
+
+    Raises:
+        ImportError: there is none.
+    """
     path = find_library("tensorflow")
     built = read_record(path.parent).get("tensorflow") or "another version"
-    if minor(built) != minor(tf.__version__):
+    if minor(built) != minor(version):
         raise ImportError(
-            f"{path} is compiled for TensorFlow {built}, but {tf.__version__} runs here. Build it "
-            f"again: `{INSTALL}` in the source folder"
+            f"{path} is compiled for TensorFlow {built}, but {version} runs here. Build it again: "
+            f"`{INSTALL}` in the source folder"
         )
-    return tf.load_op_library(str(path)).fusedopt_step
+    return path

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 # The class in fusedopt/keras/<name>_backend.py.
-BACKENDS = {"torch": "TorchBackend"}
+BACKENDS = {"torch": "TorchBackend", "tensorflow": "TensorflowBackend"}
 
 
 def _refusal(backend: str) -> ImportError:
