@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <sstream>
 #include <stdexcept>
 #if defined(_OPENMP)
@@ -38,6 +39,7 @@ constexpr Dtype kDtypes[] = {{"float32", Storage::kFloat32},
                              {"float16", Storage::kFloat16}};
 static_assert(FUSEDOPT_FLOAT64 == 1 && FUSEDOPT_BFLOAT16 == 2 && FUSEDOPT_FLOAT16 == 3);
 static_assert(sizeof(fusedopt_control) == sizeof(StepControl));
+static_assert(FUSEDOPT_MESSAGE_SIZE == kMessageSize);
 
 // The place of an option's numbers among those of all options. Two entries of a rule may have one
 // name: the rule then reads the same numbers in two ways.
@@ -113,7 +115,8 @@ std::string describe() {
   write_list(text, "dtypes", kDtypes, [](const Dtype& it) { return it.name; });
   text << ", ";
   write_list(text, "control", kControlFields, [](const char* it) { return it; });
-  text << ", \"step_bytes\": " << sizeof(fusedopt_step) << '}';
+  text << ", \"step_bytes\": " << sizeof(fusedopt_step);
+  text << ", \"message_size\": " << FUSEDOPT_MESSAGE_SIZE << '}';
   return text.str();
 }
 
@@ -169,8 +172,11 @@ struct fusedopt_plan {
       : rule(its_rule), num_groups(groups), layout(tensors, needs_of(its_rule, groups)) {}
 
   void step(const fusedopt_step& call);
+  void measure(const fusedopt_step& call, const uint8_t* counted, int64_t* message);
 
  private:
+  StepParams bind(const fusedopt_step& call);
+  Device device_for(const fusedopt_step& call) const;
   void place(void* const* arrays);
   std::vector<double> groups_of(const double* options) const;
   int threads_for(const fusedopt_step& call) const;
@@ -218,23 +224,59 @@ std::vector<double> fusedopt_plan::groups_of(const double* options) const {
   return result;
 }
 
-void fusedopt_plan::step(const fusedopt_step& call) {
-  const std::vector<double> groups = groups_of(call.options);
-  place(call.arrays);
-
+StepParams fusedopt_plan::bind(const fusedopt_step& call) {
   StepParams step{};
   layout.bind(reinterpret_cast<char*>(workspace.data()), step);
   step.grads = call.grads;
-  step.groups = reinterpret_cast<const Group*>(groups.data());
   step.control = reinterpret_cast<StepControl*>(call.control);
   step.options.max_grad_norm = call.max_grad_norm;
-  step.options.measure = call.measure != 0;
+  step.options.measure = call.measure != 0 || call.total != nullptr;
   step.options.skip_nonfinite = call.skip_nonfinite != 0;
   step.options.grad_scale = call.grad_scale;
   step.options.found_inf = call.found_inf;
+  return step;
+}
+
+Device fusedopt_plan::device_for(const fusedopt_step& call) const {
   Device device;
   device.threads = threads_for(call);
-  run_step(rule, step, device);
+  return device;
+}
+
+void fusedopt_plan::step(const fusedopt_step& call) {
+  const std::vector<double> groups = groups_of(call.options);
+  place(call.arrays);
+  StepParams step = bind(call);
+  step.groups = reinterpret_cast<const Group*>(groups.data());
+  const Device device = device_for(call);
+  if (call.total == nullptr) {
+    run_step(rule, step, device);
+    return;
+  }
+  float skip = 0;  // the total says so if any rank has found_inf
+  read_message(step, call.total, &skip, device);
+  step.options.found_inf = &skip;
+  update(rule, step, device);
+}
+
+void fusedopt_plan::measure(const fusedopt_step& call, const uint8_t* counted, int64_t* message) {
+  const size_t per_tensor = 1 + rule.states.size() + rule.scalars.size();
+  const std::vector<void*> no_arrays(layout.shapes().size() * per_tensor);
+  place(no_arrays.data());
+  const StepParams step = bind(call);
+  const Device device = device_for(call);
+  fusedopt::measure(step, device);
+
+  const std::unique_ptr<bool[]> chunks(new bool[layout.num_chunks()]);
+  for (size_t t = 0; t < layout.shapes().size(); ++t) {
+    const TensorShape& shape = layout.shapes()[t];
+    const int64_t number = (shape.numel + kChunkSize - 1) / kChunkSize;
+    std::fill_n(&chunks[shape.first_chunk], number, counted[t] != 0);
+  }
+  std::fill_n(message, kMessageSize, 0);
+  write_message(step, chunks.get(), message, device);
+  message[kFoundInf] = call.found_inf != nullptr && *call.found_inf != 0 ? 1 : 0;
+  message[kRanks] = 1;
 }
 
 extern "C" {
@@ -266,6 +308,14 @@ void fusedopt_free_plan(fusedopt_plan* plan) { delete plan; }
 int fusedopt_take_step(fusedopt_plan* plan, const fusedopt_step* step) {
   return guarded(-1, [&] {
     plan->step(*step);
+    return 0;
+  });
+}
+
+int fusedopt_measure(fusedopt_plan* plan, const fusedopt_step* step, const uint8_t* counted,
+                     int64_t* message) {
+  return guarded(-1, [&] {
+    plan->measure(*step, counted, message);
     return 0;
   });
 }

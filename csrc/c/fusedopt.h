@@ -17,6 +17,9 @@ extern "C" {
 
 typedef struct fusedopt_plan fusedopt_plan;
 
+/* How many numbers the message of a step over ranks has (csrc/core/message.h). */
+enum { FUSEDOPT_MESSAGE_SIZE = 80 };
+
 enum { FUSEDOPT_FLOAT32, FUSEDOPT_FLOAT64, FUSEDOPT_BFLOAT16, FUSEDOPT_FLOAT16 };
 
 /* The readings of a step. All are 0 before the first step. */
@@ -38,6 +41,7 @@ typedef struct fusedopt_step {
   int32_t skip_nonfinite;   /* change nothing if a gradient holds inf or nan; needs `measure` */
   const float* grad_scale;  /* null, or the factor that the loss was multiplied by */
   const float* found_inf;   /* null, or a number that asks for a skip if it is not 0 */
+  const int64_t* total;     /* null, or the sum of the messages of all ranks: see measure() */
   fusedopt_control* control;
   int32_t threads; /* at most so many; 0: as many as OpenMP allows */
 } fusedopt_step;
@@ -47,7 +51,8 @@ FUSEDOPT_API const char* fusedopt_error(void);
 
 /* JSON: {"rules": {name: {"options": {name: how many numbers}, "scalars": {name: first value},
  * "states": {name: first value}}}, "dtypes": [name], "control": [name], "step_bytes": the size of a
- * fusedopt_step}. The order is that of the numbers and addresses that the other functions take. */
+ * fusedopt_step, "message_size": FUSEDOPT_MESSAGE_SIZE}. The order is that of the numbers and
+ * addresses that the other functions take. */
 FUSEDOPT_API const char* fusedopt_describe(void);
 
 /* Bit k: the rule's state k is used with these options of one group. -1: an option is refused. */
@@ -63,6 +68,14 @@ FUSEDOPT_API void fusedopt_free_plan(fusedopt_plan* plan);
 
 /* Takes one step, or skips it. Returns 0; or -1: an option is refused. */
 FUSEDOPT_API int fusedopt_take_step(fusedopt_plan* plan, const fusedopt_step* step);
+
+/* The first half of a step over ranks: writes the message of this rank, FUSEDOPT_MESSAGE_SIZE
+ * numbers. Ranks add up their messages, as integers, and each of them calls take_step() with the
+ * total. All then have the same norm to the bit, and skip together. `counted`: per tensor, whether
+ * this rank adds its squares, 0 or 1; only one rank counts a tensor that several have. Of `step`,
+ * it reads `grads`, `found_inf` and `threads`. Returns as take_step(). */
+FUSEDOPT_API int fusedopt_measure(fusedopt_plan* plan, const fusedopt_step* step,
+                                  const uint8_t* counted, int64_t* message);
 
 #ifdef __cplusplus
 }

@@ -1,8 +1,10 @@
-// JAX's custom call: one step over the buffers of a compiled program, in place.
+// JAX's custom calls: one step over the buffers of a compiled program, in place. Over several
+// ranks, each of them measures first, and the program adds up their messages.
 #include <cmath>
 #include <sstream>
 #include <string_view>
 
+#include "ffi/message.h"
 #include "ffi/tensors.h"
 
 namespace {
@@ -10,7 +12,9 @@ namespace {
 using namespace fusedopt;
 
 // The order of the operands and results. All results but the norm lie in the memory of operands.
-enum Operand : size_t { kNumbers, kCount, kSkips, kTensors };  // then gradients, parameters, states
+// There is a total over ranks if it has any elements. After the first gradient come the others,
+// parameters and states.
+enum Operand : size_t { kNumbers, kTotal, kCount, kSkips, kTensors };
 enum Result : size_t { kGradNorm, kNewCount, kNewSkips, kNewTensors };  // then parameters, states
 
 ffi::AnyBuffer buffer(const ffi::RemainingRets& results, size_t index) {
@@ -107,6 +111,9 @@ ffi::Error take_step(std::string_view rule, ffi::Span<const double> constants,
   const Plan plan = tensors.plan(std::string(rule), groups.begin(), num_groups);
   if (plan == nullptr) return failure(fusedopt_error());
 
+  const ffi::AnyBuffer pieces = *args.get<ffi::AnyBuffer>(kTotal);
+  const bool has_total = pieces.element_count() > 0;
+  const Message total = has_total ? join(pieces.typed_data<int32_t>()) : Message{};
   fusedopt_control control{};
   fusedopt_step step{};
   step.arrays = arrays.data();
@@ -115,6 +122,7 @@ ffi::Error take_step(std::string_view rule, ffi::Span<const double> constants,
   step.max_grad_norm = numbers.back();
   step.measure = skip_nonfinite || std::isfinite(step.max_grad_norm);
   step.skip_nonfinite = skip_nonfinite;
+  step.total = has_total ? total.data() : nullptr;
   step.control = &control;
   if (fusedopt_take_step(plan.get(), &step) != 0) return failure(fusedopt_error());
   *buffer(results, kGradNorm).typed_data<float>() = static_cast<float>(control.grad_norm);
@@ -122,7 +130,27 @@ ffi::Error take_step(std::string_view rule, ffi::Span<const double> constants,
   return ffi::Error::Success();
 }
 
+// Operands: per gradient, whether this rank counts it; and the gradients.
+ffi::Error measure(std::string_view rule, ffi::RemainingArgs args, ffi::RemainingRets results) {
+  const Tensors tensors(args, 1, args.size() - 1);
+  const Plan plan = tensors.plan(std::string(rule), nullptr, 1);
+  if (plan == nullptr) return failure(fusedopt_error());
+  fusedopt_step step{};
+  step.grads = tensors.grads.data();
+  const auto* counted = static_cast<const uint8_t*>(args.get<ffi::AnyBuffer>(0)->untyped_data());
+  Message message;
+  if (fusedopt_measure(plan.get(), &step, counted, message.data()) != 0) {
+    return failure(fusedopt_error());
+  }
+  split(message, buffer(results, 0).typed_data<int32_t>());
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    fusedopt_jax_measure, measure,
+    ffi::Ffi::Bind().Attr<std::string_view>("rule").RemainingArgs().RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fusedopt_jax_step, take_step,
                               ffi::Ffi::Bind()

@@ -27,6 +27,7 @@ class Step(ctypes.Structure):
         ("skip_nonfinite", c_int32),
         ("grad_scale", c_void_p),
         ("found_inf", c_void_p),
+        ("total", c_void_p),
         ("control", c_void_p),
         ("threads", c_int32),
     )
@@ -53,12 +54,14 @@ class Library(NamedTuple):
         rules: all rules by name.
         dtypes: names; a plan takes their indices.
         control: the names of a step's readings, a float64 each.
+        message_size: how many numbers the message of a step over ranks has.
     """
 
     functions: ctypes.CDLL
     rules: dict[str, RuleInfo]
     dtypes: list[str]
     control: list[str]
+    message_size: int
 
 
 @functools.cache
@@ -75,7 +78,8 @@ def load() -> Library:
     if described["step_bytes"] != ctypes.sizeof(Step):
         raise ImportError(f"{path} was compiled from other sources: build it again: `{INSTALL}`")
     rules = {name: RuleInfo(**rule) for name, rule in described["rules"].items()}
-    return Library(functions, rules, described["dtypes"], described["control"])
+    names = described["dtypes"], described["control"]
+    return Library(functions, rules, *names, described["message_size"])
 
 
 def _declare(functions: ctypes.CDLL) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fusedopt.core.nonfinite import check_choice, check_limit
-from fusedopt.jax.checks import check_grads, check_params
+from fusedopt.jax.checks import check_leaves, check_params
 from fusedopt.jax.formula import Formula, is_traced
 from fusedopt.jax.step import State, call, sizes_by_dtype
 
@@ -61,10 +61,9 @@ def make_optimizer(formula: Formula, mask: Mask | None = None) -> Optimizer:
         return State(zero, moments, jnp.array(zero), jnp.zeros((), jnp.float32))
 
     def step(params: Any, grads: Any, state: State) -> tuple[Any, State]:
-        leaves, structure = check_params(params), jax.tree.structure(params)
-        groups = _groups(mask, params)
-        new, state = call(formula, groups, leaves, check_grads(grads, params), state)
-        return jax.tree.unflatten(structure, new), state
+        leaves = check_leaves(params, grads)
+        new, state = call(formula, _groups(mask, params), leaves, state)
+        return jax.tree.unflatten(jax.tree.structure(params), new), state
 
     def update(grads: Any, state: State, params: Any = None, **_: Any) -> tuple[Any, State]:
         if params is None:
