@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from cases import assert_same_bits, make_params, set_grads, snapshot, tensors_of
 
@@ -28,6 +30,14 @@ WRONG = [
     ("ns_coefficients", (1.0, 2.0)),
     ("ns_coefficients", 3.0),
     ("eps", "small"),
+    ("eps", b"1"),
+    ("eps", 1e300),
+    ("eps", math.nan),
+    ("ns_coefficients", (1e300, 1.0, 1.0)),
+    ("weight_decay", math.nan),
+    ("weight_decay", -1.0),
+    ("lr", math.nan),
+    ("lr", None),
 ]
 
 
@@ -39,7 +49,7 @@ def test_wrong_options_change_nothing(backend, key, value):
     opt.step()
     before = snapshot(opt)
     opt.param_groups[0][key] = value
-    with pytest.raises((TypeError, ValueError), match=f"param group 0's .*{key}"):
+    with pytest.raises((TypeError, ValueError), match=f"param group.*({key}|learning rate)"):
         opt.step()
     assert_same_bits(tensors_of(opt), before)
     del opt.param_groups[0][key]

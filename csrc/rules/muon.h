@@ -11,13 +11,17 @@ struct Muon : RuleDefaults {
   static constexpr const char* kName = "muon";
   static constexpr bool kHasMaximize = false;
 
+  // Python's half takes the others: what can't be taken is refused before anything is written.
   struct Hyperparameters {
-    double lr, momentum, nesterov;
+    double lr, momentum, nesterov, weight_decay, eps, a, b, c;
   };
   static constexpr Option<Hyperparameters> kHyperparameters[] = {
       {"lr", &Hyperparameters::lr},
       {"momentum", &Hyperparameters::momentum},
-      {"nesterov", &Hyperparameters::nesterov}};
+      {"nesterov", &Hyperparameters::nesterov},
+      {"weight_decay", &Hyperparameters::weight_decay},
+      {"eps", &Hyperparameters::eps},
+      {"ns_coefficients", &Hyperparameters::a, 3, nullptr, /*any_sign=*/true}};
 
   static constexpr StateName kScalars[] = {{"momentum_steps"}};  // torch keeps no such state
   static constexpr StateName kStates[] = {{"momentum_buffer"}, {"direction"}};

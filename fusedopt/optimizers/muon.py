@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from fusedopt.reference.formats import FORMAT_OPTIONS
 from fusedopt.telemetry import PARAM_COLUMNS, Rings
 
 DIRECTION = "direction"
+NEEDED = {*OPTIONS, "params", "lr", "weight_decay"}  # of the second half
 
 
 def _advance(group: Group, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -56,15 +58,36 @@ MUON = Rule(
 )
 
 
-class Planned(NamedTuple):
-    """The plan of a second half, and the first half's plan that it belongs to.
+@dataclass
+class Planned:
+    """A plan for the second half, and the first half's plan that it belongs to.
 
-    `plan` is None for the reference. `rings` has one row of telemetry, or is None without it.
+    Attributes:
+        plan: None for the reference.
+        stand_ins: for every parameter, a tensor of the same memory. The second half's gradients are
+            on these, so that it leaves those of the parameters alone.
+        rings: one row of telemetry, or None without it.
     """
 
     first: Plan | None
     plan: Plan | None
+    stand_ins: dict[Tensor, Tensor]
     rings: Rings | None
+
+    def up_to_date(self) -> dict[Tensor, Tensor]:
+        """The stand-ins. The first half's plan follows data that is elsewhere, and so do they."""
+        for param, it in self.stand_ins.items():
+            if it.data_ptr() != param.data_ptr():
+                it.data = param.detach()
+        return self.stand_ins
+
+
+@dataclass
+class Second:
+    """A second half: SGD's groups, as the options were before the first half, and the plan."""
+
+    groups: list[Group]
+    planned: Planned | None = None
 
 
 class SecondHalf(FusedOptimizer):
@@ -75,11 +98,18 @@ class SecondHalf(FusedOptimizer):
     `found_inf`, so that a skip changes nothing and nothing waits.
     """
 
-    def _fused_step(self) -> None:
-        for index, group in enumerate(self.param_groups):
-            if group.keys() >= OPTIONS:  # else the step says what is missing
-                Iteration.of(group, f"param group {index}'s ")
-        super()._fused_step()
+    def _step_options(self, mode: NonFinite) -> StepOptions:
+        """The last call before the first half. The second half takes the options from here.
+
+        Nothing that the first half calls may change them, and none may be refused after it.
+        """
+        own = self._own
+        groups: list[Group] = own["param_groups"] if own["ranks"] is None else own["view"].groups
+        if all(group.keys() >= NEEDED for group in groups):  # else the step says what is missing
+            known: Second | None = own["second_half"]
+            planned = None if known is None else known.planned
+            own["second_half"] = Second([*map(_as_sgd, groups, range(len(groups)))], planned)
+        return super()._step_options(mode)
 
     def _end_step(self, mode: NonFinite, options: StepOptions, control: Tensor) -> None:
         host_knows = mode == "raise" or control.device.type == "cpu"
@@ -88,54 +118,75 @@ class SecondHalf(FusedOptimizer):
                 self._apply_directions(control)
         super()._end_step(mode, options, control)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _apply_directions(self, control: Tensor) -> None:
-        groups, _, _ = self._seen()
+        second: Second = self._own["second_half"]
         scratch = self._own["scratch"]
         directions = [
-            (Iteration.of(group, ""), param, scratch[param][DIRECTION])
-            for group, param in distinct_params(groups)
+            (group["iteration"], param, scratch[param][DIRECTION])
+            for group, param in distinct_params(second.groups)
             if param.grad is not None
         ]
         if not directions:
             return
         skip = control[Control.STEP_SKIPPED].to(torch.float32)
         options = StepOptions(math.inf, False, False, None, skip)
-        groups = [*map(_as_sgd, groups)]
-        with lent_grads(dict(updates_of(directions))):
-            self._take_second_step(groups, options, torch.zeros_like(control))
-        second: Planned = self._own["second_half"]
-        if self._rings is not None and second.rings is not None:
-            self._record_updates(self._rings, second.rings, control)
+        updates = dict(updates_of(directions))
+        planned = self._take_second_step(second, updates, options, torch.zeros_like(control))
+        if self._rings is not None and planned.rings is not None:
+            self._record_updates(self._rings, planned.rings, control)
 
-    def _take_second_step(self, groups: list[Group], options: StepOptions, control: Tensor) -> None:
+    def _take_second_step(
+        self, second: Second, updates: dict[Tensor, Tensor], options: StepOptions, control: Tensor
+    ) -> Planned:
         """A step of SGD by a plan of its own, which is made anew with that of the first half."""
-        known: Planned | None = self._own["second_half"]
-        call = groups, self.state, *options.for_kernels()
-        if (
-            known is not None
-            and known.plan is not None
-            and known.first is self._plan
-            and known.plan.step(*call, control=control)
-        ):
-            return
-        known = self._own["second_half"] = self._plan_second_half(groups)
-        if known.plan is None:
-            counters = self._provisional_state.counters
-            reference.step(SGD, groups, self.state, counters, options, control, known.rings)
-        elif not known.plan.step(*call, control=control):
-            raise RuntimeError("fusedopt: a new plan doesn't fit its parameters; please report")
+        planned = second.planned
+        if planned is not None and planned.plan is not None and planned.first is self._plan:
+            stand_ins = planned.up_to_date()
+        else:
+            planned = None
+            stand_ins = {param: param.detach() for _, param in distinct_params(second.groups)}
+        groups = [
+            {**group, "params": [stand_ins[param] for param in group["params"]]}
+            for group in second.groups
+        ]
+        with lent_grads({stand_ins[param]: update for param, update in updates.items()}):
+            if planned is not None and self._stepped(planned, groups, options, control):
+                return planned
+            planned = second.planned = self._plan_second_half(groups, stand_ins)
+            if not self._stepped(planned, groups, options, control):
+                raise RuntimeError("fusedopt: a new plan doesn't fit its parameters; please report")
+        return planned
 
-    def _plan_second_half(self, groups: list[Group]) -> Planned:
-        devices = [param.device for _, param in distinct_params(groups)]
+    def _stepped(
+        self, planned: Planned, groups: list[Group], options: StepOptions, control: Tensor
+    ) -> bool:
+        """Whether the plan fits; then it has stepped."""
+        states, counters = self._states_of(planned.stand_ins)
+        if planned.plan is not None:
+            return planned.plan.step(groups, states, *options.for_kernels(), control=control)
+        reference.step(SGD, groups, states, counters, options, control, planned.rings)
+        return True
+
+    def _plan_second_half(self, groups: list[Group], stand_ins: dict[Tensor, Tensor]) -> Planned:
+        devices = [param.device for param in stand_ins]
         backend = backends.choose(self._backend, devices, self._only_exact())
         rings = None if self._rings is None else Rings(1)
         if rings is not None:
             rings.resize(groups)
-        counters = self._provisional_state.counters
         tensors = [] if rings is None else rings.tensors()
-        plan = backends.new_plan(backend, SGD, groups, self.state, counters, tensors, {})
-        return Planned(self._plan, plan, rings)
+        states, counters = self._states_of(stand_ins)
+        plan = backends.new_plan(backend, SGD, groups, states, counters, tensors, {})
+        return Planned(self._plan, plan, stand_ins, rings)
+
+    def _states_of(self, stand_ins: dict[Tensor, Tensor]) -> tuple[Any, dict[Tensor, Tensor]]:
+        """States and counters by stand-in."""
+        states, counters = self.state, self._provisional_state.counters
+        return (
+            {it: states[param] for param, it in stand_ins.items() if param in states},
+            {it: counters[param] for param, it in stand_ins.items() if param in counters},
+        )
 
     @staticmethod
     def _record_updates(rings: Rings, seconds: Rings, control: Tensor) -> None:
@@ -270,7 +321,7 @@ class FusedMuon(SecondHalf, torch.optim.Muon):
         )
 
 
-def _as_sgd(group: Group) -> Group:
+def _as_sgd(group: Group, index: int) -> Group:
     """A group of the second half: SGD's weight decay without momentum is Muon's."""
     formats = {key: group[key] for key in FORMAT_OPTIONS if key in group}
     return {
@@ -281,18 +332,18 @@ def _as_sgd(group: Group) -> Group:
         "weight_decay": group["weight_decay"],
         "nesterov": False,
         "maximize": False,
+        "iteration": Iteration.of(group, f"param group {index}'s "),
         **formats,
     }
 
 
 @contextmanager
 def lent_grads(grads: dict[Tensor, Tensor]) -> Iterator[None]:
-    """Gives parameters other gradients for a while."""
-    kept = {param: param.grad for param in grads}
+    """Gives tensors gradients for a while."""
     try:
-        for param, grad in grads.items():
-            param.grad = grad
+        for tensor, grad in grads.items():
+            tensor.grad = grad
         yield
     finally:
-        for param, grad in kept.items():
-            param.grad = grad
+        for tensor in grads:
+            tensor.grad = None

@@ -15,6 +15,7 @@ from fusedopt.reference import Group
 # a device by themselves, and the copies would take much memory.
 BATCH_ELEMENTS = 1 << 24
 OPTIONS = {"ns_coefficients", "ns_steps", "eps", "adjust_lr_fn"}  # of a param group
+LARGEST = torch.finfo(torch.bfloat16).max
 ADJUSTMENTS = (None, "original", "match_rms_adamw")
 
 
@@ -28,7 +29,7 @@ class Iteration(NamedTuple):
 
     @classmethod
     def of(cls, group: Group, name: str) -> Iteration:
-        """Refuses what torch's Muon refuses, by name. `name`: "" or "param group 0's "."""
+        """Refuses what torch's Muon refuses, by name. `name`: "param group 0's ", say."""
         steps, adjust = group["ns_steps"], group["adjust_lr_fn"]
         if type(steps) is not int or not 0 <= steps < 100:
             raise ValueError(
@@ -40,12 +41,12 @@ class Iteration(NamedTuple):
                 f"Invalid {name}adjust_lr_fn value: {adjust!r}; expected one of {expected}"
             )
         try:
-            a, b, c = map(float, group["ns_coefficients"])
-            return cls((a, b, c), steps, float(group["eps"]), adjust)
-        except (TypeError, ValueError) as error:
+            a, b, c = map(_as_bfloat16_takes, group["ns_coefficients"])
+            return cls((a, b, c), steps, _as_bfloat16_takes(group["eps"]), adjust)
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"Invalid {name}ns_coefficients or eps value: {group['ns_coefficients']!r}, "
-                f"{group['eps']!r}; expected three numbers, and one"
+                f"{group['eps']!r}; expected three numbers, and one, no larger than {LARGEST:.3g}"
             ) from error
 
     def lr_ratio(self, shape: torch.Size) -> float:
@@ -54,6 +55,13 @@ class Iteration(NamedTuple):
         if self.adjust_lr_fn == "match_rms_adamw":
             return 0.2 * math.sqrt(max(rows, columns))
         return math.sqrt(max(1, rows / columns)) if columns > 0 else 1.0
+
+
+def _as_bfloat16_takes(value: Any) -> float:
+    number = float(value)
+    if LARGEST < abs(number) < math.inf:  # torch's functions refuse it, but not infinity
+        raise OverflowError
+    return number
 
 
 def orthogonalized(matrices: Tensor, iteration: Iteration) -> Tensor:
@@ -77,15 +85,15 @@ def updates_of(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """For every parameter, what is subtracted from it times the learning rate.
 
-    It has the shape and the dtype of the parameter's gradient.
+    It has the shape and the dtype of the parameter.
 
     Args:
-        directions: how to orthogonalize, a parameter with a gradient, and its direction.
+        directions: how to orthogonalize, a parameter, and its direction.
     """
     alike: dict[Any, list[tuple[Tensor, Tensor]]] = {}
     for iteration, param, direction in directions:
-        if param.grad is not None and param.numel() > 0:
-            key = iteration, param.shape, param.grad.dtype, direction.dtype, param.device
+        if param.numel() > 0:
+            key = iteration, param.shape, param.dtype, direction.dtype, param.device
             alike.setdefault(key, []).append((param, direction))
     for (iteration, shape, dtype, *_), its in alike.items():
         at_once = max(1, BATCH_ELEMENTS // shape.numel())

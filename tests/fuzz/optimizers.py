@@ -166,6 +166,18 @@ def pair_changed(world, rng):
 
 
 @mutation
+def iteration_changed(world, rng):
+    group = world.group(rng)
+    key = rng.choice(["ns_steps", "ns_coefficients", "adjust_lr_fn", "nesterov"])
+    if key in group:
+        group[key] = rng.choice(
+            [0, 3, 100, -1, 2.0, None, "original", "match_rms_adamw", "x", (1.0, 2.0), True, False,
+             (2.0, -1.5, 0.5), [2, Fraction(-3, 2), np.float32(0.5)], (1e300, 1.0, 1.0),
+             torch.tensor([2.0, -1.5, 0.5]), {}, (1.0, None, 1.0), (math.nan, math.inf, 1.0)]
+        )  # fmt: skip
+
+
+@mutation
 def pair_that_shrinks(world, rng):
     group = world.group(rng)
     if "betas" in group:

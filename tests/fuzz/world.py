@@ -14,6 +14,7 @@ from torch.nn import Parameter
 import fusedopt
 
 SHAPES = [(5,), (3, 4), (), (33,), (0,), (4, 1), (2, 3, 4)]
+MATRICES = [(3, 4), (4, 1), (4, 3), (5, 5), (0, 4)]
 CLASSES: list[tuple[type, dict[str, Any]]] = [
     (fusedopt.FusedAdam, {}),
     (fusedopt.FusedAdamW, {"amsgrad": True}),
@@ -32,6 +33,7 @@ CLASSES: list[tuple[type, dict[str, Any]]] = [
     (fusedopt.FusedSGD, {"momentum": 0.9}),
     (fusedopt.FusedSGD, {}),
     (fusedopt.FusedRMSprop, {"momentum": 0.9, "centered": True}),
+    (fusedopt.FusedMuon, {}),
 ]
 MUTATIONS: list[Callable[[World, random.Random], Any]] = []
 
@@ -54,12 +56,12 @@ class World:
         rng = random.Random(seed)
         generator = torch.Generator().manual_seed(seed)
         self.seed = seed
-        shapes = rng.sample(SHAPES, rng.randint(1, 5))
+        cls, kwargs = rng.choice(CLASSES)
+        shapes = rng.sample(MATRICES if cls is fusedopt.FusedMuon else SHAPES, rng.randint(1, 5))
         self.dtype = rng.choice([torch.float32] * 3 + [torch.float64, torch.bfloat16])
         self.params: list[Any] = [
             Parameter(torch.randn(shape, generator=generator).to(self.dtype)) for shape in shapes
         ]
-        cls, kwargs = rng.choice(CLASSES)
         half = len(self.params) // 2
         groups: list[dict[str, Any]] = [
             {"params": self.params[:half]},
