@@ -176,6 +176,15 @@ def format_cases() -> list[Case]:
     return [Case("AdamW", "one tensor of 25M", large, mode) for mode in ("plain", "clip")]
 
 
+def jax_cases() -> list[Case]:
+    """Steps in programs of JAX."""
+    workloads = {
+        **{name: WORKLOADS[name] for name in ("one tensor of 25M", "1,000 tensors of 64")},
+        "20 tensors of 250,000": ((250_000,),) * 20,
+    }
+    return [Case("AdamW", name, shapes) for name, shapes in workloads.items()]
+
+
 def gpu_cases() -> list[Case]:
     """The cases for a GPU, the most important first: there may be no time for the last."""
     one, small = ((100_000_000,),), ((64,),) * 1000

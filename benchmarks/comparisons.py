@@ -13,6 +13,7 @@ import fusedopt
 from benchmarks import ceiling, results, traffic
 from benchmarks.cases import Case
 from benchmarks.format_sides import FORMAT_SIDES
+from benchmarks.jax_sides import STEPS, make_program
 from benchmarks.memory import extra_bytes, stored_bytes
 from benchmarks.peers import OURS, SIDES, Unavailable, make_step
 from benchmarks.timing import Effort, Step, cache_bytes, interleaved, make_evict
@@ -194,6 +195,23 @@ class FormatComparison(CaseComparison):
             step()
         extra, stored = extra_bytes(step, device), stored_bytes(optimizer)
         return step, {"stored": stored, "peak": None if extra is None else stored + extra}
+
+
+class JaxComparison(CaseComparison):
+    """Compares programs of JAX that take the same steps. A sample is the time of one step."""
+
+    def run(self, sides: list[str], device: str, effort: Effort) -> Outcome:
+        outcome = Outcome({}, {})
+        programs: dict[str, Step] = {}
+        for side in sides:
+            try:
+                programs[side] = make_program(side, self.case)
+            except Unavailable as reason:
+                outcome.skipped[side] = str(reason)
+        samples = interleaved(programs, device, effort)
+        outcome.samples = {side: [it / STEPS for it in times] for side, times in samples.items()}
+        outcome.bytes = {OURS: 32 * self.case.elements}
+        return outcome
 
 
 def add_ceiling(

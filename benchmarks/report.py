@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import charts, results, tables
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/performance.md", "docs/precision.md")
+PAGES = ("README.md", "docs/performance.md", "docs/precision.md", "docs/frameworks.md")
 IMAGES = Path("docs/images")
 NOT_MEASURED = "Not measured yet."
 
@@ -101,6 +101,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Report, Path, Path], str]]] = {
     "norm": ("norm", all_steps),
     "training": ("training", training),
     "formats": ("formats", formats),
+    "jax": ("jax", all_steps),
 }
 
 if __name__ == "__main__":

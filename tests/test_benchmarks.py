@@ -34,11 +34,13 @@ from benchmarks.cases import Case
 from benchmarks.comparisons import (
     CEILING,
     FormatComparison,
+    JaxComparison,
     NormComparison,
     StepComparison,
     make_params,
 )
 from benchmarks.format_sides import FORMAT_SIDES
+from benchmarks.jax_sides import JAX_SIDES
 from benchmarks.peers import OURS, SIDES, Unavailable, make_step
 
 BRIEF = timing.Effort(seconds=0, rounds=2, warm_up=1)
@@ -168,6 +170,21 @@ def test_a_side_that_is_not_there_is_skipped_by_name():
     assert outcome.skipped["DeepSpeed"] == "DeepSpeed has no fused RMSprop"
 
 
+def test_programs_of_jax_are_measured():
+    pytest.importorskip("jax")
+    pytest.importorskip("optax")
+    case = Case("AdamW", "small", SMALL)
+    comparison = JaxComparison(case)
+    outcome = comparison.run([*JAX_SIDES], "cpu", BRIEF)
+    if OURS in outcome.skipped:
+        pytest.skip(outcome.skipped[OURS])
+    assert {side: len(times) for side, times in outcome.samples.items()} == dict.fromkeys(
+        JAX_SIDES, 2
+    )
+    rows = outcome.rows("jax", comparison, 1)
+    assert [row["bytes"] for row in rows] == [32 * case.elements, None, None, None]
+
+
 def test_formats_store_the_bytes_of_the_table():
     """docs/precision.md has it; a scale takes 1/16 of a byte, and a step needs next to nothing."""
     case = Case("AdamW", "one", ((2**18,),), "clip")
@@ -283,7 +300,7 @@ def test_the_report_writes_pages_and_charts_from_results(tmp_path):
         (tmp_path / page).write_text((report.ROOT / page).read_text())
     results.save(made_up_report(), ["step", "sweep"], tmp_path / "results")
     report.main(tmp_path, tmp_path / "results")
-    readme, page, _ = ((tmp_path / name).read_text() for name in report.PAGES)
+    readme, page, *_ = ((tmp_path / name).read_text() for name in report.PAGES)
     assert "| AdamW, one tensor of 25M, clipped | 3 | 50% |" in readme
     assert "made up" in page and report.NOT_MEASURED in page
     images = sorted(path.name for path in (tmp_path / report.IMAGES).iterdir())
