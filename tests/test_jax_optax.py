@@ -34,9 +34,7 @@ WRAPPED = {
     "apply_if_finite": lambda it: optax.apply_if_finite(it.adamw(0.1), 3),
     "inject_hyperparams": lambda it: optax.inject_hyperparams(it.adamw)(schedule, weight_decay=0.1),
     "injected nadam": lambda it: optax.inject_hyperparams(it.nadam)(0.1, b1=0.8),
-    "injected rmsprop": lambda it: optax.inject_hyperparams(it.rmsprop)(
-        schedule, eps_in_sqrt=False
-    ),
+    "injected rmsprop": lambda it: optax.inject_hyperparams(it.rmsprop)(schedule, momentum=0.9),
     "MultiSteps": lambda it: optax.MultiSteps(it.adam(0.1), every_k_schedule=2),
     "skip_not_finite": lambda it: optax.MultiSteps(
         it.adam(0.1), 2, should_skip_update_fn=optax.skip_not_finite

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from fusedopt.jax.checks import check_argument
-from fusedopt.jax.formula import Formula, is_traced
+from fusedopt.jax.formula import Formula
 from fusedopt.jax.optax_state import from_optax, to_optax
 from fusedopt.jax.optimizer import Mask, Optimizer, make_optimizer, skips
 from fusedopt.jax.step import State
@@ -123,27 +123,17 @@ def rmsprop(
 ) -> Optimizer:
     """`optax.rmsprop` as one step; see `adamw` for the other arguments.
 
-    The kernels have torch's formula, so that `eps_in_sqrt=False` must be given.
-
     Args:
         decay: decay rate of the average of the gradient's square.
-        eps: added to the root.
+        eps: added to that average, or to its root.
         initial_scale: the first value of that average.
-        eps_in_sqrt: must be False, unless `eps` is 0.
+        eps_in_sqrt: whether `eps` is added to the average. torch adds it to the root.
         centered: divide by the root of the variance. It is never below 0; optax's may be.
-        momentum: decay rate of the sum of the steps. The learning rate must then be a number.
+        momentum: decay rate of the sum of the steps, which hold the learning rate.
         nesterov, bias_correction: must be False.
     """
-    if is_traced(eps) or eps != 0:
-        advice = "the kernels add eps to the root; give eps_in_sqrt=False, as torch has it"
-        check_argument("eps_in_sqrt", eps_in_sqrt, False, advice)
     if momentum is not None:
         check_argument("nesterov", nesterov, False, "use optax.rmsprop for it")
-        if is_traced(learning_rate):
-            raise ValueError(
-                "Invalid learning_rate value: a schedule or an array; expected a number with "
-                "momentum: optax sums up steps that hold the learning rate. Use optax.rmsprop"
-            )
     advice = "use adam(b1=0.0) for it"
     check_argument("bias_correction", bias_correction, False, advice)
     options = {
@@ -152,6 +142,8 @@ def rmsprop(
         "eps": eps,
         "centered": float(centered),
         "momentum": 0.0 if momentum is None else momentum,
+        "eps_in_sqrt": float(eps_in_sqrt),
+        "lr_in_momentum": 1.0,
     }
     first = (("square_avg", initial_scale),)
     skip = skips(max_grad_norm, nonfinite)

@@ -21,28 +21,26 @@ FIELDS = {
 }
 
 
-def to_optax(state: State, template: Any, *, learning_rate: float | None = None) -> Any:
+def to_optax(state: State, template: Any) -> Any:
     """A state of optax with our counts and moments.
 
     Args:
         state: of an optimizer of `fusedopt.jax`.
         template: what optax's own transformation made by `init(params)`. It may be a chain.
-        learning_rate: of `rmsprop` with momentum, and only there.
 
     Returns:
         The template with all counts and moments replaced.
 
     Raises:
-        ValueError: no part of the template has our moments, or the learning rate is missing.
+        ValueError: no part of the template has our moments.
     """
     written = set()
-    factor = _momentum_factor(state, learning_rate)
 
     def convert(node: Any, fields: dict[str, str]) -> Any:
         moments = {}
         for field, name in fields.items():
             if name in state.moments:
-                moment = _scaled(state.moments[name], factor if field == "trace" else 1.0)
+                moment = _signed(name, state.moments[name], {*state.moments})
                 moments[field] = _unflatten(moment, getattr(node, field))
                 written.add(name)
         counts = {"count": state.count} if "count" in node._fields else {}
@@ -54,17 +52,15 @@ def to_optax(state: State, template: Any, *, learning_rate: float | None = None)
     return result
 
 
-def from_optax(state: State, optax_state: Any, *, learning_rate: float | None = None) -> State:
+def from_optax(state: State, optax_state: Any) -> State:
     """Our state with optax's counts and moments.
 
     Args:
         state: what our `init(params)` returned.
         optax_state: the state of optax's optimizer of the same name, also within a chain.
-        learning_rate: of `rmsprop` with momentum, and only there.
 
     Raises:
-        ValueError: optax's state has not all moments that ours needs, or the learning rate is
-            missing.
+        ValueError: optax's state has not all moments that ours needs.
     """
     moments: dict[str, Any] = {}
     counts = []
@@ -78,27 +74,16 @@ def from_optax(state: State, optax_state: Any, *, learning_rate: float | None = 
     _map_states(optax_state, collect)
     if missing := {*state.moments} - {*moments}:
         raise ValueError(f"optax_state has no {', '.join(sorted(missing))}")
-    if "momentum_buffer" in state.moments:
-        factor = _momentum_factor(state, learning_rate)
-        moments["momentum_buffer"] = _scaled(moments["momentum_buffer"], 1 / factor)
+    signed = {it: _signed(it, moments[it], {*state.moments}) for it in state.moments}
     count = jnp.asarray(counts[0], jnp.int32) if counts else state.count
-    return state._replace(count=count, moments={name: moments[name] for name in state.moments})
+    return state._replace(count=count, moments=signed)
 
 
-def _momentum_factor(state: State, learning_rate: float | None) -> float:
-    """What optax's sum of steps is a multiple of: RMSprop's holds the learning rate, and a sign."""
-    if not {"square_avg", "momentum_buffer"} <= {*state.moments}:
-        return 1.0
-    if not learning_rate:
-        raise ValueError(
-            f"Invalid learning_rate value: {learning_rate}; expected that of rmsprop, a number "
-            "> 0: optax's trace holds it, and our momentum_buffer does not"
-        )
-    return -learning_rate
-
-
-def _scaled(moment: dict[str, jax.Array], factor: float) -> dict[str, jax.Array]:
-    return {dtype: flat * factor for dtype, flat in moment.items()} if factor != 1 else moment
+def _signed(name: str, moment: dict[str, jax.Array], of_rule: set[str]) -> dict[str, jax.Array]:
+    """A moment as the other library has it: with RMSprop, optax sums up what it will add."""
+    if name != "momentum_buffer" or "square_avg" not in of_rule:
+        return moment
+    return {dtype: -flat for dtype, flat in moment.items()}
 
 
 def _map_states(node: Any, change: Callable[[Any, dict[str, str]], Any]) -> Any:
