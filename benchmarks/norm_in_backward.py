@@ -58,10 +58,9 @@ def compare(width: int, layers: int, steps: int) -> None:
             seconds[opt] = time.perf_counter() - start
         extra.append(seconds[clipped] - seconds[unclipped])
         clipped.zero_grad()
-    print(
-        f"{sum(p.numel() for p in params) / 1e6:5.1f}M in {len(params)} tensors: "
-        f"hooks {median(in_hooks[2:]) * 1e3:.2f} ms, norm in the step {median(extra[2:]) * 1e3:.2f} ms"
-    )
+    size = f"{sum(p.numel() for p in params) / 1e6:.1f}M in {len(params)} tensors"
+    hooks, step = median(in_hooks[2:]) * 1e3, median(extra[2:]) * 1e3
+    print(f"{size}: hooks {hooks:.2f} ms, norm in the step {step:.2f} ms")
 
 
 if __name__ == "__main__":
