@@ -59,8 +59,9 @@ NO_TORCH = (
 INCLUDES = ["-Icsrc"]  # the kernels' own headers; they include nothing of torch
 # Quoted includes alone: csrc/torch is not to stand in for <torch/...>.
 BINDING_INCLUDES = ["-iquote", str(ROOT.resolve() / CSRC)]
-# What csrc/build_binding.py compiles and includes.
+# What csrc/build_binding.py and csrc/build_op.py compile and include.
 BINDING_NEEDS = ["*.h", "*.py", "torch/*.*", "core/*.h", "math/*.h", "rules/*.h"]
+BINDING_NEEDS += ["tensorflow/*.*", "c/*.h"]
 KERNEL_FLAGS = ["-std=c++17", "-fPIC", *CXX_FLAGS, *INCLUDES]
 NVCC_FLAGS = (
     "-std=c++17 -O3 --expt-relaxed-constexpr -fmad=false -prec-div=true -prec-sqrt=true -ftz=false"
@@ -179,37 +180,25 @@ def build_for_jax(folder: Path, linking: list[str]) -> list[Path]:
     if not (headers / "xla/ffi/api/ffi.h").is_file():
         say(f"building without JAX's custom call: {headers} lacks the headers of its FFI")
         return []
-    return [front_end(folder, "jax", "ffi", [f"-isystem{headers}"], linking)]
-
-
-def front_end(folder: Path, name: str, sources: str, flags: list[str], linking: list[str]) -> Path:
-    """A library of its own, from a folder of csrc, over the kernels' library."""
-    compiler = [*cxx(), *KERNEL_FLAGS, "-fvisibility=default", *flags]
-    commands = objects(folder, [*CSRC.glob(f"{sources}/*.cpp")], compiler)
-    library = folder.absolute() / f"libfusedopt_{name}.so"
+    compiler = [*cxx(), *KERNEL_FLAGS, "-fvisibility=default", f"-isystem{headers}"]
+    commands = objects(folder, [*CSRC.glob("ffi/*.cpp")], compiler)
+    library = folder.absolute() / "libfusedopt_jax.so"
     command = [*cxx(), "-shared", *compile_objects(commands), *linking, "-o", str(library)]
     subprocess.run(command, check=True)
-    return library
+    return [library]
 
 
-def build_for_tensorflow(folder: Path, linking: list[str]) -> tuple[list[Path], str | None]:
+def build_for_tensorflow(folder: Path, library: Path) -> tuple[list[Path], str | None]:
     """The library of TensorFlow's op, and the version of TensorFlow, where it is installed."""
     if find_spec("tensorflow") is None:
         return [], None
-    # In a process of its own: TensorFlow brings libraries that torch has, too.
-    script = (
-        "import json, tensorflow as tf; it = tf.sysconfig; print(json.dumps("
-        "[it.get_compile_flags(), it.get_link_flags(), tf.__version__]))"
-    )
-    asked = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    if asked.returncode != 0:
-        say(f"building without TensorFlow's op: it can't be imported: {asked.stderr[-500:]}")
+    script, made = str(CSRC / "build_op.py"), folder.absolute() / "tensorflow"
+    command = [sys.executable, script, str(made), str(library), "--rpath", "$ORIGIN"]
+    built = subprocess.run(command, capture_output=True, text=True)  # beside torch in no process
+    if built.returncode != 0:
+        say(f"building without TensorFlow's op: {built.stderr[-2000:]}")
         return [], None
-    compiling, its_linking, version = json.loads(asked.stdout.splitlines()[-1])
-    # Its headers warn, and they include no others of ours.
-    flags = [re.sub("^-I", "-isystem", flag) for flag in compiling]
-    library = front_end(folder, "tensorflow", "tensorflow", flags, [*linking, *its_linking])
-    return [library], version
+    return [made / "libfusedopt_tensorflow.so"], built.stdout.split()[-1]
 
 
 def build_kernels(
@@ -249,7 +238,7 @@ def make_build_ext(base: type[build_ext], torch: str | None) -> type[build_ext]:
             super().run()
             package = ROOT / "fusedopt" if self.inplace else Path(self.build_lib) / "fusedopt"
             package.mkdir(parents=True, exist_ok=True)
-            op, tensorflow = build_for_tensorflow(folder, arguments)
+            op, tensorflow = build_for_tensorflow(folder, library)
             for it in [library, *build_for_jax(folder, arguments), *op]:
                 shutil.copy(it, package)
             missing = None if torch else NO_TORCH
@@ -310,7 +299,7 @@ def make_build_py(missing: str) -> type[build_py]:
 
 
 class BuildPyWithSources(build_py):
-    """Adds what fusedopt/core/first_build.py compiles where another torch is installed later."""
+    """Adds what fusedopt/core/first_build.py compiles for a torch or TensorFlow of later."""
 
     def run(self) -> None:
         super().run()

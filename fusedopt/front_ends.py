@@ -67,11 +67,7 @@ def _why_not_tensorflow() -> str | None:
     version = _version("tensorflow") or _version("tensorflow-cpu")
     if version is None or find_spec("tensorflow") is None:
         return "TensorFlow isn't installed"
-    try:
-        tensorflow_op.library_for(version)
-    except ImportError as error:
-        return f"{error}. It is compiled where TensorFlow is installed before fusedopt"
-    return None
+    return tensorflow_op.why_not(version)
 
 
 # Keras's backends that fusedopt.keras works on, and why one can't be used here.

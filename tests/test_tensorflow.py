@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -15,7 +17,7 @@ tf: Any = pytest.importorskip("tensorflow", reason="TensorFlow isn't installed")
 np: Any = pytest.importorskip("numpy")
 
 from fusedopt import arrays, front_ends  # noqa: E402
-from fusedopt.core import c_library, extension, tensorflow_op  # noqa: E402
+from fusedopt.core import c_library, extension, first_build, tensorflow_op  # noqa: E402
 
 try:
     extension.find_library("tensorflow")
@@ -257,16 +259,32 @@ def test_variables_of_integers_are_refused():
 def test_an_op_for_another_tensorflow_is_refused(monkeypatch):
     monkeypatch.setattr(tf, "__version__", "9.9.0")
     words = r"is compiled for TensorFlow 2\..*, but 9.9.0 runs here"
-    with pytest.raises(ImportError, match=words):
+    monkeypatch.setenv(first_build.SWITCH, "0")
+    with pytest.raises(ImportError, match=f"{words}, and {first_build.SWITCH}=0 forbids"):
         tensorflow_op.load.__wrapped__()
-    with pytest.raises(ImportError, match=words):
-        tensorflow_op.library_for("9.9.0")
+    assert "9.9.0 runs here" in (tensorflow_op.why_not("9.9.0") or "")
+
+
+def test_an_op_for_another_tensorflow_is_compiled_once(monkeypatch, tmp_path):
+    """Of the installed package: the source folder has no sources in it."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    package = extension.find_library("tensorflow").parent
+    if not (package / "csrc").is_dir():
+        pytest.skip("the op was built in place")
+    library = package / "libfusedopt_kernels.so"
+    monkeypatch.setattr(tensorflow_op, "find_library", lambda name: library)
+    assert tensorflow_op.why_not("9.9.0") is None
+    path = tensorflow_op.library_for("9.9.0")
+    assert path.is_file() and path.is_relative_to(tmp_path)
+    script = f"import tensorflow as tf; tf.load_op_library({str(path)!r}).fusedopt_step"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_the_front_end_is_listed(monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
     text = front_ends.describe()["fusedopt.keras"]
     assert text.startswith("for Keras ") and "KERAS_BACKEND=tensorflow" in text
+    monkeypatch.setenv(first_build.SWITCH, "0")
     monkeypatch.setattr(front_ends, "_version", lambda package: "9.9.0")
     text = front_ends.describe()["fusedopt.keras"]
     assert text.startswith("can't be used: KERAS_BACKEND is tensorflow, and ")

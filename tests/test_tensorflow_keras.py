@@ -145,6 +145,19 @@ def test_fit_skips_bad_batches(options):
     assert all(np.isfinite(it.numpy()).all() for it in (*model.weights, *optimizer.variables))
 
 
+def test_a_model_with_an_embedding_learns_as_with_keras_own():
+    losses = []
+    for cls in (keras.optimizers.Adam, fused.FusedAdam):
+        keras.utils.set_random_seed(0)
+        layers = [keras.layers.Embedding(50, 4), keras.layers.Flatten(), keras.layers.Dense(1)]
+        model = keras.Sequential([keras.Input((3,), dtype="int32"), *layers])
+        model.compile(optimizer=cls(0.01, global_clipnorm=1.0), loss="mse")
+        x = np.random.default_rng(0).integers(0, 50, (48, 3), "int32")
+        history = model.fit(x, x.sum(1) / 50, epochs=3, verbose=0, shuffle=False)
+        losses.append(history.history["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]
+
+
 def test_fit_raises_with_the_names_of_the_variables():
     optimizer = fused.FusedAdamW(0.01, nonfinite="raise")
     model = make_model(optimizer)

@@ -2,7 +2,7 @@
 
 The kernels' library knows no torch. Only the binding to it, `fusedopt._C`, fits one minor version
 of torch. An installed package has the binding's sources beside it, so that torch can be upgraded
-under it.
+under it. The same holds for TensorFlow and its op.
 """
 
 from __future__ import annotations
@@ -15,32 +15,59 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from fusedopt.core.extension import library_in
 
 SWITCH = "FUSEDOPT_BUILD_BINDING"
 
 
-def compiled(package: Path, torch_version: str) -> Path:
-    """The binding for this Python and this torch, from the cache or newly compiled.
+class Product(NamedTuple):
+    """What is compiled.
 
-    Processes that need the same binding at the same time wait for the one that compiles it.
+    Attributes:
+        name: of the file.
+        script: makes it, in csrc.
+        words: for messages.
+        framework: the library that it fits one version of.
+    """
+
+    name: str
+    script: str
+    words: str
+    framework: str
+
+
+BINDING = Product("_C.so", "build_binding.py", "the binding", "torch")
+OP = Product("libfusedopt_tensorflow.so", "build_op.py", "the op", "TensorFlow")
+
+
+def compiled(package: Path, version: str, product: Product = BINDING) -> Path:
+    """The product for this Python and this version of its framework, from the cache or compiled.
+
+    Processes that need the same one at the same time wait for the one that compiles it.
 
     Raises:
         ImportError: nothing can be compiled here; the message says why.
     """
-    csrc, library = package / "csrc", library_in(package)
-    if os.environ.get(SWITCH) == "0":
-        raise ImportError(f"{SWITCH}=0 forbids to compile the binding for it")
-    if library is None or not (csrc / "build_binding.py").is_file():
-        raise ImportError("the package lacks the sources to compile the binding for it")
-    folder = _cache() / _key(package, library, torch_version)
-    binding = folder / "_C.so"
+    library, why = library_in(package), why_not(package, product)
+    if library is None or why is not None:
+        raise ImportError(why)
+    folder = _cache() / _key(package, library, f"{product.framework.lower()}{version}")
+    made = folder / product.name
     with _alone(folder):
-        if not binding.is_file():
-            _compile(csrc, library, folder, torch_version)
-    return binding
+        if not made.is_file():
+            _compile(package / "csrc", library, folder, version, product)
+    return made
+
+
+def why_not(package: Path, product: Product) -> str | None:
+    """Why nothing can be compiled for this package, if so."""
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0 forbids to compile {product.words} for it"
+    if library_in(package) is None or not (package / "csrc" / product.script).is_file():
+        return f"the package lacks the sources to compile {product.words} for it"
+    return None
 
 
 def _cache() -> Path:
@@ -49,12 +76,12 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fusedopt"
 
 
-def _key(package: Path, library: Path, torch_version: str) -> str:
-    """A name for all that a binding depends on."""
+def _key(package: Path, library: Path, framework: str) -> str:
+    """A name for all that a product depends on."""
     made = library.stat()
-    parts = [sys.implementation.cache_tag, torch_version, package, made.st_mtime_ns, made.st_size]
+    parts = [sys.implementation.cache_tag, framework, package, made.st_mtime_ns, made.st_size]
     digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
-    return f"fusedopt_{sys.implementation.cache_tag}_torch{torch_version}_{digest[:12]}"
+    return f"fusedopt_{sys.implementation.cache_tag}_{framework}_{digest[:12]}"
 
 
 @contextlib.contextmanager
@@ -74,13 +101,14 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _compile(csrc: Path, library: Path, folder: Path, torch_version: str) -> None:
-    _say(f"compiling the binding for torch {torch_version}, once; this takes about a minute")
+def _compile(csrc: Path, library: Path, folder: Path, version: str, product: Product) -> None:
+    what = f"{product.words} for {product.framework} {version}"
+    _say(f"compiling {what}, once; this takes about a minute")
     started = time.monotonic()
     scratch = folder / "build"
     scratch.mkdir(exist_ok=True)
     (scratch / "lock").unlink(missing_ok=True)  # torch's own, of a process that was killed
-    command = [sys.executable, str(csrc / "build_binding.py"), str(scratch), str(library)]
+    command = [sys.executable, str(csrc / product.script), str(scratch), str(library)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
@@ -89,8 +117,8 @@ def _compile(csrc: Path, library: Path, folder: Path, torch_version: str) -> Non
     log.write_text(done.stdout + done.stderr)
     if done.returncode != 0:
         last = (done.stderr.strip() or "nothing was printed").splitlines()[-1]
-        raise ImportError(f"the binding for it can't be compiled here: {last} (see {log})")
-    os.replace(scratch / "_C.so", folder / "_C.so")
+        raise ImportError(f"{product.words} for it can't be compiled here: {last} (see {log})")
+    os.replace(scratch / product.name, folder / product.name)
     _say(f"compiled in {time.monotonic() - started:.0f} s, and kept in {folder}")
 
 
