@@ -40,8 +40,8 @@ def _describe_jax() -> str:
     for package in ("jax", "optax"):
         if find_spec(package) is None:
             return f"can't be used: {package} isn't installed (pip install 'jax>=0.10' optax)"
-    if missing := _missing_library("jax"):
-        return f"can't be used: {missing}. It is compiled where JAX is installed before fusedopt"
+    if reason := _why_not_jax():
+        return f"can't be used: {reason}"
     return f"for JAX {metadata.version('jax')}, on the CPU"
 
 
@@ -52,7 +52,7 @@ def _describe_keras() -> str:
     reasons = {name: why_not() for name, why_not in KERAS_BACKENDS.items()}
     chosen, usable = os.environ.get("KERAS_BACKEND"), [it for it in reasons if not reasons[it]]
     if chosen is not None and chosen not in usable:
-        works = f"it works on {' and '.join(reasons)}"
+        works = f"it works on {', '.join(reasons)}"
         return f"can't be used: KERAS_BACKEND is {chosen}, and {reasons.get(chosen) or works}"
     if not usable:
         return f"can't be used: {', and '.join(filter(None, reasons.values()))}"
@@ -63,6 +63,13 @@ def _why_not_torch() -> str | None:
     return None if find_spec("torch") else "torch isn't installed"
 
 
+def _why_not_jax() -> str | None:
+    if find_spec("jax") is None:
+        return "JAX isn't installed"
+    missing = _missing_library("jax")
+    return f"{missing}. It is compiled where JAX is installed before fusedopt" if missing else None
+
+
 def _why_not_tensorflow() -> str | None:
     version = _version("tensorflow") or _version("tensorflow-cpu")
     if version is None or find_spec("tensorflow") is None:
@@ -71,7 +78,11 @@ def _why_not_tensorflow() -> str | None:
 
 
 # Keras's backends that fusedopt.keras works on, and why one can't be used here.
-KERAS_BACKENDS = {"tensorflow": _why_not_tensorflow, "torch": _why_not_torch}
+KERAS_BACKENDS = {
+    "jax": _why_not_jax,
+    "tensorflow": _why_not_tensorflow,
+    "torch": _why_not_torch,
+}
 
 
 def _version(package: str) -> str | None:

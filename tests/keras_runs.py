@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Any
 
@@ -35,6 +36,15 @@ CASES = [
     ("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "global_clipnorm": 2.0}),
     ("SGD", {"weight_decay": 0.1, "momentum": 0.5}),
 ]
+
+
+def with_each(*values: Any) -> list[Any]:
+    """Cases with a value. All pairs on torch; a pair for each case elsewhere, where it compiles."""
+    if BACKEND == "torch":
+        return [(*case, value) for case in CASES for value in values]
+    return [(*case, value) for case, value in zip(CASES, itertools.cycle(values))]
+
+
 each_case = pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 each_name = pytest.mark.parametrize("name", NAMES)
 
@@ -93,6 +103,19 @@ def run(optimizer: Any, variables: list[Any], steps: int = 7) -> list[Any]:
     for step in range(steps):
         optimizer.apply(make_grads(variables, step), variables)
     return numbers_of(optimizer, variables)
+
+
+def take_step(optimizer: Any, grads: list[Any], variables: list[Any]) -> None:
+    """`apply` as Keras's loop has it: on JAX, Keras's own loss scaling can't do without."""
+    if BACKEND != "jax":
+        optimizer.apply(grads, variables)
+        return
+    if not optimizer.built:
+        optimizer.build(variables)
+    values = [[it.value for it in kept] for kept in (optimizer.variables, variables)]
+    new_values, new_state = optimizer.stateless_apply(values[0], grads, values[1])
+    for variable, value in zip((*variables, *optimizer.variables), (*new_values, *new_state)):
+        variable.assign(value)
 
 
 def assert_same_bits(actual: list[Any], expected: list[Any]) -> None:

@@ -128,7 +128,7 @@ def test_without_torch_and_kernels_it_fails(monkeypatch, capsys):
     ("backend", "text"),
     [
         ("torch", "for Keras "),
-        ("numpy", "can't be used: KERAS_BACKEND is numpy, and it works on tensorflow and torch"),
+        ("numpy", "can't be used: KERAS_BACKEND is numpy, and it works on jax, tensorflow, torch"),
     ],
 )
 def test_keras_and_the_backend_that_was_chosen(monkeypatch, backend, text):

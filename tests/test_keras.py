@@ -23,12 +23,15 @@ from keras_runs import (
     own_class,
     run,
     saved,
+    with_each,
 )
 
 from fusedopt.core.nonfinite import NonFiniteGradientError
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
 on_torch = pytest.mark.skipif(BACKEND != "torch", reason="KERAS_BACKEND is another")
+# JAX has float64 only with jax_enable_x64.
+DTYPES = ["float32", "bfloat16", "float16", *(["float64"] if BACKEND != "jax" else [])]
 COMMON = [
     {},
     {"global_clipnorm": 1.0},
@@ -47,8 +50,7 @@ def options_of(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "learning_rate": keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)}
 
 
-@pytest.mark.parametrize("common", COMMON, ids=str)
-@each_case
+@pytest.mark.parametrize(("name", "options", "common"), with_each(*COMMON), ids=str)
 def test_a_class_steps_as_keras_own(name, options, common):
     options = options_of({**options, **common})
     own = own_class(name)(**options)
@@ -86,12 +88,9 @@ def run_reference(optimizer: Any, variables: list[Any], steps: int) -> list[Any]
     return [it.detach().double().numpy() for column in (params, *states) for it in column]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
-@each_case
+@pytest.mark.parametrize(("name", "options", "dtype"), with_each(*DTYPES), ids=str)
 def test_a_step_has_the_bits_of_the_reference(name, options, dtype):
     """On every backend, and so also of every other backend."""
-    if dtype == "float64" and BACKEND == "jax":
-        pytest.skip("JAX has float64 only with jax_enable_x64")
     optimizer = fused_class(name)(**{"global_clipnorm": 1.0, **options})
     variables = make_variables(dtype)
     run(optimizer, variables, 4)
@@ -111,8 +110,11 @@ def test_signature_and_config_are_keras_own(name):
     assert cls.from_config(cls(nonfinite="skip").get_config()).nonfinite == "skip"
 
 
-@pytest.mark.parametrize("common", [{}, {"use_ema": True}, {"loss_scale_factor": 4.0}], ids=str)
-@each_case
+@pytest.mark.parametrize(
+    ("name", "options", "common"),
+    with_each({"use_ema": True}, {"loss_scale_factor": 4.0}, {}),
+    ids=str,
+)
 def test_a_nan_batch_changes_nothing(name, options, common):
     options = {"global_clipnorm": 1.0, **options, **common}
     variables, others = make_variables(), make_variables()

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("keras", reason="keras isn't installed")
 ROOT = Path(__file__).resolve().parent.parent
-BACKENDS = ["tensorflow", "torch"]
+BACKENDS = ["jax", "tensorflow", "torch"]
 SUITE = ["tests/test_keras.py", "tests/test_keras_models.py"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -31,7 +31,9 @@ def python(*arguments: str, backend: str) -> str:
 @pytest.mark.parametrize("backend", [it for it in BACKENDS if it != "torch"])
 def test_the_suite_passes(backend):
     """This process runs it on torch."""
-    python("-m", "pytest", "-q", "-x", "-p", "no:xdist", *SUITE, backend=backend)
+    own = f"tests/test_keras_{backend}.py"
+    suite = [*SUITE, own] if (ROOT / own).exists() else SUITE
+    python("-m", "pytest", "-q", "-x", "-p", "no:xdist", *suite, backend=backend)
 
 
 @each_backend

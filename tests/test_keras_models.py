@@ -21,6 +21,7 @@ from keras_runs import (
     numbers_of,
     own_class,
     saved,
+    take_step,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
@@ -72,10 +73,9 @@ def test_saved_models_load_both_ways(tmp_path, name):
         variable.assign(value)
     plain.save(path)
     assert fit(plain) == pytest.approx(going_on, rel=1e-4)
-    if BACKEND == "torch":  # on others, Keras always loads its own classes
-        taken = keras.models.load_model(path, custom_objects={name: ours})
-        assert type(taken.optimizer) is ours
-        assert fit(taken) == going_on
+    taken = keras.models.load_model(path)
+    taken.compile(optimizer=ours.from_keras(taken.optimizer), loss=model.loss)
+    assert fit(taken) == going_on
 
 
 def test_keras_alone_loads_a_model_of_ours(tmp_path):
@@ -106,7 +106,7 @@ def test_a_loss_scale_costs_no_pass_and_counts_as_keras_own():
         )
         for step in range(9):
             bad = np.inf if step == 4 else None
-            optimizer.apply(make_grads(variables, step, 100.0, bad), variables)
+            take_step(optimizer, make_grads(variables, step, 100.0, bad), variables)
         assert int(optimizer.iterations) == 8
         results.append(numbers_of(optimizer, variables))
     assert_close(*results)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 # The class in fusedopt/keras/<name>_backend.py.
-BACKENDS = {"torch": "TorchBackend", "tensorflow": "TensorflowBackend"}
+BACKENDS = {"jax": "JaxBackend", "tensorflow": "TensorflowBackend", "torch": "TorchBackend"}
 
 
 def _refusal(backend: str) -> ImportError:
@@ -77,6 +77,14 @@ class Backend(ABC):
     @abstractmethod
     def skipped_steps(self) -> Any:
         """How many steps this object has skipped: a 0-d integer."""
+
+    def check_stateless(self) -> None:
+        """Raises NotImplementedError where `is_stateless` is False."""
+        if not self.is_stateless:
+            raise NotImplementedError(
+                f"{type(self.optimizer).__name__}.stateless_apply() is not supported: the step "
+                "changes variables in place; expected apply()"
+            )
 
     @abstractmethod
     def check_grad(self, grad: Any, variable: Any) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
+
 
 from fusedopt.core.nonfinite import NonFinite, check_choice, check_limit
 from fusedopt.keras.backend import backend_class, keras
@@ -44,6 +46,29 @@ class FusedKerasOptimizer(keras.optimizers.Optimizer):
         self._check_settings()
         self._backend = Backend(self)
 
+    @classmethod
+    def from_keras(cls, optimizer: Any) -> Any:
+        """An optimizer with the config and the variables of Keras's own, as of a loaded model.
+
+        Args:
+            optimizer: of the class that this one is derived from.
+
+        Raises:
+            TypeError: it is of another class.
+            ValueError: it has a setting that is refused.
+        """
+        if not isinstance(optimizer, cls.__bases__[-1]):
+            raise TypeError(
+                f"from_keras() got a {type(optimizer).__name__}; expected a "
+                f"{cls.__bases__[-1].__name__}"
+            )
+        result = cls.from_config(optimizer.get_config())
+        if optimizer.built:
+            result.build(optimizer._trainable_variables)
+            for variable, value in zip(result._variables, optimizer._variables, strict=True):
+                variable.assign(value)
+        return result
+
     def _check_settings(self) -> None:
         for name in ("clipnorm", "clipvalue"):
             if getattr(self, name) is not None:
@@ -69,6 +94,29 @@ class FusedKerasOptimizer(keras.optimizers.Optimizer):
         """How many steps this object has skipped. It is not saved: a 0-d integer."""
         return self._backend.skipped_steps
 
+    @property
+    def variables(self) -> list[Any]:
+        """Keras's variables, and on JAX the readings. These are not saved."""
+        return [*super().variables, *self._backend.variables]
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves the variables of Keras's class."""
+        with self._without_readings():
+            super().save_own_variables(store)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Loads the variables of Keras's class."""
+        with self._without_readings():
+            super().load_own_variables(store)
+
+    @contextmanager
+    def _without_readings(self) -> Iterator[None]:
+        readings, self._backend.variables = self._backend.variables, []
+        try:
+            yield
+        finally:
+            self._backend.variables = readings
+
     def get_config(self) -> dict[str, Any]:
         """Keras's config. `nonfinite` is in it if it is not None."""
         config = super().get_config()
@@ -81,11 +129,7 @@ class FusedKerasOptimizer(keras.optimizers.Optimizer):
 
     def stateless_apply(self, *args: Any, **kwargs: Any) -> Any:
         """As Keras's, on its JAX backend. On others it is refused, as the step is in place."""
-        if not self._backend.is_stateless:
-            raise NotImplementedError(
-                f"{type(self).__name__}.stateless_apply() is not supported: the step changes "
-                "variables in place; expected apply()"
-            )
+        self._backend.check_stateless()
         return super().stateless_apply(*args, **kwargs)
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:

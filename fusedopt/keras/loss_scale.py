@@ -18,6 +18,18 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     gradient accumulation, or around an optimizer that is not fused, this one does so too.
     """
 
+    def stateless_apply(
+        self, optimizer_variables: Any, grads: Any, trainable_variables: Any
+    ) -> tuple[Any, Any]:
+        """As Keras's."""
+        if not self._hands_over():
+            return super().stateless_apply(optimizer_variables, grads, trainable_variables)
+        inner: Any = self.inner_optimizer
+        inner._backend.check_stateless()
+        return keras.optimizers.Optimizer.stateless_apply(
+            self, optimizer_variables, grads, trainable_variables
+        )
+
     def _common_apply(self, grads: Any, trainable_variables: Any = None) -> None:
         inner: Any = self.inner_optimizer
         if not self._hands_over():
