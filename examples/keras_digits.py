@@ -3,9 +3,10 @@
 Usage:
     python examples/keras_digits.py
 
-It needs `pip install keras scikit-learn`, and runs on Keras's torch backend, or on TensorFlow with
-KERAS_BACKEND=tensorflow. Some batches are spoiled with nan on purpose: the fused optimizer skips
-these steps, and the network learns on. With `keras.optimizers.AdamW`, all weights would be nan.
+It needs `pip install keras scikit-learn`, and runs on Keras's torch backend, or on another with
+KERAS_BACKEND=jax or KERAS_BACKEND=tensorflow. Some batches are spoiled with nan on purpose: the
+fused optimizer skips these steps, and the network learns on. With `keras.optimizers.AdamW`, all
+weights would be nan.
 """
 
 from __future__ import annotations

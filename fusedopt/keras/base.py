@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-
 from fusedopt.core.nonfinite import NonFinite, check_choice, check_limit
 from fusedopt.keras.backend import backend_class, keras
 

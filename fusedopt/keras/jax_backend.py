@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from fusedopt.keras.backend import Backend, keras
 from fusedopt.keras.jax_step import Arrays, Formula, take_step
 
-convert = keras.ops.convert_to_tensor
+convert: Any = keras.ops.convert_to_tensor
 
 
 class JaxBackend(Backend):
@@ -92,7 +92,7 @@ class JaxBackend(Backend):
 
     def _run(
         self, places: Sequence[int], constants: str, values: Any, grads: Any, scale: Any, lr: Any
-    ) -> tuple[jax.Array, list[jax.Array]]:
+    ) -> tuple[jax.Array, list[Any]]:
         """The program of `apply`: whether the step was applied, and the new values."""
         optimizer = self.optimizer
         variables = [optimizer._trainable_variables[place] for place in places]
@@ -111,7 +111,7 @@ class JaxBackend(Backend):
 
     def _with_values(
         self, values: Sequence[Any], body: Callable[[], jax.Array]
-    ) -> tuple[jax.Array, list[jax.Array]]:
+    ) -> tuple[jax.Array, list[Any]]:
         """What `body` returns if the variables have these values, and the values that it leaves."""
         changed = self._changed()
         with keras.StatelessScope(state_mapping=list(zip(changed, values, strict=True))) as scope:

@@ -20,7 +20,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def stateless_apply(
         self, optimizer_variables: Any, grads: Any, trainable_variables: Any
-    ) -> tuple[Any, Any]:
+    ) -> Any:
         """As Keras's."""
         if not self._hands_over():
             return super().stateless_apply(optimizer_variables, grads, trainable_variables)
