@@ -10,11 +10,17 @@ import over_ranks
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from cases import assert_same_bits, make_params, set_grads, snapshot, tensors_of
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn import Parameter
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 import fusedopt
+from fusedopt.clip import PerTensor
 from fusedopt.core import backends
 from fusedopt.optimizers import newton_schulz
 from fusedopt.optimizers.newton_schulz import Iteration, orthogonalized
@@ -234,6 +240,29 @@ def test_checkpoints_of_torchs_and_for_it(backend):
     train(ours, params, 2, first=2)
     train(torchs, others, 2, first=2)
     assert_close_to_torchs(params, others, ours, torchs)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.distributed is:UserWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_distributed_checkpoint_goes_on(tmp_path):
+    """With the statistics of an adaptive limit."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(2)))
+    other = copy.deepcopy(model)
+    found = []
+    for it in (model, other):
+        opt = fusedopt.FusedMuon(it.parameters(), max_grad_norm=PerTensor(warmup=1), **LR)
+        if it is model:
+            train(opt, [*it.parameters()], 3)
+        state = {"model": it.state_dict(), "opt": get_optimizer_state_dict(it, opt)}
+        if it is model:
+            dcp.save(state, checkpoint_id=tmp_path)
+        else:
+            dcp.load(state, checkpoint_id=tmp_path)
+            it.load_state_dict(state["model"])
+            set_optimizer_state_dict(it, opt, state["opt"])
+        train(opt, [*it.parameters()], 3, first=3)
+        found.append(tensors_of(opt))
+    assert_same_bits(*found)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])

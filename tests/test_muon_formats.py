@@ -101,3 +101,24 @@ def test_gradients_of_another_dtype(backend):
             assert half.grad is grad and torch.equal(grad, value)
     for half, single in zip(halves, singles, strict=True):
         torch.testing.assert_close(half.detach().float(), single.detach(), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(("dtype", "formats"), FORMATS, ids=str)
+def test_torch_goes_on_with_our_states(dtype, formats):
+    params, others = make_params(SHAPES, dtype), make_params(SHAPES)
+    ours = fusedopt.FusedMuon(params, **LR, **formats)
+    torchs = torch.optim.Muon(others, **LR)
+    for step in range(2):
+        set_grads(params, step)
+        ours.step()
+    masters = fusedopt.master_weights(ours) if "master_weights" in formats else {}
+    torchs.load_state_dict(fusedopt.convert.to_torch(ours))
+    for param, other in zip(params, others, strict=True):
+        other.data = masters.get(param, param).detach().to(torch.float32, copy=True)
+        found = ours.state[param]["momentum_buffer"].float()
+        assert torch.equal(torchs.state[other]["momentum_buffer"], found)
+    for opt, its in ((ours, params), (torchs, others)):
+        set_grads(its, 2)
+        opt.step()
+    for param, other in zip(params, others, strict=True):
+        torch.testing.assert_close(param.float(), other, rtol=0.02, atol=0.01)
