@@ -94,7 +94,7 @@ def protocol_of_optax() -> bool:
     expected, _ = sharded(OPTIMIZER.step)(params, place(make_tree(1)), init(params))
 
     def step(params: Any, grads: Any, state: State) -> Any:
-        updates, state = OPTIMIZER.update(grads, state, params)
+        updates, state = OPTIMIZER.update(grads, OPTIMIZER.init(params), params)
         return jax.tree.map(jnp.add, params, updates), state
 
     params = place(make_tree(0))

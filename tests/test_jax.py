@@ -300,8 +300,10 @@ def test_trees_that_are_refused():
         optimizer.step(params, {"w": jnp.ones(4)}, state)
     with pytest.raises(TypeError, match=r"grads\['w'\] is bfloat16; expected float32"):
         optimizer.step(params, {"w": jnp.ones(3, jnp.bfloat16)}, state)
-    with pytest.raises(ValueError, match="update\\(\\) needs params"):
-        optimizer.update(grads, state)
+    with pytest.raises(ValueError, match="update\\(\\) needs params to decay"):
+        fusedopt.jax.adamw(0.1).update(grads, state)
+    with pytest.raises(ValueError, match=r"grads\['w'\] has the shape"):
+        optimizer.update({"w": jnp.ones(4)}, state, params)
     stacked = jax.tree.map(lambda it: jnp.stack([it, it]), (params, grads, state))
     with pytest.raises(NotImplementedError, match="vmap"):
         jax.vmap(optimizer.step)(*stacked)

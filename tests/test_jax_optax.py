@@ -85,6 +85,17 @@ def test_wrappers_that_look_for_nan_find_it(name):
         assert not any(it.any() for it in jax.tree.leaves(updates))
 
 
+@pytest.mark.parametrize(("name", "options"), [("adam", {}), ("sgd", {"momentum": 0.9})])
+def test_updates_are_exact_where_nothing_decays(name, options):
+    """So that adding them gives the bits of a step; they don't need the parameters."""
+    optimizer = getattr(fusedopt.jax, name)(0.1, **options, max_grad_norm=1.0)
+    draw = np.random.default_rng(0).normal
+    params, grads = ({"w": jnp.asarray(draw(size=99), jnp.float32)} for _ in range(2))
+    expected, _ = optimizer.step(params, grads, optimizer.init(params))
+    updates, _ = optimizer.update(grads, optimizer.init(params))
+    assert (optax.apply_updates(params, updates)["w"] == expected["w"]).all()
+
+
 def test_clipping_is_that_of_optax_and_stays_finite():
     ours = fusedopt.jax.sgd(1.0, max_grad_norm=1.0)
     theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0))

@@ -68,6 +68,11 @@ class Formula(NamedTuple):
         before = [names[: names.index(it)] for it in self.factors]
         return np.array([len(self._numbers_of(self.options[0], it)) for it in before], np.int32)
 
+    def decays(self) -> bool:
+        """Whether a step also depends on the parameters."""
+        rates = [group.get("weight_decay", 0.0) for group in self.options]
+        return any(is_traced(it) or it != 0 for it in rates)
+
     def used(self) -> list[str]:
         """The names of the states that the rule uses.
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from fusedopt.core.nonfinite import check_choice, check_limit
 from fusedopt.jax.checks import check_leaves, check_params
 from fusedopt.jax.formula import Formula, is_traced
+from fusedopt.jax.ranks import all_varying, spread, varying
 from fusedopt.jax.step import State, call, sizes_by_dtype
 
 Mask = Any  # a tree of bools, or a function from parameters to one
@@ -24,8 +25,8 @@ class Optimizer(NamedTuple):
     Attributes:
         init: `init(params)` returns the first `State`.
         update: `update(grads, state, params)` is optax's protocol: it returns differences to add
-            to the parameters, and the new state. The step is computed on copies, so that it takes
-            more passes over memory than `step`.
+            to the parameters, and the new state. It takes more passes over memory than `step`.
+            `params` may be left out without weight decay.
         step: `step(params, grads, state)` returns the new parameters and the new state. Inside
             `jax.jit` with `params` and `state` donated, it changes them in place.
     """
@@ -52,10 +53,12 @@ def make_optimizer(formula: Formula, mask: Mask | None = None) -> Optimizer:
     used = formula.used()  # refuses options that are out of range
 
     def init(params: Any) -> State:
-        sizes = sizes_by_dtype(check_params(params))
+        leaves = check_params(params)
+        sizes, axes = sizes_by_dtype(leaves), all_varying(leaves)
         first = {**dict.fromkeys(used, 0.0), **dict(formula.first_values)}
         moments = {
-            name: {it: jnp.full(sizes[it], first[name], it) for it in sizes} for name in used
+            name: {it: spread(jnp.full(sizes[it], first[name], it), axes) for it in sizes}
+            for name in used
         }
         zero = jnp.zeros((), jnp.int32)
         return State(zero, moments, jnp.array(zero), jnp.zeros((), jnp.float32))
@@ -66,12 +69,22 @@ def make_optimizer(formula: Formula, mask: Mask | None = None) -> Optimizer:
         return jax.tree.unflatten(jax.tree.structure(params), new), state
 
     def update(grads: Any, state: State, params: Any = None, **_: Any) -> tuple[Any, State]:
+        if not formula.decays():  # then the differences don't depend on the parameters
+            like = grads if params is None else params
+            check_leaves(like, grads)
+            return step(jax.tree.map(_zeros_like, like), grads, state)
         if params is None:
-            raise ValueError("update() needs params; expected update(grads, state, params)")
+            raise ValueError(
+                "update() needs params to decay; expected update(grads, state, params)"
+            )
         new, state = step(params, grads, state)
         return jax.tree.map(jnp.subtract, new, params), state
 
     return Optimizer(init, update, step)
+
+
+def _zeros_like(array: jax.Array) -> jax.Array:
+    return spread(jnp.zeros(array.shape, array.dtype), varying(array))
 
 
 def _groups(mask: Mask | None, params: Any) -> Sequence[int]:

@@ -35,12 +35,15 @@ class Peer:
     """A library, the tests to run, and what to install beside it.
 
     Attributes:
-        known: patterns of the names of tests that fail with fusedopt's classes, and why they may.
+        plugin: the pytest plugin that puts fusedopt's classes in the place of others.
+        known: patterns of tests that fail with fusedopt's classes, as "name: error", and why they
+            may.
     """
 
     tests: tuple[str, ...]
     needs: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    plugin: str = "fused_classes"
     known: dict[str, str] = field(default_factory=dict)
 
 
@@ -53,6 +56,24 @@ PEERS = {
     "accelerate": Peer(
         ("tests/test_optimizer.py", "tests/test_scheduler.py", "tests/test_state_checkpointing.py"),
         needs=("parameterized",),
+    ),
+    "optax": Peer(
+        (
+            *(f"optax/_src/{it}_test.py" for it in ("alias", "combine")),
+            *(
+                f"optax/transforms/_{it}_test.py"
+                for it in ("accumulation", "conditionality", "masking")
+            ),
+            "-k",
+            "not LBFGS and not Linesearch",
+        ),
+        needs=("jax", "absl-py", "scikit-learn"),
+        plugin="fused_optax",
+        known={
+            "TypeError: params.* is (complex|int)": "the kernels have neither numbers",
+            "Invalid (mu|accumulator)_dtype value": "moments have the parameter's dtype",
+            "explicit_dtype.*NoneType|map_params|state_structure": "moments lie flat, by dtype",
+        },
     ),
     "pytorch-ignite": Peer(
         (
@@ -117,9 +138,9 @@ def compare(name: str, peer: Peer, folder: Path, python: Path, timeout: int) -> 
     only_ours = {test: text for test, text in failed.items() if torchs.get(test, "") is None}
     known = {
         test: why
-        for test in only_ours
+        for test, text in only_ours.items()
         for pattern, why in peer.known.items()
-        if re.search(pattern, test)
+        if re.search(pattern, f"{test}: {text}")
     }
     print(
         f"{source.name}: {len(ours) - len(failed)} passed, {len(only_ours) - len(known)} failed, "
@@ -164,7 +185,7 @@ def run_suite(
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     # Neither their options, as for coverage, nor those of the project around the folder.
     command += ["-c", os.devnull, "--rootdir", str(source)]
-    command += ["-p", "fused_classes"] if fused else []
+    command += ["-p", peer.plugin] if fused else []
     try:
         subprocess.run(
             [*command, *peer.tests],
