@@ -48,6 +48,15 @@ IN_GRAPHS = [(*it, {}) for it in CASES]
 IN_GRAPHS += [(name, {}, common) for name in ("AdamW", "Nadam") for common in COMMON]
 
 
+@pytest.fixture(autouse=True)
+def no_warnings_of_autograph(caplog):
+    """AutoGraph would rewrite our code in a user's tf.function, and warn where it can't."""
+    tf.get_logger().addHandler(caplog.handler)
+    yield
+    tf.get_logger().removeHandler(caplog.handler)
+    assert not [it for it in caplog.get_records("call") if "AutoGraph" in it.getMessage()]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 @each_case
 def test_a_step_has_the_bits_of_arrays(name, options, dtype):

@@ -59,6 +59,7 @@ class TensorflowBackend(Backend):
     def refresh(self) -> None:
         """Every call of `apply` looks at all variables."""
 
+    @tf.autograph.experimental.do_not_convert
     def apply(self, grads: Sequence[Any], variables: Sequence[Any], scale: Any) -> Any:
         self._check_context()
         optimizer = self.optimizer
