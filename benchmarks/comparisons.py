@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -14,6 +16,7 @@ from benchmarks import ceiling, results, traffic
 from benchmarks.cases import Case
 from benchmarks.format_sides import FORMAT_SIDES
 from benchmarks.jax_sides import STEPS, make_program
+from benchmarks.keras_sides import make_keras_step
 from benchmarks.memory import extra_bytes, stored_bytes
 from benchmarks.peers import OURS, SIDES, Unavailable, make_step
 from benchmarks.timing import Effort, Step, cache_bytes, interleaved, make_evict
@@ -201,17 +204,39 @@ class JaxComparison(CaseComparison):
     """Compares programs of JAX that take the same steps. A sample is the time of one step."""
 
     def run(self, sides: list[str], device: str, effort: Effort) -> Outcome:
-        outcome = Outcome({}, {})
-        programs: dict[str, Step] = {}
-        for side in sides:
-            try:
-                programs[side] = make_program(side, self.case)
-            except Unavailable as reason:
-                outcome.skipped[side] = str(reason)
-        samples = interleaved(programs, device, effort)
-        outcome.samples = {side: [it / STEPS for it in times] for side, times in samples.items()}
-        outcome.bytes = {OURS: 32 * self.case.elements}
+        outcome = measured(self.case, sides, make_program, device, effort)
+        samples = outcome.samples.items()
+        outcome.samples = {side: [it / STEPS for it in times] for side, times in samples}
         return outcome
+
+
+class KerasComparison(CaseComparison):
+    """Compares steps of Keras's classes, on the backend that KERAS_BACKEND names."""
+
+    def run(self, sides: list[str], device: str, effort: Effort) -> Outcome:
+        outcome = measured(self.case, sides, make_keras_step, device, effort)
+        backend = os.environ.get("KERAS_BACKEND")
+        outcome.columns = {side: {"backend": backend} for side in outcome.samples}
+        return outcome
+
+
+def measured(
+    case: Case,
+    sides: list[str],
+    make: Callable[[str, Case], Step],
+    device: str,
+    effort: Effort,
+) -> Outcome:
+    """The outcome of clipped steps of Adam, for all sides that are there."""
+    outcome = Outcome({}, {}, {OURS: 32 * case.elements})
+    steps: dict[str, Step] = {}
+    for side in sides:
+        try:
+            steps[side] = make(side, case)
+        except Unavailable as reason:
+            outcome.skipped[side] = str(reason)
+    outcome.samples = interleaved(steps, device, effort)
+    return outcome
 
 
 def add_ceiling(

@@ -102,6 +102,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Report, Path, Path], str]]] = {
     "training": ("training", training),
     "formats": ("formats", formats),
     "jax": ("jax", all_steps),
+    "keras": ("keras", all_steps),
 }
 
 if __name__ == "__main__":

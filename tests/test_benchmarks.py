@@ -35,12 +35,14 @@ from benchmarks.comparisons import (
     CEILING,
     FormatComparison,
     JaxComparison,
+    KerasComparison,
     NormComparison,
     StepComparison,
     make_params,
 )
 from benchmarks.format_sides import FORMAT_SIDES
 from benchmarks.jax_sides import JAX_SIDES
+from benchmarks.keras_sides import KERAS_SIDES
 from benchmarks.peers import OURS, SIDES, Unavailable, make_step
 
 BRIEF = timing.Effort(seconds=0, rounds=2, warm_up=1)
@@ -183,6 +185,15 @@ def test_programs_of_jax_are_measured():
     )
     rows = outcome.rows("jax", comparison, 1)
     assert [row["bytes"] for row in rows] == [32 * case.elements, None, None, None]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
+def test_steps_of_keras_are_measured():
+    pytest.importorskip("keras_runs")
+    case = Case("AdamW", "small", SMALL)
+    outcome = KerasComparison(case).run([*KERAS_SIDES], "cpu", BRIEF)
+    assert outcome.skipped == {}
+    assert [len(times) for times in outcome.samples.values()] == [2, 2]
 
 
 def test_formats_store_the_bytes_of_the_table():
