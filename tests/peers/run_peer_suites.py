@@ -60,17 +60,14 @@ PEERS = {
     "optax": Peer(
         (
             *(f"optax/_src/{it}_test.py" for it in ("alias", "combine")),
-            *(
-                f"optax/transforms/_{it}_test.py"
-                for it in ("accumulation", "conditionality", "masking")
-            ),
+            *(f"optax/transforms/_{it}_test.py" for it in ("conditionality", "masking")),
             "-k",
             "not LBFGS and not Linesearch",
         ),
         needs=("jax", "absl-py", "scikit-learn"),
         plugin="fused_optax",
         known={
-            "TypeError: params.* is (complex|int)": "the kernels have neither numbers",
+            "TypeError: params.* is (complex|int)": "the kernels have no such numbers",
             "Invalid (mu|accumulator)_dtype value": "moments have the parameter's dtype",
             "explicit_dtype.*NoneType|map_params|state_structure": "moments lie flat, by dtype",
         },
