@@ -6,10 +6,10 @@
 //
 // - once(body): calls body() in one worker; all others wait.
 // - each(count, body): calls body(i) for every i, each in one worker.
-// - each_tensor(step, body): calls body(t, sum) for every tensor t, in one worker or in several.
+// - each_tensor(step, gather, body): calls body(t, gather(t, sum)) for every tensor t. One worker
+//   calls body(), one or several call gather().
 //   sum.of<Norm>(value) combines value(c) of the tensor's chunks c in kTensorLanes lanes.
 //   sum.exact(value) adds them exactly, and rounds once.
-//   sum.leads() is true in the worker that must store the result.
 // - total(step): the sum of squares of all chunks that count; every worker gets it.
 // - smallest(count, start, value): the smallest of start and every value(i); every worker gets it.
 // - ranked(norms, size, rank): the sorted norms at rank and rank + 1; every worker gets them.
@@ -21,15 +21,6 @@
 #include "core/segments.h"
 
 namespace fusedopt {
-
-// The chunk's telemetry. A skipped step has measured neither updates nor parameters.
-template <class Workers>
-FUSEDOPT_INLINE ChunkMeasures load_measures(const StepParams& step, int64_t chunk, bool skipped) {
-  const ChunkMeasures& measures = step.chunk_measures[chunk];
-  return {Workers::load(&measures.grad_max), Workers::load(&measures.infs),
-          Workers::load(&measures.nans), skipped ? 0 : Workers::load(&measures.update_squares),
-          skipped ? 0 : Workers::load(&measures.param_squares)};
-}
 
 // Writes the row of the step.
 template <class Rule>
@@ -47,31 +38,41 @@ FUSEDOPT_INLINE void record_step(const StepParams& step, const Decision& decisio
   }
 }
 
+// A parameter's sums over its chunks.
+struct ParamSums {
+  double grad_squares;
+  ChunkMeasures measures;
+};
+
 // Writes the rows of the parameters.
 template <class Workers>
 FUSEDOPT_INLINE void record_params(const StepParams& step, const Decision& decision,
                                    const Workers& workers) {
   const int64_t row = static_cast<int64_t>(step.control->steps) % step.telemetry.rows;
   ParamRow* const rows = step.telemetry.params + row * step.num_tensors;
-  workers.each_tensor(step, [&](int64_t t, const auto& sum) {
-    if (step.grads[t] == nullptr) {
-      if (sum.leads()) rows[t] = absent_row();
-      return;
-    }
+  const auto gather = [&](int64_t t, const auto& sum) {
+    ParamSums totals{};
+    if (step.grads[t] == nullptr) return totals;
     const auto field = [&](double ChunkMeasures::* it) {
-      return [&step, &decision, it](int64_t chunk) {
-        return load_measures<Workers>(step, chunk, decision.skip).*it;
-      };
+      return
+          [&step, it](int64_t chunk) { return Workers::load(&(step.chunk_measures[chunk].*it)); };
     };
-    ChunkMeasures totals;
-    totals.grad_max = sum.template of<MaxAbs>(field(&ChunkMeasures::grad_max));
-    totals.infs = sum.template of<SumOfSquares>(field(&ChunkMeasures::infs));
-    totals.nans = sum.template of<SumOfSquares>(field(&ChunkMeasures::nans));
-    totals.update_squares = sum.template of<SumOfSquares>(field(&ChunkMeasures::update_squares));
-    totals.param_squares = sum.template of<SumOfSquares>(field(&ChunkMeasures::param_squares));
-    const double grad_squares =
+    ChunkMeasures& measures = totals.measures;
+    measures.grad_max = sum.template of<MaxAbs>(field(&ChunkMeasures::grad_max));
+    measures.infs = sum.template of<SumOfSquares>(field(&ChunkMeasures::infs));
+    measures.nans = sum.template of<SumOfSquares>(field(&ChunkMeasures::nans));
+    if (!decision.skip) {  // a skipped step has measured neither updates nor parameters
+      measures.update_squares =
+          sum.template of<SumOfSquares>(field(&ChunkMeasures::update_squares));
+      measures.param_squares = sum.template of<SumOfSquares>(field(&ChunkMeasures::param_squares));
+    }
+    totals.grad_squares =
         sum.exact([&](int64_t chunk) { return Workers::load(step.chunk_sums + chunk); });
-    if (sum.leads()) rows[t] = param_row(grad_squares, totals, decision);
+    return totals;
+  };
+  workers.each_tensor(step, gather, [&](int64_t t, const ParamSums& totals) {
+    const bool has_grad = step.grads[t] != nullptr;
+    rows[t] = has_grad ? param_row(totals.grad_squares, totals.measures, decision) : absent_row();
   });
 }
 
@@ -80,12 +81,17 @@ template <class Workers>
 FUSEDOPT_INLINE void update_per_tensor(const StepParams& step, const Decision& decision,
                                        const Workers& workers) {
   const PerTensor per_tensor(step.options.limit);
-  workers.each_tensor(step, [&](int64_t t, const auto& sum) {
-    if (step.grads[t] == nullptr || is_unclipped(step, static_cast<uint32_t>(t))) return;
+  const auto counts = [&](int64_t t) {
+    return step.grads[t] != nullptr && !is_unclipped(step, static_cast<uint32_t>(t));
+  };
+  const auto gather = [&](int64_t t, const auto& sum) {
+    const auto squares = [&](int64_t chunk) { return Workers::load(step.chunk_sums + chunk); };
+    return counts(t) ? sum.exact(squares) : 0.0;
+  };
+  workers.each_tensor(step, gather, [&](int64_t t, double squares) {
+    if (!counts(t)) return;
     const TensorShape& shape = step.shapes[t];
-    const double squares =
-        sum.exact([&](int64_t chunk) { return Workers::load(step.chunk_sums + chunk); });
-    if (!sum.leads()) return;  // no other worker reads the average that changes here
+    // No other worker reads the average that changes here.
     const double coef = segment_coef(step, decision, shape, {squares, 0});
     per_tensor.observe(shape.number, std::sqrt(squares) * decision.inv_scale * coef);
   });

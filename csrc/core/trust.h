@@ -57,18 +57,22 @@ FUSEDOPT_INLINE bool measures_grads(const StepParams& step) {
 // see core/finish.h.
 template <class Rule, class Workers>
 FUSEDOPT_INLINE void leave_trust_ratios(const StepParams& step, const Workers& workers) {
-  workers.each_tensor(step, [&](int64_t t, const auto& sum) {
-    if (step.grads[t] == nullptr) return;
-    const auto norm = [&](double TrustSums::* it) {
-      return std::sqrt(
-          sum.exact([&](int64_t chunk) { return Workers::load(&(step.trust_sums[chunk].*it)); }));
+  const auto gather = [&](int64_t t, const auto& sum) {
+    TrustSums squares{};
+    if (step.grads[t] == nullptr) return squares;
+    const auto total = [&](double TrustSums::* it) {
+      return sum.exact([&](int64_t chunk) { return Workers::load(&(step.trust_sums[chunk].*it)); });
     };
-    const double params = Rule::kTrustReadsParams ? norm(&TrustSums::params) : 0;
-    const double terms = norm(&TrustSums::terms);
-    if (!sum.leads()) return;
+    if (Rule::kTrustReadsParams) squares.params = total(&TrustSums::params);
+    squares.terms = total(&TrustSums::terms);
+    return squares;
+  };
+  workers.each_tensor(step, gather, [&](int64_t t, const TrustSums& squares) {
+    if (step.grads[t] == nullptr) return;
     const auto h = hyperparameters<Rule>(step, step.shapes[t].group);
     const double numel = static_cast<double>(step.shapes[t].numel);
-    step.trust_ratios[t] = Rule::trust_ratio(h, {params, terms, numel});
+    step.trust_ratios[t] =
+        Rule::trust_ratio(h, {std::sqrt(squares.params), std::sqrt(squares.terms), numel});
   });
 }
 

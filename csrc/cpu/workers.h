@@ -24,7 +24,6 @@ class TensorSum {
   double exact(Value value) const {
     return exact_total_of(first_, count_, value);
   }
-  bool leads() const { return true; }
 
  private:
   int64_t first_, count_;
@@ -41,11 +40,11 @@ struct OneWorker {
     for (int64_t i = 0; i < count; ++i) body(i);
   }
 
-  template <class Body>
-  void each_tensor(const StepParams& step, Body body) const {
+  template <class Gather, class Body>
+  void each_tensor(const StepParams& step, Gather gather, Body body) const {
     for (int64_t t = 0; t < step.num_tensors; ++t) {
       const TensorShape& shape = step.shapes[t];
-      body(t, TensorSum(shape.first_chunk, chunks_of(shape.numel)));
+      body(t, gather(t, TensorSum(shape.first_chunk, chunks_of(shape.numel))));
     }
   }
 

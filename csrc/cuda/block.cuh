@@ -53,21 +53,6 @@ __device__ double block_total(double value) {
   return result;
 }
 
-// Visits all tensors. One thread calls alone(t) for a tensor of one chunk. All threads of a warp
-// call together(t) for a tensor of several chunks, or of no chunk.
-template <class Alone, class Together>
-__device__ void visit_tensors(const StepParams& step, Alone alone, Together together) {
-  const int lane = threadIdx.x % kWarpSize;
-  for (int64_t first = threadIdx.x - lane; first < step.num_tensors; first += kThreads) {
-    const int64_t mine = first + lane;
-    const bool is_there = mine < step.num_tensors;
-    const bool is_alone = is_there && chunks_of(step.shapes[mine].numel) == 1;
-    if (is_alone) alone(mine);
-    unsigned others = __ballot_sync(kAllLanes, is_there && !is_alone);
-    for (; others != 0; others &= others - 1) together(first + __ffs(others) - 1);
-  }
-}
-
 // True in the last block that arrives. It sees everything that the other blocks have written.
 __device__ inline bool is_last_block(unsigned* ticket) {
   __shared__ bool is_last;

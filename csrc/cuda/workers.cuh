@@ -22,10 +22,9 @@ struct OneChunk {
   __device__ double exact(Value value) const {
     return value(chunk);
   }
-  __device__ bool leads() const { return true; }
 };
 
-// The sum over a tensor's chunks. All threads of a warp call it.
+// The sum over a tensor's chunks. All threads of a warp call it, and all get it.
 struct WarpSum {
   int64_t first, count;
 
@@ -39,9 +38,9 @@ struct WarpSum {
   }
   template <class Value>
   __device__ double exact(Value value) const {
-    return warp_exact_total(count, [&](int64_t i) { return value(first + i); });
+    const double total = warp_exact_total(count, [&](int64_t i) { return value(first + i); });
+    return __shfl_sync(kAllLanes, total, 0);
   }
-  __device__ bool leads() const { return threadIdx.x % kWarpSize == 0; }
 };
 static_assert(kWarpSize == kTensorLanes, "a warp folds the lanes of a tensor");
 
@@ -70,14 +69,26 @@ struct BlockWorkers {
     for (int64_t i = threadIdx.x; i < count; i += kThreads) body(i);
   }
 
-  template <class Body>
-  __device__ void each_tensor(const StepParams& step, Body body) const {
-    visit_tensors(
-        step, [&](int64_t t) { body(t, OneChunk{step.shapes[t].first_chunk}); },
-        [&](int64_t t) {
-          const TensorShape& shape = step.shapes[t];
-          body(t, WarpSum{shape.first_chunk, chunks_of(shape.numel)});
-        });
+  // A thread gathers a tensor of one chunk, and all threads of a warp gather a tensor of several
+  // chunks, or of no chunk. Then each thread has a tensor of its own.
+  template <class Gather, class Body>
+  __device__ void each_tensor(const StepParams& step, Gather gather, Body body) const {
+    const int lane = threadIdx.x % kWarpSize;
+    for (int64_t first = threadIdx.x - lane; first < step.num_tensors; first += kThreads) {
+      const int64_t mine = first + lane;
+      const bool is_there = mine < step.num_tensors;
+      const bool is_alone = is_there && chunks_of(step.shapes[mine].numel) == 1;
+      decltype(gather(mine, OneChunk{})) gathered{};
+      if (is_alone) gathered = gather(mine, OneChunk{step.shapes[mine].first_chunk});
+      unsigned others = __ballot_sync(kAllLanes, is_there && !is_alone);
+      for (; others != 0; others &= others - 1) {
+        const int turn = __ffs(others) - 1;
+        const TensorShape& shape = step.shapes[first + turn];
+        const auto its = gather(first + turn, WarpSum{shape.first_chunk, chunks_of(shape.numel)});
+        if (lane == turn) gathered = its;
+      }
+      if (is_there) body(mine, gathered);
+    }
   }
 
   __device__ double total(const StepParams& step) const {
