@@ -132,6 +132,7 @@ def test_without_torch_the_library_is_built_and_the_record_says_what_is_missing(
         '#!/bin/sh\nwhile [ $# -gt 1 ]; do [ "$1" = -o ] && touch "$2"; shift; done\n'
     )
     compiler.chmod(0o755)
+    environment = {"CXX": str(compiler), "FUSEDOPT_CUDA": "0"}
     code = "import sys, runpy, importlib.util; find = importlib.util.find_spec; sys.argv = {argv}; "
     code += "importlib.util.find_spec = lambda name: None if name == 'torch' else find(name); "
     code += "sys.modules['torch'] = None; runpy.run_path('setup.py', run_name='__main__')"
@@ -139,7 +140,7 @@ def test_without_torch_the_library_is_built_and_the_record_says_what_is_missing(
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "fusedopt.egg-info/PKG-INFO").exists()
     argv = ["setup.py", "build_ext", "--inplace"]
-    done = python("-c", code.format(argv=argv), cwd=tmp_path, CXX=str(compiler))
+    done = python("-c", code.format(argv=argv), cwd=tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     assert (package / "libfusedopt_kernels.so").exists() and not list(package.glob("_C*.so"))
     record = json.loads((package / "_build.json").read_text())
