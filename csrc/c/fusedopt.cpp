@@ -270,8 +270,7 @@ void fusedopt_plan::measure(const fusedopt_step& call, const uint8_t* counted, i
   const std::unique_ptr<bool[]> chunks(new bool[layout.num_chunks()]);
   for (size_t t = 0; t < layout.shapes().size(); ++t) {
     const TensorShape& shape = layout.shapes()[t];
-    const int64_t number = (shape.numel + kChunkSize - 1) / kChunkSize;
-    std::fill_n(&chunks[shape.first_chunk], number, counted[t] != 0);
+    std::fill_n(&chunks[shape.first_chunk], chunks_of(shape.numel), counted[t] != 0);
   }
   std::fill_n(message, kMessageSize, 0);
   write_message(step, chunks.get(), message, device);

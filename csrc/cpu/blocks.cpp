@@ -79,7 +79,7 @@ FUSEDOPT_INLINE void encode_row(const Encoder& encoder, const float* from, int64
   scales.measure(from, size, codes);
   int k = 0;
   for (; (k + 1) * kBlockSize <= size; ++k) {
-    fetch<kBlockSize>(encoder.to + k * kBlockSize + kRow<float>);
+    fetch<kBlockSize>(encoder.to + k * kBlockSize + to_next_row(count));
     encoder.block(k * kBlockSize, WholeBlock(), scales.of(k));
     units[k] = scales.unit[k];
   }

@@ -8,9 +8,6 @@ namespace fusedopt::cpu {
 
 namespace {
 
-// The last row has no next one.
-int64_t to_next_row(int64_t count) { return count == kRow<float> ? count : 0; }
-
 template <class scalar_t>
 struct Widen {
   static FUSEDOPT_INLINE void run(const scalar_t* from, int64_t count, float* to) {

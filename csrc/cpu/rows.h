@@ -16,6 +16,9 @@ namespace fusedopt::cpu {
 template <class T>
 inline constexpr int64_t kRow = 1024 / sizeof(T);
 
+// How far ahead the next row is. The last row, which may be shorter, has no next one.
+inline int64_t to_next_row(int64_t count) { return count == kRow<float> ? count : 0; }
+
 // Convert the elements first, first + 1, ... of an array that is not stored as float32 or float64.
 void load_row(Isa isa, const Array& array, int64_t first, int64_t count, float* to);
 void store_row(Isa isa, const float* from, int64_t first, int64_t count, const Array& array,

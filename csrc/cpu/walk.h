@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/params.h"
+#include "cpu/fetch.h"
 #include "cpu/fork.h"
 
 namespace fusedopt::cpu {
@@ -41,12 +42,7 @@ void in_parallel(int threads, Body body) {
 
 // Prefetches the first cache lines of an array. A small tensor ends before the processor's own
 // prefetcher starts.
-inline void prefetch(const void* data) {
-  constexpr int kLine = 64, kLines = 4;
-  for (int line = 0; line < kLines; ++line) {
-    __builtin_prefetch(static_cast<const char*>(data) + line * kLine);
-  }
-}
+inline void prefetch(const void* data) { fetch<256>(static_cast<const char*>(data)); }
 
 // The order in which the chunks of a pass are taken.
 enum class Order { kForward, kReverse };

@@ -10,7 +10,7 @@ import functools
 import json
 import threading
 from ctypes import c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fusedopt.core.extension import INSTALL, find_library
 
@@ -110,6 +110,21 @@ def states_used(rule: str, options: int) -> list[str]:
     if bits < 0:
         raise _error()
     return [name for k, name in enumerate(library.rules[rule].states) if bits >> k & 1]
+
+
+def in_order(rule: str, options: dict[str, Any]) -> list[Any]:
+    """The numbers of a rule's options in the order of the kernels; 0 for those that aren't named.
+
+    Raises:
+        ImportError: the library was compiled from older sources, and lacks an option.
+    """
+    known = load().rules[rule].options
+    if unknown := options.keys() - known.keys():
+        raise ImportError(f"the compiled kernels lack {sorted(unknown)}: build them: `{INSTALL}`")
+    values = (options.get(name, 0.0) for name in known)
+    return [
+        it for value in values for it in (value if isinstance(value, (tuple, list)) else (value,))
+    ]
 
 
 class Plan:

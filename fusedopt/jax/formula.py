@@ -46,7 +46,8 @@ class Formula(NamedTuple):
     def numbers(self) -> list[Any]:
         """Those of all options of all groups, in the order of the kernels, and then the limit."""
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        return [it for group in self.options for it in self._numbers_of(group)] + [limit]
+        numbers = (it for group in self.options for it in c_library.in_order(self.rule, group))
+        return [*numbers, limit]
 
     def constants(self) -> NDArray[np.float64]:
         """All numbers, with `STAND_IN` in the places of those that are traced."""
@@ -64,9 +65,9 @@ class Formula(NamedTuple):
 
     def factor_places(self) -> NDArray[np.int32]:
         """The indices of the numbers that multiply the rule's scalars."""
-        names = [*c_library.load().rules[self.rule].options]
-        before = [names[: names.index(it)] for it in self.factors]
-        return np.array([len(self._numbers_of(self.options[0], it)) for it in before], np.int32)
+        counts = c_library.load().rules[self.rule].options
+        names, lengths = [*counts], [*counts.values()]
+        return np.array([sum(lengths[: names.index(it)]) for it in self.factors], np.int32)
 
     def decays(self) -> bool:
         """Whether a step also depends on the parameters."""
@@ -80,9 +81,3 @@ class Formula(NamedTuple):
             ValueError: an option is out of range.
         """
         return c_library.states_used(self.rule, self.constants().ctypes.data)
-
-    def _numbers_of(self, group: dict[str, Any], names: list[str] | None = None) -> list[Any]:
-        """The numbers of the options of these names, else of all."""
-        known = c_library.load().rules[self.rule].options
-        values = [group.get(name, 0.0) for name in (known if names is None else names)]
-        return [it for value in values for it in (value if isinstance(value, tuple) else (value,))]

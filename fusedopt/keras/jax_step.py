@@ -40,11 +40,8 @@ class Formula(NamedTuple):
 
     def constants(self) -> Any:
         """The numbers of all options of all groups, in the order of the kernels."""
-        names, rows = c_library.load().rules[self.rule].options, []
-        for group in self.options:
-            values = {**dict.fromkeys(names, 0.0), **group}
-            rows += [np.atleast_1d(values[name]) for name in names]
-        return np.concatenate(rows).astype(np.float64)
+        numbers = [it for group in self.options for it in c_library.in_order(self.rule, group)]
+        return np.array(numbers, np.float64)
 
 
 class Arrays(NamedTuple):

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from fusedopt.core import c_library, tensorflow_op
-from fusedopt.core.extension import INSTALL
 from fusedopt.core.nonfinite import NONFINITE_MODES, NonFiniteGradientError
 from fusedopt.keras.backend import Backend
 
@@ -172,7 +171,7 @@ class TensorflowBackend(Backend):
         optimizer = self.optimizer
         decay = float(optimizer.weight_decay or 0)
         rows = [{**optimizer._options(), "weight_decay": it} for it in (decay, 0.0)]
-        return np.array([_in_order(optimizer.rule, row) for row in rows], np.float64)
+        return np.array([c_library.in_order(optimizer.rule, row) for row in rows], np.float64)
 
     def _raise_if(self, skipped: Any, grads: Sequence[Any], variables: Sequence[Any]) -> None:
         """Raises NonFiniteGradientError. In a graph, TensorFlow wraps it."""
@@ -205,15 +204,6 @@ class TensorflowBackend(Backend):
                 is_last = tf.equal((optimizer._iterations.value + 1) % every, 0)
                 overwrite = optimizer._overwrite_model_variables_with_average_value
                 tf.cond(is_last, lambda: overwrite(known), lambda: None)
-
-
-def _in_order(rule: str, options: dict[str, Any]) -> NDArray[np.float64]:
-    """The numbers of all options in the order of the kernels; 0 for those that aren't named."""
-    names = c_library.load().rules[rule].options
-    if unknown := options.keys() - names.keys():
-        raise ImportError(f"the compiled kernels lack {sorted(unknown)}: build them: `{INSTALL}`")
-    values = {**dict.fromkeys(names, 0.0), **options}
-    return np.concatenate([np.atleast_1d(values[name]) for name in names])
 
 
 def _float32(value: Any) -> Any:
