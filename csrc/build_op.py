@@ -28,6 +28,7 @@ def build(folder: Path, library: Path, rpath: str) -> Path:
     # Its headers may warn. Quoted includes alone: csrc/tensorflow is not to stand in for its own.
     flags = [re.sub("^-I", "-isystem", flag) for flag in tf.sysconfig.get_compile_flags()]
     flags += ["-std=c++17", "-fPIC", *CXX_FLAGS, "-fvisibility=default", "-iquote", str(CSRC)]
+    flags.append("-Wno-deprecated-declarations")  # new names, which older TensorFlows lack
     made = folder / "tensorflow_step.o"
     source = CSRC / "tensorflow/step.cpp"
     subprocess.run([*cxx(), *flags, "-c", str(source), "-o", str(made)], check=True)

@@ -28,7 +28,7 @@ int update_with(const StepParams& step, const Device& device) {
 #if FUSEDOPT_WITH_CUDA
   if (device.is_cuda) return cuda::update<Rule>(step, launch_on(device));
 #endif
-  cpu::update<Rule>(step, device.threads);
+  cpu::update<Rule>(step, device.team);
   return 0;
 }
 
@@ -37,7 +37,7 @@ int run_step_with(const StepParams& step, const Device& device) {
 #if FUSEDOPT_WITH_CUDA
   if (device.is_cuda) return cuda::run_step<Rule>(step, launch_on(device));
 #endif
-  cpu::run_step<Rule>(step, device.threads);
+  cpu::run_step<Rule>(step, device.team);
   return 0;
 }
 
@@ -116,7 +116,7 @@ int measure(const StepParams& step, const Device& device) {
 #if FUSEDOPT_WITH_CUDA
   if (device.is_cuda) return cuda::measure(step, launch_on(device));
 #endif
-  cpu::measure(step, device.threads);
+  cpu::measure(step, device.team);
   return 0;
 }
 

@@ -13,6 +13,7 @@
 #include "core/layout.h"
 #include "core/message.h"
 #include "core/params.h"
+#include "core/team.h"
 #include "rules/rule.h"
 
 namespace fusedopt {
@@ -22,7 +23,7 @@ struct Device {
   bool is_cuda = false;
   int index = 0;           // CUDA only
   void* stream = nullptr;  // CUDA only: a cudaStream_t
-  int threads = 1;         // CPU only
+  Team team;               // CPU only
 };
 
 // An option of a param group, and the hyperparameters of the rule that it fills.

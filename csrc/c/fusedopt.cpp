@@ -239,7 +239,7 @@ StepParams fusedopt_plan::bind(const fusedopt_step& call) {
 
 Device fusedopt_plan::device_for(const fusedopt_step& call) const {
   Device device;
-  device.threads = threads_for(call);
+  device.team = {threads_for(call), {call.pool.pool, call.pool.schedule}};
   return device;
 }
 

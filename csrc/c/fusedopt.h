@@ -31,6 +31,14 @@ typedef struct fusedopt_control {
   double skipped_steps, consecutive_skips, steps; /* so far, with this one */
 } fusedopt_control;
 
+/* Threads that the caller lends to a step. schedule() asks the pool to call task(argument) once, in
+ * one of its threads. It may do so late, even after the step, but not never: memory is freed then.
+ * A step never waits for a thread that hasn't begun. */
+typedef struct fusedopt_pool {
+  void* pool;
+  void (*schedule)(void* pool, void (*task)(void*), void* argument);
+} fusedopt_pool;
+
 typedef struct fusedopt_step {
   void* const* arrays;      /* per tensor: the parameter, the rule's states, the rule's scalars
                                (float32); null for a state that the options don't use */
@@ -43,7 +51,8 @@ typedef struct fusedopt_step {
   const float* found_inf;   /* null, or a number that asks for a skip if it is not 0 */
   const int64_t* total;     /* null, or the sum of the messages of all ranks: see measure() */
   fusedopt_control* control;
-  int32_t threads; /* at most so many; 0: as many as OpenMP allows */
+  int32_t threads;    /* at most so many, with the caller's; 0: as many as OpenMP allows */
+  fusedopt_pool pool; /* without schedule(): OpenMP's threads */
 } fusedopt_step;
 
 /* Why the last function that failed in this thread did so. */
@@ -73,7 +82,7 @@ FUSEDOPT_API int fusedopt_take_step(fusedopt_plan* plan, const fusedopt_step* st
  * numbers. Ranks add up their messages, as integers, and each of them calls take_step() with the
  * total. All then have the same norm to the bit, and skip together. `counted`: per tensor, whether
  * this rank adds its squares, 0 or 1; only one rank counts a tensor that several have. Of `step`,
- * it reads `grads`, `found_inf` and `threads`. Returns as take_step(). */
+ * it reads `grads`, `found_inf`, `threads` and `pool`. Returns as take_step(). */
 FUSEDOPT_API int fusedopt_measure(fusedopt_plan* plan, const fusedopt_step* step,
                                   const uint8_t* counted, int64_t* message);
 

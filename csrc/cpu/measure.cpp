@@ -9,6 +9,7 @@
 #include "cpu/isa.h"
 #include "cpu/passes.h"
 #include "cpu/segment_coefs.h"
+#include "cpu/team.h"
 #include "cpu/walk.h"
 
 namespace fusedopt::cpu {
@@ -111,9 +112,9 @@ double total_of_chunks(const StepParams& step) {
                           [&](int64_t chunk) { return step.chunk_sums[chunk]; });
 }
 
-void measure(const StepParams& step, int threads) {
+void measure(const StepParams& step, const Team& team) {
   Walk walk(step, Order::kForward, Arrays::kGrads);
-  in_parallel(threads, [&] { walk.run([&](int64_t chunk) { measure_chunk(step, chunk); }); });
+  in_parallel(team, [&] { walk.run([&](int64_t chunk) { measure_chunk(step, chunk); }); });
 }
 
 void reduce(const StepParams& step) {

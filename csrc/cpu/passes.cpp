@@ -4,6 +4,7 @@
 #include "core/finish.h"
 #include "core/trust.h"
 #include "cpu/measure.h"
+#include "cpu/team.h"
 #include "cpu/update.h"
 #include "cpu/walk.h"
 #include "cpu/workers.h"
@@ -18,76 +19,47 @@ Decision decision_of(const StepParams& step) {
 }
 
 template <class Rule>
-void update_chunks(const StepParams& step, const Decision& decision, Walk& walk) {
-  ChunkUpdater<Rule> updater(step, decision);
-  walk.run([&](int64_t chunk) { updater.update_chunk(chunk); });
+void update_chunks(const StepParams& step, const Decision& decision, Order order,
+                   const Team& team) {
+  Walk walk(step, order, Arrays::kAll);
+  in_parallel(team, [&] {
+    ChunkUpdater<Rule> updater(step, decision);
+    walk.run([&](int64_t chunk) { updater.update_chunk(chunk); });
+  });
 }
 
-// The update, which begins in reverse: what the pass before has read last is still in the cache.
+// Every pass begins where the one before has ended: what was read last is still in the cache.
 template <class Rule>
-class Update {
- public:
-  explicit Update(const StepParams& step)
-      : step_(step),
-        reverse_(step, Order::kReverse, Arrays::kAll),
-        forward_(step, Order::kForward, Arrays::kAll) {}
-
-  // Every thread of the team calls it.
-  void run(const Decision& decision) {
-    if (decision.skip) return;
-    if constexpr (Rule::kHasTrustRatio) {
-      update_chunks<TrustPass<Rule>>(step_, decision, reverse_);
-#pragma omp barrier
-#pragma omp single
-      leave_trust_ratios<Rule>(step_, OneWorker());
-      update_chunks<Rule>(step_, decision, forward_);
-    } else {
-      update_chunks<Rule>(step_, decision, reverse_);
-    }
+void update_all(const StepParams& step, const Decision& decision, const Team& team) {
+  if constexpr (Rule::kHasTrustRatio) {
+    update_chunks<TrustPass<Rule>>(step, decision, Order::kReverse, team);
+    leave_trust_ratios<Rule>(step, OneWorker());
+    update_chunks<Rule>(step, decision, Order::kForward, team);
+  } else {
+    update_chunks<Rule>(step, decision, Order::kReverse, team);
   }
-
- private:
-  const StepParams& step_;
-  Walk reverse_, forward_;
-};
-
-template <class Rule>
-void end_step(const StepParams& step, Decision decision) {
-  const IeeeArithmetic ieee;
-  finish<Rule>(step, decision, OneWorker());
 }
 
 }  // namespace
 
 template <class Rule>
-void update(const StepParams& step, int threads) {
-  const Decision decision = decision_of(step);
-  Update<Rule> update(step);
-  in_parallel(threads, [&] { update.run(decision); });
-  end_step<Rule>(step, decision);
+void update(const StepParams& step, const Team& team) {
+  const IeeeArithmetic ieee;
+  Decision decision = decision_of(step);
+  if (!decision.skip) update_all<Rule>(step, decision, team);
+  finish<Rule>(step, decision, OneWorker());
 }
 
 template <class Rule>
-void run_step(const StepParams& step, int threads) {
-  Walk norm_walk(step, Order::kForward, Arrays::kGrads);
-  Update<Rule> update(step);
-  Decision decision{};
-  in_parallel(threads, [&] {
-    if (step.options.measure) {
-      norm_walk.run([&](int64_t chunk) { measure_chunk(step, chunk); });
-#pragma omp barrier
-    }
-#pragma omp single
-    {
-      if (step.options.measure) reduce(step);
-      decision = decision_of(step);
-    }
-    update.run(decision);
-  });
-  end_step<Rule>(step, decision);
+void run_step(const StepParams& step, const Team& team) {
+  if (step.options.measure) {
+    measure(step, team);
+    reduce(step);
+  }
+  update<Rule>(step, team);
 }
 
-template void update<FUSEDOPT_RULE>(const StepParams&, int);
-template void run_step<FUSEDOPT_RULE>(const StepParams&, int);
+template void update<FUSEDOPT_RULE>(const StepParams&, const Team&);
+template void run_step<FUSEDOPT_RULE>(const StepParams&, const Team&);
 
 }  // namespace fusedopt::cpu

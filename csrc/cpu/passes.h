@@ -2,17 +2,18 @@
 #pragma once
 
 #include "core/params.h"
+#include "core/team.h"
 
 namespace fusedopt::cpu {
 
-void measure(const StepParams& step, int threads);
+void measure(const StepParams& step, const Team& team);
 void reduce(const StepParams& step);
 void write_message(const StepParams& step, const bool* counted, int64_t* message);
 template <class Rule>
-void update(const StepParams& step, int threads);
+void update(const StepParams& step, const Team& team);
 
-// All three calls in one parallel region. The first two run only if step.options.measure is set.
+// All three calls in order. The first two run only if step.options.measure is set.
 template <class Rule>
-void run_step(const StepParams& step, int threads);
+void run_step(const StepParams& step, const Team& team);
 
 }  // namespace fusedopt::cpu

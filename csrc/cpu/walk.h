@@ -2,43 +2,12 @@
 #pragma once
 
 #include <atomic>
-#include <cfenv>
 #include <cstdint>
 
 #include "core/params.h"
 #include "cpu/fetch.h"
-#include "cpu/fork.h"
 
 namespace fusedopt::cpu {
-
-// Switches its thread to IEEE arithmetic for as long as the object lives. torch.set_flush_denormal,
-// or a library that was built with -ffast-math, may have disabled subnormal numbers on some
-// threads.
-class IeeeArithmetic {
- public:
-  IeeeArithmetic() {
-    fegetenv(&before_);
-    fesetenv(FE_DFL_ENV);
-  }
-  ~IeeeArithmetic() { fesetenv(&before_); }
-  IeeeArithmetic(const IeeeArithmetic&) = delete;
-  IeeeArithmetic& operator=(const IeeeArithmetic&) = delete;
-
- private:
-  fenv_t before_;
-};
-
-// Calls body() in `threads` threads at once. The caller's thread is one of them. A forked child has
-// no other.
-template <class Body>
-void in_parallel(int threads, Body body) {
-  [[maybe_unused]] const int usable = in_forked_child() ? 1 : threads;
-#pragma omp parallel num_threads(usable)
-  {
-    const IeeeArithmetic ieee;
-    body();
-  }
-}
 
 // Prefetches the first cache lines of an array. A small tensor ends before the processor's own
 // prefetcher starts.

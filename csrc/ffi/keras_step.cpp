@@ -77,11 +77,11 @@ std::vector<void*> addresses(const ffi::RemainingRets& results, size_t num_tenso
   return arrays;
 }
 
-ffi::Error take_step(std::string_view rule, ffi::Span<const double> constants,
-                     ffi::Span<const int32_t> groups, int64_t num_groups, int64_t num_states,
-                     int64_t num_scalars, int64_t states_used, double max_grad_norm,
-                     bool skip_nonfinite, bool is_scaled, ffi::RemainingArgs args,
-                     ffi::RemainingRets results) {
+ffi::Error take_step(ffi::ThreadPool threads, std::string_view rule,
+                     ffi::Span<const double> constants, ffi::Span<const int32_t> groups,
+                     int64_t num_groups, int64_t num_states, int64_t num_scalars,
+                     int64_t states_used, double max_grad_norm, bool skip_nonfinite, bool is_scaled,
+                     ffi::RemainingArgs args, ffi::RemainingRets results) {
   const Tensors tensors(args, kScalars + num_scalars, groups.size());
   std::vector<double> options(constants.begin(), constants.end());
   for (int64_t g = 0; g < num_groups; ++g) {  // the learning rate is the first number of every rule
@@ -103,6 +103,7 @@ ffi::Error take_step(std::string_view rule, ffi::Span<const double> constants,
   step.skip_nonfinite = skip_nonfinite;
   step.grad_scale = is_scaled ? args.get<ffi::AnyBuffer>(kScale)->typed_data<float>() : nullptr;
   step.control = &control;
+  lend(threads, step);
   if (fusedopt_take_step(plan.get(), &step) != 0) return failure(fusedopt_error());
   number<float>(results, kGradNorm) = static_cast<float>(control.grad_norm);
   if (control.step_skipped != 0) {
@@ -118,6 +119,7 @@ ffi::Error take_step(std::string_view rule, ffi::Span<const double> constants,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fusedopt_keras_step, take_step,
                               ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
                                   .Attr<std::string_view>("rule")
                                   .Attr<ffi::Span<const double>>("constants")
                                   .Attr<ffi::Span<const int32_t>>("groups")

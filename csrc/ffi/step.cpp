@@ -96,11 +96,11 @@ std::string bad_limit(double number) {
   return text.str();
 }
 
-ffi::Error take_step(std::string_view rule, ffi::Span<const double> constants,
-                     ffi::Span<const int32_t> places, ffi::Span<const int32_t> factors,
-                     ffi::Span<const int32_t> groups, int64_t num_groups, int64_t num_states,
-                     int64_t states_used, bool skip_nonfinite, ffi::RemainingArgs args,
-                     ffi::RemainingRets results) {
+ffi::Error take_step(ffi::ThreadPool threads, std::string_view rule,
+                     ffi::Span<const double> constants, ffi::Span<const int32_t> places,
+                     ffi::Span<const int32_t> factors, ffi::Span<const int32_t> groups,
+                     int64_t num_groups, int64_t num_states, int64_t states_used,
+                     bool skip_nonfinite, ffi::RemainingArgs args, ffi::RemainingRets results) {
   const std::vector<double> numbers = numbers_of(constants, places, args);
   int32_t& count = *buffer(results, kNewCount).typed_data<int32_t>();
   int32_t& skips = *buffer(results, kNewSkips).typed_data<int32_t>();
@@ -124,6 +124,7 @@ ffi::Error take_step(std::string_view rule, ffi::Span<const double> constants,
   step.skip_nonfinite = skip_nonfinite;
   step.total = has_total ? total.data() : nullptr;
   step.control = &control;
+  lend(threads, step);
   if (fusedopt_take_step(plan.get(), &step) != 0) return failure(fusedopt_error());
   *buffer(results, kGradNorm).typed_data<float>() = static_cast<float>(control.grad_norm);
   control.step_skipped != 0 ? ++skips : ++count;
@@ -131,12 +132,14 @@ ffi::Error take_step(std::string_view rule, ffi::Span<const double> constants,
 }
 
 // Operands: per gradient, whether this rank counts it; and the gradients.
-ffi::Error measure(std::string_view rule, ffi::RemainingArgs args, ffi::RemainingRets results) {
+ffi::Error measure(ffi::ThreadPool threads, std::string_view rule, ffi::RemainingArgs args,
+                   ffi::RemainingRets results) {
   const Tensors tensors(args, 1, args.size() - 1);
   const Plan plan = tensors.plan(std::string(rule), nullptr, 1);
   if (plan == nullptr) return failure(fusedopt_error());
   fusedopt_step step{};
   step.grads = tensors.grads.data();
+  lend(threads, step);
   const auto* counted = static_cast<const uint8_t*>(args.get<ffi::AnyBuffer>(0)->untyped_data());
   Message message;
   if (fusedopt_measure(plan.get(), &step, counted, message.data()) != 0) {
@@ -148,12 +151,16 @@ ffi::Error measure(std::string_view rule, ffi::RemainingArgs args, ffi::Remainin
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    fusedopt_jax_measure, measure,
-    ffi::Ffi::Bind().Attr<std::string_view>("rule").RemainingArgs().RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fusedopt_jax_measure, measure,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<std::string_view>("rule")
+                                  .RemainingArgs()
+                                  .RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fusedopt_jax_step, take_step,
                               ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
                                   .Attr<std::string_view>("rule")
                                   .Attr<ffi::Span<const double>>("constants")
                                   .Attr<ffi::Span<const int32_t>>("places")

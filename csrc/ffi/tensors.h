@@ -3,6 +3,7 @@
 
 #include <xla/ffi/api/ffi.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -31,6 +32,14 @@ inline int32_t dtype_of(ffi::DataType type) {
     default:
       return -1;
   }
+}
+
+// Lends the threads of XLA to a step, which must end before `threads` does.
+inline void lend(ffi::ThreadPool& threads, fusedopt_step& step) {
+  step.threads = std::max(1, static_cast<int32_t>(threads.num_threads()));
+  step.pool = {&threads, [](void* pool, void (*task)(void*), void* argument) {
+                 static_cast<ffi::ThreadPool*>(pool)->Schedule([=] { task(argument); });
+               }};
 }
 
 struct FreePlan {

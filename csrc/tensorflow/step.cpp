@@ -4,7 +4,7 @@
 #include <tensorflow/core/framework/resource_mgr.h>
 #include <tensorflow/core/framework/resource_var.h>
 #include <tensorflow/core/framework/shape_inference.h>
-#include <tensorflow/core/platform/env.h>
+#include <tensorflow/core/platform/mutex.h>
 #include <tensorflow/core/platform/threadpool.h>
 
 #include <algorithm>
@@ -93,17 +93,17 @@ struct FreePlan {
   void operator()(fusedopt_plan* plan) const { fusedopt_free_plan(plan); }
 };
 
-// One thread takes all steps, one after another. OpenMP keeps a team for each thread that starts
-// one, and TensorFlow runs ops in as many threads as there are cores.
-tf::thread::ThreadPool& steps_thread() {
-  static auto* const pool = new tf::thread::ThreadPool(  // never deleted: an op may outlive statics
-      tf::Env::Default(), tf::ThreadOptions(), "fusedopt", 1, /*low_latency_hint=*/false);
-  return *pool;
+// Lends the threads that TensorFlow has for work within ops.
+void lend(const tf::DeviceBase::CpuWorkerThreads& threads, fusedopt_step& step) {
+  step.threads = threads.num_threads;
+  step.pool = {threads.workers, [](void* pool, void (*task)(void*), void* argument) {
+                 static_cast<tf::thread::ThreadPool*>(pool)->Schedule([=] { task(argument); });
+               }};
 }
 
-class StepOp : public tf::AsyncOpKernel {
+class StepOp : public tf::OpKernel {
  public:
-  explicit StepOp(tf::OpKernelConstruction* construction) : AsyncOpKernel(construction) {
+  explicit StepOp(tf::OpKernelConstruction* construction) : OpKernel(construction) {
     OP_REQUIRES_OK(construction, construction->GetAttr("rule", &rule_));
     OP_REQUIRES_OK(construction, construction->GetAttr("groups", &groups_));
     OP_REQUIRES_OK(construction, construction->GetAttr("states_used", &states_used_));
@@ -125,11 +125,9 @@ class StepOp : public tf::AsyncOpKernel {
                                 number, ": a group, a gradient and each used state per variable"));
   }
 
-  void ComputeAsync(tf::OpKernelContext* context, DoneCallback done) override {
-    steps_thread().Schedule([this, context, done] {
-      OP_REQUIRES_OK_ASYNC(context, step(context), done);
-      done();
-    });
+  void Compute(tf::OpKernelContext* context) override {
+    const tf::mutex_lock lock(mutex_);  // steps of one plan must not overlap
+    OP_REQUIRES_OK(context, step(context));
   }
 
  private:
@@ -156,6 +154,7 @@ class StepOp : public tf::AsyncOpKernel {
   std::vector<bool> states_used_;
   bool measure_, skip_nonfinite_;
 
+  tf::mutex mutex_;
   std::vector<int64_t> sizes_;
   std::vector<int32_t> dtypes_;
   std::unique_ptr<fusedopt_plan, FreePlan> plan_;
@@ -292,7 +291,7 @@ tf::Status StepOp::call(tf::OpKernelContext* context, const std::vector<Variable
   step.skip_nonfinite = skip_nonfinite_;
   step.grad_scale = scale->NumElements() > 0 ? scale->flat<float>().data() : nullptr;
   step.control = &control;
-  step.threads = context->device()->tensorflow_cpu_worker_threads()->num_threads;
+  lend(*context->device()->tensorflow_cpu_worker_threads(), step);
   if (fusedopt_take_step(plan_.get(), &step) != 0) return InvalidArgument(fusedopt_error());
 
   tf::Tensor* left = nullptr;

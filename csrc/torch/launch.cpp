@@ -60,7 +60,7 @@ class Launcher {
       return check_launch(call(step, device), tensors.device);
     }
     const int64_t elements = num_elements(tensors);
-    device.threads = threads_for(elements);
+    device.team.threads = threads_for(elements);
     if (elements < kElementsToReleaseGil) {
       call(step, device);
       return;

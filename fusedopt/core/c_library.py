@@ -30,6 +30,8 @@ class Step(ctypes.Structure):
         ("total", c_void_p),
         ("control", c_void_p),
         ("threads", c_int32),
+        ("pool", c_void_p),
+        ("schedule", c_void_p),
     )
 
 
