@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,11 +17,8 @@ from jax.experimental.custom_partitioning import (
 )
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fusedopt.core import c_library
-from fusedopt.core.extension import find_library
+from fusedopt.core import jax_calls
 from fusedopt.jax.ranks import in_shard_map, spread, varying
-
-TARGETS = ("fusedopt_jax_step", "fusedopt_jax_measure")
 
 
 class Operand(NamedTuple):
@@ -38,19 +34,6 @@ class Operand(NamedTuple):
     result: int | None = None
 
 
-@functools.cache
-def register() -> None:
-    """Makes the custom calls known to JAX, once.
-
-    Raises:
-        ImportError: they are not compiled.
-    """
-    c_library.load()
-    library = ctypes.CDLL(str(find_library("jax")))
-    for target in TARGETS:
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), "cpu")
-
-
 def custom_call(
     target: str, operands: Sequence[Operand], results: Sequence[jax.Array], **attributes: Any
 ) -> list[jax.Array]:
@@ -64,7 +47,7 @@ def custom_call(
         NotImplementedError: under `jax.vmap`.
         ValueError: an operand is sharded, outside of `jax.shard_map`.
     """
-    register()
+    jax_calls.register()
     values = [it.value for it in operands]
     axes = frozenset[str]().union(*map(varying, values))
     in_place = {k: it.result for k, it in enumerate(operands) if it.result is not None}

@@ -12,12 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fusedopt.core import c_library
+from fusedopt.core import c_library, jax_calls
 from fusedopt.jax.custom_call import Operand, custom_call
 from fusedopt.jax.formula import Formula
 from fusedopt.jax.ranks import all_varying, check_same, check_spread, is_counted, spread
-
-PIECES = 4  # of 16 bits, of a number of the message between ranks: csrc/ffi/message.h
 
 
 class State(NamedTuple):
@@ -68,7 +66,7 @@ def call(
     ]
     _check_ranks([numbers, *changed], all_varying(leaves.params))
     norm, count, skips, *rest = custom_call(
-        "fusedopt_jax_step",
+        jax_calls.STEP,
         [numbers, total, *changed[:2], *grads, *changed[2:]],
         [state.grad_norm, *(it.value for it in changed)],
         rule=formula.rule,
@@ -110,7 +108,6 @@ def _total(formula: Formula, leaves: Leaves) -> jax.Array:
         return jnp.zeros(0, jnp.int32)
     counted = jnp.array([is_counted(it, axes) for it in leaves.params], jnp.bool_)
     operands = [Operand("", it) for it in (counted, *leaves.grads)]
-    size = c_library.load().message_size * PIECES
-    like = spread(jnp.zeros(size, jnp.int32), axes)
-    (message,) = custom_call("fusedopt_jax_measure", operands, [like], rule=formula.rule)
+    like = spread(jnp.zeros(jax_calls.message_size(), jnp.int32), axes)
+    (message,) = custom_call(jax_calls.MEASURE, operands, [like], rule=formula.rule)
     return jax.lax.psum(message, tuple(sorted(axes)))
