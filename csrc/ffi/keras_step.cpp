@@ -1,9 +1,11 @@
 // The custom call of Keras's JAX backend: one step, in place. Every state of every variable has an
 // array of its own, the rule's scalars are arrays that all variables share, and the gradients may
-// be those of a scaled loss.
+// be those of a scaled loss. Several calls may share a step: each of them takes some of the
+// variables, and all take the total of fusedopt_jax_measure over all gradients.
 #include <cmath>
 #include <string_view>
 
+#include "ffi/message.h"
 #include "ffi/tensors.h"
 
 namespace {
@@ -11,9 +13,11 @@ namespace {
 using namespace fusedopt;
 
 // The order of the operands and results. All results but the norm lie in the memory of operands.
+// There is a total if it has any elements.
 enum Operand : size_t {
   kLr,
   kScale,
+  kTotal,
   kCount,
   kSkips,
   kScalars
@@ -93,6 +97,7 @@ ffi::Error take_step(ffi::ThreadPool threads, std::string_view rule,
   const Plan plan = tensors.plan(std::string(rule), groups.begin(), num_groups);
   if (plan == nullptr) return failure(fusedopt_error());
 
+  const OptionalMessage total(*args.get<ffi::AnyBuffer>(kTotal));
   fusedopt_control control{};
   fusedopt_step step{};
   step.arrays = arrays.data();
@@ -102,6 +107,7 @@ ffi::Error take_step(ffi::ThreadPool threads, std::string_view rule,
   step.measure = skip_nonfinite || std::isfinite(max_grad_norm);
   step.skip_nonfinite = skip_nonfinite;
   step.grad_scale = is_scaled ? args.get<ffi::AnyBuffer>(kScale)->typed_data<float>() : nullptr;
+  step.total = total.data();
   step.control = &control;
   lend(threads, step);
   if (fusedopt_take_step(plan.get(), &step) != 0) return failure(fusedopt_error());

@@ -1,12 +1,16 @@
 // The message of a step over ranks in 32 bits: JAX has no integers of 64 bits by default.
 #pragma once
 
+#include <xla/ffi/api/ffi.h>
+
 #include <array>
 #include <cstdint>
 
 #include "c/fusedopt.h"
 
 namespace fusedopt {
+
+namespace ffi = xla::ffi;
 
 using Message = std::array<int64_t, FUSEDOPT_MESSAGE_SIZE>;
 
@@ -27,5 +31,20 @@ inline Message join(const int32_t* pieces) {
   }
   return message;
 }
+
+// A message in an operand, which has no elements if there is none.
+class OptionalMessage {
+ public:
+  explicit OptionalMessage(const ffi::AnyBuffer& pieces) : given_(pieces.element_count() > 0) {
+    if (given_) message_ = join(pieces.typed_data<int32_t>());
+  }
+
+  // Null if there is none.
+  const int64_t* data() const { return given_ ? message_.data() : nullptr; }
+
+ private:
+  bool given_;
+  Message message_{};
+};
 
 }  // namespace fusedopt

@@ -111,9 +111,7 @@ ffi::Error take_step(ffi::ThreadPool threads, std::string_view rule,
   const Plan plan = tensors.plan(std::string(rule), groups.begin(), num_groups);
   if (plan == nullptr) return failure(fusedopt_error());
 
-  const ffi::AnyBuffer pieces = *args.get<ffi::AnyBuffer>(kTotal);
-  const bool has_total = pieces.element_count() > 0;
-  const Message total = has_total ? join(pieces.typed_data<int32_t>()) : Message{};
+  const OptionalMessage total(*args.get<ffi::AnyBuffer>(kTotal));
   fusedopt_control control{};
   fusedopt_step step{};
   step.arrays = arrays.data();
@@ -122,7 +120,7 @@ ffi::Error take_step(ffi::ThreadPool threads, std::string_view rule,
   step.max_grad_norm = numbers.back();
   step.measure = skip_nonfinite || std::isfinite(step.max_grad_norm);
   step.skip_nonfinite = skip_nonfinite;
-  step.total = has_total ? total.data() : nullptr;
+  step.total = total.data();
   step.control = &control;
   lend(threads, step);
   if (fusedopt_take_step(plan.get(), &step) != 0) return failure(fusedopt_error());

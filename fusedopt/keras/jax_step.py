@@ -1,11 +1,9 @@
-"""One step of a rule as a custom call, over the arrays of Keras's variables."""
+"""One step of a rule as custom calls, over the arrays of Keras's variables."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import math
 from collections.abc import Sequence
 from itertools import islice
@@ -15,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fusedopt.core import c_library
-from fusedopt.core.extension import find_library
+from fusedopt.core import c_library, jax_calls
 
-TARGET = "fusedopt_keras_step"
+# XLA compiles a call ever more slowly, the more results lie in the memory of its operands.
+MAX_VARIABLES = 64
 
 
 class Formula(NamedTuple):
@@ -43,6 +41,10 @@ class Formula(NamedTuple):
         numbers = [it for group in self.options for it in c_library.in_order(self.rule, group)]
         return np.array(numbers, np.float64)
 
+    def part(self, which: slice) -> Formula:
+        """The formula of some of the variables."""
+        return self._replace(groups=self.groups[which])
+
 
 class Arrays(NamedTuple):
     """What a step reads and changes.
@@ -61,17 +63,10 @@ class Arrays(NamedTuple):
     params: list[jax.Array]
     states: dict[str, list[jax.Array]]
 
-
-@functools.cache
-def register() -> None:
-    """Makes the custom call known to JAX, once.
-
-    Raises:
-        ImportError: it is not compiled.
-    """
-    c_library.load()
-    library = ctypes.CDLL(str(find_library("jax")))
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.fusedopt_keras_step), "cpu")
+    def part(self, which: slice) -> Arrays:
+        """Those of some of the variables."""
+        states = {name: kept[which] for name, kept in self.states.items()}
+        return self._replace(params=self.params[which], states=states)
 
 
 def take_step(
@@ -81,20 +76,51 @@ def take_step(
     grads: Sequence[jax.Array],
     arrays: Arrays,
 ) -> tuple[jax.Array, Arrays]:
-    """The gradient norm, and the new arrays, in the memory of the old ones where it is donated."""
-    register()
+    """The gradient norm, and the new arrays, in the memory of the old ones where it is donated.
+
+    Many variables are shared out to several calls, which all take the exact sum of squares of all
+    gradients. So they all have the same norm, skip together, and leave the same scalars.
+    """
+    jax_calls.register()
+    parts = [slice(k, k + MAX_VARIABLES) for k in range(0, len(grads), MAX_VARIABLES)]
+    total = _measure(formula, grads) if len(parts) > 1 else jnp.zeros(0, jnp.int32)
+    norms, done = zip(
+        *(_call(formula.part(it), lr, scale, total, grads[it], arrays.part(it)) for it in parts)
+    )
+    params = [it for part in done for it in part.params]
+    states = {name: [it for part in done for it in part.states[name]] for name in arrays.states}
+    return norms[0], done[0]._replace(params=params, states=states)
+
+
+def _measure(formula: Formula, grads: Sequence[jax.Array]) -> jax.Array:
+    """The exact sum of squares of all gradients."""
+    counted = jnp.ones(len(grads), jnp.bool_)
+    result = jax.ShapeDtypeStruct((jax_calls.message_size(),), jnp.int32)
+    return jax.ffi.ffi_call(jax_calls.MEASURE, result)(counted, *grads, rule=formula.rule)
+
+
+def _call(
+    formula: Formula,
+    lr: jax.Array,
+    scale: jax.Array | None,
+    total: jax.Array,
+    grads: Sequence[jax.Array],
+    arrays: Arrays,
+) -> tuple[jax.Array, Arrays]:
+    """The step of variables that are few enough for one call."""
     names = [*c_library.load().rules[formula.rule].states]
     used = [name for name in names if name in arrays.states]
     states = [it for name in used for it in arrays.states[name]]
     small, large = [arrays.count, arrays.skips, *arrays.scalars], [*arrays.params, *states]
     factor = jnp.ones((), jnp.float32) if scale is None else scale
     numbers = [jnp.asarray(it).astype(jnp.float32) for it in (lr, factor)]
+    numbers.append(total)
     before = len(numbers) + len(small) + len(grads)  # the operands before `large`
     in_place = {len(numbers) + k: 1 + k for k in range(len(small))}
     in_place |= {before + k: 1 + len(small) + k for k in range(len(large))}
     results = [jax.ShapeDtypeStruct((), jnp.float32)]
     results += [jax.ShapeDtypeStruct(it.shape, it.dtype) for it in (*small, *large)]
-    call = jax.ffi.ffi_call(TARGET, results, input_output_aliases=in_place)
+    call = jax.ffi.ffi_call(jax_calls.KERAS_STEP, results, input_output_aliases=in_place)
     norm, count, skips, *rest = call(
         *numbers,
         *small,
