@@ -11,6 +11,7 @@
 #include "rules/all.h"
 #if FUSEDOPT_WITH_CUDA
 #include "cuda/passes.h"
+#include "cuda/shared_count.h"
 #endif
 
 namespace fusedopt {
@@ -165,6 +166,29 @@ int upload([[maybe_unused]] const Device& device, void* to, const void* from, si
   if (bytes > 0) memcpy(to, from, bytes);
   return 0;
 }
+
+#if FUSEDOPT_WITH_CUDA
+
+int spread_count(const SharedCount& count, const SharedScalars& scalars, int64_t num_tensors,
+                 const Device& device) {
+  return cuda::spread_count(count.steps, scalars, num_tensors, launch_on(device));
+}
+
+int collect_count(const StepControl& control, const SharedCount& count, const Device& device) {
+  return cuda::collect_count(control, count, launch_on(device));
+}
+
+#else
+
+int spread_count(const SharedCount&, const SharedScalars&, int64_t, const Device&) {
+  throw std::invalid_argument("a shared count needs CUDA");
+}
+
+int collect_count(const StepControl&, const SharedCount&, const Device&) {
+  throw std::invalid_argument("a shared count needs CUDA");
+}
+
+#endif
 
 bool built_with_cuda() { return FUSEDOPT_WITH_CUDA != 0; }
 

@@ -1,25 +1,15 @@
 // JAX's custom calls: one step over the buffers of a compiled program, in place. Over several
 // ranks, each of them measures first, and the program adds up their messages.
 #include <cmath>
-#include <sstream>
 #include <string_view>
 
 #include "ffi/message.h"
-#include "ffi/tensors.h"
+#include "ffi/operands.h"
+#include "math/power.h"
 
 namespace {
 
 using namespace fusedopt;
-
-// The order of the operands and results. All results but the norm lie in the memory of operands.
-// There is a total over ranks if it has any elements. After the first gradient come the others,
-// parameters and states.
-enum Operand : size_t { kNumbers, kTotal, kCount, kSkips, kTensors };
-enum Result : size_t { kGradNorm, kNewCount, kNewSkips, kNewTensors };  // then parameters, states
-
-ffi::AnyBuffer buffer(const ffi::RemainingRets& results, size_t index) {
-  return **results.get<ffi::AnyBuffer>(index);
-}
 
 // The numbers of the options of all groups, and then the limit. Some are constants of the program,
 // the others are an operand.
@@ -31,69 +21,19 @@ std::vector<double> numbers_of(ffi::Span<const double> constants, ffi::Span<cons
   return numbers;
 }
 
-// 1 after `count` multiplications by `factor` in float32. Below 2^-64 it may be anything: rules
-// subtract it from 1 in float64.
-float product_after(int32_t count, float factor) {
-  float product = 1;
-  for (int32_t i = 0; i < count && product > 0x1p-64f; ++i) product *= factor;
-  return product;
-}
-
-// The scalars of a tensor before this step: how many steps there were, and products that every
+// The scalars of all tensors before this step: how many steps there were, and products that every
 // step multiplied by one of the numbers.
 std::vector<float> scalars_of(int32_t count, ffi::Span<const int32_t> factors,
-                              const std::vector<double>& numbers) {
+                              const std::vector<double>& numbers, size_t num_tensors) {
   std::vector<float> scalars{static_cast<float>(count)};
   for (const int32_t place : factors) {
     scalars.push_back(product_after(count, static_cast<float>(numbers[place])));
   }
+  const size_t per_tensor = scalars.size();
+  while (scalars.size() < num_tensors * per_tensor) {
+    scalars.push_back(scalars[scalars.size() - per_tensor]);
+  }
   return scalars;
-}
-
-// The addresses of a step's arrays, and the memory of its scalars.
-class Arrays {
- public:
-  Arrays(size_t num_tensors, size_t num_states, const std::vector<float>& scalars)
-      : num_tensors_(num_tensors),
-        per_tensor_(1 + num_states + scalars.size()),
-        addresses_(num_tensors * per_tensor_) {
-    for (size_t t = 0; t < num_tensors; ++t) {
-      scalars_.insert(scalars_.end(), scalars.begin(), scalars.end());
-    }
-    for (size_t i = 0; i < scalars_.size(); ++i) {
-      const size_t t = i / scalars.size(), k = i % scalars.size();
-      addresses_[t * per_tensor_ + 1 + num_states + k] = &scalars_[i];
-    }
-  }
-
-  // Finds parameters, and then states, in the results from the one at `first` on.
-  void find(const ffi::RemainingRets& results, size_t first, int64_t states_used) {
-    for (size_t t = 0; t < num_tensors_; ++t) {
-      addresses_[t * per_tensor_] = buffer(results, first + t).untyped_data();
-    }
-    States states(results, first + num_tensors_);
-    for (int64_t k = 0; states_used >> k != 0; ++k) {
-      if ((states_used >> k & 1) == 0) continue;
-      states.begin_state();
-      for (size_t t = 0; t < num_tensors_; ++t) {
-        const ffi::AnyBuffer param = buffer(results, first + t);
-        addresses_[t * per_tensor_ + 1 + k] = states.take(param.element_type(), param.size_bytes());
-      }
-    }
-  }
-
-  void* const* data() const { return addresses_.data(); }
-
- private:
-  size_t num_tensors_, per_tensor_;
-  std::vector<void*> addresses_;
-  std::vector<float> scalars_;
-};
-
-std::string bad_limit(double number) {
-  std::ostringstream text;
-  text << "Invalid max_grad_norm value: " << number << "; expected a number > 0";
-  return text.str();
 }
 
 ffi::Error take_step(ffi::ThreadPool threads, std::string_view rule,
@@ -105,9 +45,11 @@ ffi::Error take_step(ffi::ThreadPool threads, std::string_view rule,
   int32_t& count = *buffer(results, kNewCount).typed_data<int32_t>();
   int32_t& skips = *buffer(results, kNewSkips).typed_data<int32_t>();
   const Tensors tensors(args, kTensors, groups.size());
-  Arrays arrays(tensors.count(), num_states, scalars_of(count, factors, numbers));
+  std::vector<float> scalars = scalars_of(count, factors, numbers, tensors.count());
+  Arrays arrays(tensors.count(), num_states, 1 + factors.size());
   arrays.find(results, kNewTensors, states_used);
-  if (!(numbers.back() > 0)) return failure(bad_limit(numbers.back()));
+  arrays.set_scalars(scalars.data());
+  if (const auto why = bad_limit(numbers.back()); !why.empty()) return failure(why);
   const Plan plan = tensors.plan(std::string(rule), groups.begin(), num_groups);
   if (plan == nullptr) return failure(fusedopt_error());
 

@@ -66,9 +66,10 @@ struct Tensors {
   size_t count() const { return grads.size(); }
 
   // Null if the tensors are refused. `groups`: see fusedopt_new_plan().
-  Plan plan(const std::string& rule, const int32_t* groups, int64_t num_groups) const {
+  Plan plan(const std::string& rule, const int32_t* groups, int64_t num_groups,
+            bool on_cuda = false) const {
     return Plan(fusedopt_new_plan(rule.c_str(), static_cast<int64_t>(count()), sizes.data(),
-                                  dtypes.data(), groups, num_groups));
+                                  dtypes.data(), groups, num_groups, on_cuda));
   }
 };
 

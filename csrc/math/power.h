@@ -19,6 +19,14 @@ FUSEDOPT_INLINE double power(double base, uint64_t exponent) {
   return result;
 }
 
+// 1 after `count` multiplications by `factor` in float32, as steps make them one after another.
+// Below 2^-64 it may be anything: rules subtract it from 1 in float64.
+FUSEDOPT_INLINE float product_after(int32_t count, float factor) {
+  float product = 1;
+  for (int32_t i = 0; i < count && product > 0x1p-64f; ++i) product *= factor;
+  return product;
+}
+
 // By repeated squaring, and a root for each binary digit after the point.
 FUSEDOPT_INLINE double real_power(double base, double exponent) {
   const double size = std::fabs(exponent);

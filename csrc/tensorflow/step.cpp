@@ -203,7 +203,7 @@ tf::Status StepOp::make_plan(const std::vector<Variable>& variables) {
   }
   if (plan_ != nullptr && sizes == sizes_ && dtypes == dtypes_) return tf::OkStatus();
   plan_.reset(fusedopt_new_plan(rule_.c_str(), num_variables(), sizes.data(), dtypes.data(),
-                                groups_.data(), num_groups_));
+                                groups_.data(), num_groups_, /*on_cuda=*/0));
   if (plan_ == nullptr) return InvalidArgument(fusedopt_error());
   sizes_ = sizes;
   dtypes_ = dtypes;

@@ -89,7 +89,7 @@ def _declare(functions: ctypes.CDLL) -> None:
         ("error", c_char_p),
         ("describe", c_char_p),
         ("states_used", c_int64, c_char_p, c_void_p),
-        ("new_plan", c_void_p, c_char_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64),
+        ("new_plan", c_void_p, c_char_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int32),
         ("free_plan", None, c_void_p),
         ("take_step", c_int, c_void_p, ctypes.POINTER(Step)),
     ):
@@ -142,7 +142,7 @@ class Plan:
         self._functions = load().functions
         self._lock = threading.Lock()
         self._address = self._functions.fusedopt_new_plan(
-            rule.encode(), count, (c_int64 * count)(*sizes), (c_int32 * count)(*dtypes), None, 1
+            rule.encode(), count, (c_int64 * count)(*sizes), (c_int32 * count)(*dtypes), None, 1, 0
         )
         if self._address is None:
             raise _error()

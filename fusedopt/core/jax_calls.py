@@ -12,6 +12,7 @@ from fusedopt.core.extension import find_library
 
 STEP = "fusedopt_jax_step"
 KERAS_STEP = "fusedopt_keras_step"
+CUDA_STEP = "fusedopt_jax_cuda_step"  # STEP, on a GPU
 MEASURE = "fusedopt_jax_measure"
 PIECES = 4  # of 16 bits, of a number of the message between ranks: csrc/ffi/message.h
 
@@ -27,8 +28,10 @@ def register() -> None:
 
     c_library.load()
     library = ctypes.CDLL(str(find_library("jax")))
-    for target in (STEP, KERAS_STEP, MEASURE):
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), "cpu")
+    targets = [("cpu", it, it) for it in (STEP, KERAS_STEP, MEASURE)]
+    for platform, target, name in (*targets, ("CUDA", STEP, CUDA_STEP)):
+        function = jax.ffi.pycapsule(getattr(library, name))
+        jax.ffi.register_ffi_target(target, function, platform)
 
 
 def message_size() -> int:
