@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,7 @@ def test_gradients_are_refused_by_name_and_nothing_changes(bad, words):
     assert_same_bits(numbers_of(optimizer, variables), before)
 
 
+@pytest.mark.skipif(find_spec("torch") is None, reason="no torch here: every test shows it")
 def test_it_does_not_import_torch():
     script = "import sys, fusedopt.keras as it; it.FusedSGD(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
