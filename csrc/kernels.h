@@ -13,6 +13,7 @@
 #include "core/layout.h"
 #include "core/message.h"
 #include "core/params.h"
+#include "core/shared_count.h"
 #include "core/team.h"
 #include "rules/rule.h"
 
@@ -77,19 +78,8 @@ FUSEDOPT_API int update(const RuleInfo& rule, const StepParams& step, const Devi
 // All three calls in order. measure() and reduce() run only if step.options.measure is set.
 FUSEDOPT_API int run_step(const RuleInfo& rule, const StepParams& step, const Device& device);
 
-// For front ends whose tensors share their counters, on a CUDA device.
-struct SharedCount {
-  int32_t *steps, *skips;  // applied and skipped steps
-  float* grad_norm;        // of the last step
-};
-// The scalars of all tensors, one tensor after another: the count of steps, and numbers that every
-// step has multiplied by a factor.
-struct SharedScalars {
-  const float* factors;  // on the host
-  int count;             // per tensor, with the count of steps
-  float* values;
-};
-// Before a step, and after it. They throw std::invalid_argument in a build without CUDA.
+// Before a step and after it, if all tensors share their counters (core/shared_count.h), on CUDA.
+// They throw std::invalid_argument in a build without CUDA.
 FUSEDOPT_API int spread_count(const SharedCount& count, const SharedScalars& scalars,
                               int64_t num_tensors, const Device& device);
 FUSEDOPT_API int collect_count(const StepControl& control, const SharedCount& count,

@@ -1,8 +1,8 @@
 // Counters that all tensors share: see kernels.h.
 #pragma once
 
+#include "core/shared_count.h"
 #include "cuda/passes.h"
-#include "kernels.h"
 
 namespace fusedopt::cuda {
 
