@@ -114,7 +114,7 @@ double total_of_chunks(const StepParams& step) {
 
 void measure(const StepParams& step, const Team& team) {
   Walk walk(step, Order::kForward, Arrays::kGrads);
-  in_parallel(team, [&] { walk.run([&](int64_t chunk) { measure_chunk(step, chunk); }); });
+  in_turn(team, Together{[&] { walk.run([&](int64_t i) { measure_chunk(step, i); }); }});
 }
 
 void reduce(const StepParams& step) {

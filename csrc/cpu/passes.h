@@ -12,7 +12,7 @@ void write_message(const StepParams& step, const bool* counted, int64_t* message
 template <class Rule>
 void update(const StepParams& step, const Team& team);
 
-// All three calls in order. The first two run only if step.options.measure is set.
+// All three calls in one parallel region. The first two run only if step.options.measure is set.
 template <class Rule>
 void run_step(const StepParams& step, const Team& team);
 

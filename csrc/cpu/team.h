@@ -26,19 +26,55 @@ class IeeeArithmetic {
   fenv_t before_;
 };
 
-// Calls body() in the caller's thread, and in the other threads of the team that come in time. The
-// bodies share out the work: whoever is there does all that is left. A forked child has no other
-// threads.
+// Work that the threads of a team share out: whoever comes in time does all that is left.
 template <class Body>
-void in_parallel(const Team& team, Body body) {
-  const auto work = [&] {
+struct Together {
+  Body body;
+
+  void lend(const Pool& pool, int helpers) const {
+    share_call(pool, helpers, [this] {
+      const IeeeArithmetic ieee;
+      body();
+    });
+  }
+  void join() const { body(); }
+};
+
+// Work of one thread. The others wait for it.
+template <class Body>
+struct Alone {
+  Body body;
+
+  void lend(const Pool&, int) const {
     const IeeeArithmetic ieee;
     body();
-  };
+  }
+  void join() const {
+#pragma omp barrier
+#pragma omp single
+    body();
+  }
+};
+
+template <class Body>
+Together(Body) -> Together<Body>;
+template <class Body>
+Alone(Body) -> Alone<Body>;
+
+// Does the work of all parts, one part after another. OpenMP's threads meet once for all of them, a
+// pool's for each. A forked child has no other threads.
+template <class... Parts>
+void in_turn(const Team& team, const Parts&... parts) {
   [[maybe_unused]] const int threads = in_forked_child() ? 1 : team.threads;
-  if (team.pool.schedule != nullptr) return share_call(team.pool, threads - 1, work);
+  if (team.pool.schedule != nullptr) {
+    (parts.lend(team.pool, threads - 1), ...);
+    return;
+  }
 #pragma omp parallel num_threads(threads)
-  work();
+  {
+    const IeeeArithmetic ieee;
+    (parts.join(), ...);
+  }
 }
 
 }  // namespace fusedopt::cpu
