@@ -30,7 +30,8 @@ struct TrustPass : Rule {
 
 // What a pass loads and stores. Bit k stands for the rule's kStates[k].
 template <class Rule>
-inline constexpr unsigned loaded_states = Rule::kIsTrustPass ? Rule::kTrustStates : ~0u;
+inline constexpr unsigned loaded_states =
+    Rule::kIsTrustPass ? Rule::kTrustStates | Rule::kTrustReads : ~0u;
 template <class Rule>
 inline constexpr unsigned stored_states =
     Rule::kIsTrustPass ? Rule::kTrustStates : ~Rule::kTrustStates;

@@ -22,11 +22,14 @@
 //                     in the first pass
 //   kTrustStates      the states that the first pass updates. If there are any, the second pass
 //                     gets no gradient and only reads these states; else it updates all states
+//   kTrustReads       the states that the first pass reads and doesn't change
 //   kTrustReadsParams whether the first pass reads the parameters. If not, trust_term() gets 0 in
 //                     their place, and TrustNorms::params is 0
 //   trust_term        updates the kTrustStates, and returns the element whose square is summed up
 //   trust_ratio       the ratio, from the TrustNorms, in float64
 #pragma once
+
+#include <cmath>
 
 #include "math/blocks.h"
 #include "math/inline.h"
@@ -65,12 +68,19 @@ struct TrustNorms {
   double params, terms, numel;
 };
 
+// The trust ratio of cautious steps: one over the share of the elements that move. Their terms are
+// 1, those of the others 0.
+FUSEDOPT_INLINE double inverse_share(const TrustNorms& norms) {
+  const double share = std::round(norms.terms * norms.terms) / norms.numel;
+  return 1 / (share > 1e-3 ? share : 1e-3);
+}
+
 // Declarations that most rules share.
 struct RuleDefaults {
   static constexpr bool kHasLr = true;
   static constexpr bool kHasMaximize = true;
   static constexpr bool kHasTrustRatio = false, kIsTrustPass = false;
-  static constexpr unsigned kTrustStates = 0;
+  static constexpr unsigned kTrustStates = 0, kTrustReads = 0;
   static constexpr bool kTrustReadsParams = true;
 
   template <class Hyperparameters>
@@ -92,6 +102,13 @@ FUSEDOPT_INLINE T with_l2(T grad, T weight_decay, T param) {
 template <class T>
 FUSEDOPT_INLINE T sign_of(T value) {
   return static_cast<T>(value > 0) - static_cast<T>(value < 0);
+}
+
+// Whether a cautious step (Liang et al., 2024) moves an element: 1, or 0 if its update has another
+// sign than its gradient, or if one of them is 0. The signs are compared, as a product may vanish.
+template <class T>
+FUSEDOPT_INLINE T agrees(T update, T grad) {
+  return static_cast<T>((update > 0 && grad > 0) || (update < 0 && grad < 0));
 }
 
 // Updates the averages of the gradient and of its square. Adam and NAdam share them.

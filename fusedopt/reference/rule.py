@@ -50,6 +50,7 @@ class Trust:
         ratio: `ratio(group, norms)` returns the ratio.
         states: the names of the states that `term` updates. If there are any, `Rule.update` uses no
             gradient.
+        reads: the names of the states that `term` gets, too, and doesn't change.
         reads_param: whether `term` or `ratio` needs the parameter. If not, its norm is given as 0.
     """
 
@@ -59,6 +60,7 @@ class Trust:
     ]
     ratio: Callable[[Group, TrustNorms], float]
     states: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
     reads_param: bool = True
 
 

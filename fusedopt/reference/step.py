@@ -223,7 +223,8 @@ def update(
 
     ratio: tuple[float, ...] = ()
     if (trust := rule.trust) is not None:
-        term, new_states = trust.term(options, scalars, values, grad, load(trust.states))
+        read = load((*trust.states, *trust.reads))
+        term, new_states = trust.term(options, scalars, values, grad, read)
         store(new_states)
         param_norm = norms.tensor_norm(values, param) if trust.reads_param else 0.0
         found = TrustNorms(param_norm, norms.tensor_norm(term, param), param.numel())
