@@ -161,6 +161,8 @@ def run(cls: Any, backend: str, device: torch.device, with_params: bool = True) 
     options = {name: value for name, value in asked.items() if name in known}
     optimizer = cls(params, max_grad_norm=1.0, backend=backend, **options)
     for step in range(STEPS):
+        if "cautious" in known:
+            optimizer.cautious = step == STEPS - 1
         for param in params:
             param.grad = draw(tuple(param.shape), param.dtype)
         if step == 1:

@@ -11,6 +11,20 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fusedopt
+from fusedopt.optimizers.adam import CAUTIOUS_ADAMW
+from fusedopt.optimizers.lion import CAUTIOUS_LION
+
+
+class FusedCautiousAdamW(fusedopt.FusedAdamW):
+    # `cautious=True` as a class: the table has one class for each rule. test_cautious.py has the
+    # option.
+    __doc__ = fusedopt.FusedAdamW.__doc__
+    rule = CAUTIOUS_ADAMW
+
+
+class FusedCautiousLion(fusedopt.FusedLion):
+    __doc__ = fusedopt.FusedLion.__doc__
+    rule = CAUTIOUS_LION
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,19 @@ CASES = [
         fusedopt.FusedLion,
         twins.Lion,
         {"weight_decay": 0.1, "maximize": True},
+        {"lr": 0.1, "betas": (0.5, 0.9)},
+    ),
+    *cases_of(
+        FusedCautiousAdamW,
+        twins.CautiousAdamW,
+        {"weight_decay": 0.0},
+        {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3},
+        {"amsgrad": True, "maximize": True, "betas": (0.3, 0.9)},
+    ),
+    *cases_of(
+        FusedCautiousLion,
+        twins.CautiousLion,
+        {"weight_decay": 0.1, "maximize": True, "lr": 1e-3},
         {"lr": 0.1, "betas": (0.5, 0.9)},
     ),
     *cases_of(

@@ -177,7 +177,8 @@ def arrays_of_updates(rule, group):
     if rule.trust is None:
         return [(1 + updated, updated)]
     early = len(rule.trust.states)  # the pass after reads them, and no gradient
-    return [(1 + rule.trust.reads_param + early, early), (updated + (early == 0), updated - early)]
+    first = 1 + rule.trust.reads_param + early + len(rule.trust.reads)
+    return [(first, early), (updated + (early == 0), updated - early)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -200,7 +201,10 @@ def test_bytes_of_a_step(traffic, case, dtype):
 def test_bytes_for_each_float32_with_a_trust_ratio(traffic):
     """And 4 more with clipping."""
     cases = {case.cls.__name__: case for case in CLASSES}
-    for cls, expected in (("FusedLAMB", 40), ("FusedStableAdamW", 36), ("FusedLARS", 28)):
+    expected_of = {"FusedLAMB": 40, "FusedStableAdamW": 36, "FusedLARS": 28}
+    for cls, expected in (
+        expected_of | {"FusedCautiousAdamW": 36, "FusedCautiousLion": 28}
+    ).items():
         for limit, more in ((None, 0), (1.0, 4)):
             optimizer, count, _ = filled(cases[cls], torch.float32, max_grad_norm=limit)
             assert sum(map(sum, traffic(optimizer.step))) == (expected + more) * count

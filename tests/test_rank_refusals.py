@@ -6,6 +6,7 @@ import over_ranks
 import pytest
 import torch
 import torch.distributed as dist
+from cases import FusedCautiousAdamW, FusedCautiousLion
 from rank_tensors import counted_all_reduces, on_all, placed, set_grads, sharded, tensors
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -144,11 +145,12 @@ def parts_have_no_norm(rank):
 def parts_have_no_trust_ratio(rank):
     """Of replicated tensors each rank has the norm."""
     mesh = init_device_mesh("cpu", (2,))
-    for cls in (fusedopt.FusedLAMB, fusedopt.FusedLARS, fusedopt.FusedStableAdamW):
-        with pytest.raises(ValueError, match=f"{cls.__name__} needs the norm of .*a part only"):
+    cautious = (FusedCautiousAdamW, FusedCautiousLion)
+    for cls in (fusedopt.FusedLAMB, fusedopt.FusedLARS, fusedopt.FusedStableAdamW, *cautious):
+        with pytest.raises(ValueError, match=f"{cls.__name__} .* needs a sum over .*a part only"):
             cls(sharded(mesh, [Shard(0)]))
         flat = FSDP(torch.nn.Linear(5, 3), device_id=torch.device("cpu"))
-        with pytest.raises(ValueError, match=f"{cls.__name__} needs the norm of .*a part only"):
+        with pytest.raises(ValueError, match=f"{cls.__name__} .* needs a sum over .*a part only"):
             cls(flat.parameters(), process_group=dist.group.WORLD, plain="own")
         params, alone = sharded(mesh, [Replicate()]), list(map(torch.nn.Parameter, tensors(0)))
         for those in (params, alone):

@@ -24,13 +24,14 @@ TRUSTED = [case for case in CLASSES if case.cls.rule.trust is not None]
 each_case = pytest.mark.parametrize("case", TRUSTED, ids=lambda case: case.cls.__name__)
 
 
-ADAPTED = [case for case in TRUSTED if case.cls is not fusedopt.FusedStableAdamW]
+ADAPTED = [case for case in TRUSTED if case.cls in (fusedopt.FusedLAMB, fusedopt.FusedLARS)]
 each_adapted = pytest.mark.parametrize("case", ADAPTED, ids=lambda case: case.cls.__name__)
 
 
 def test_all_classes_are_here():
     names = {case.cls.__name__ for case in TRUSTED}
-    assert names == {"FusedLAMB", "FusedLARS", "FusedStableAdamW"}
+    cautious = {"FusedCautiousAdamW", "FusedCautiousLion"}
+    assert names == {"FusedLAMB", "FusedLARS", "FusedStableAdamW", *cautious}
 
 
 def moved_by(backend, cls, values, grads, **kwargs):

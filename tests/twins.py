@@ -72,6 +72,51 @@ class Lion(Twin):
         average.mul_(beta2).add_(grad, alpha=1 - beta2)
 
 
+def cautious(average, grad):
+    """The mask of the authors' C-Optim, c_adamw.py; timm has it for Lion as well."""
+    mask = (average * grad > 0).to(grad.dtype)
+    return mask / mask.mean().clamp_(min=1e-3)
+
+
+class CautiousLion(Lion):
+    """Algorithm 2 of arXiv:2302.06675 with the mask of arXiv:2411.16085."""
+
+    def update(self, group, param, grad, state):
+        if not state:
+            state["exp_avg"] = torch.zeros_like(param)
+        beta1, beta2 = group["betas"]
+        average = state["exp_avg"]
+        update = (beta1 * average + (1 - beta1) * grad).sign()
+        update = update * cautious(update, grad) + group["weight_decay"] * param
+        param.sub_(group["lr"] * update)
+        average.mul_(beta2).add_(grad, alpha=1 - beta2)
+
+
+class CautiousAdamW(Twin, torch.optim.AdamW):
+    """AdamW with the mask of arXiv:2411.16085, and torch's arguments and states."""
+
+    __init__ = torch.optim.AdamW.__init__
+    __setstate__ = torch.optim.AdamW.__setstate__
+
+    def update(self, group, param, grad, state):
+        if not state:
+            on_device = group["capturable"] or group["fused"]
+            state["step"] = torch.zeros((), device=param.device if on_device else None)
+            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + group["amsgrad"]]:
+                state[name] = torch.zeros_like(param)
+        state["step"] += 1
+        mean, squares, (beta1, beta2) = state["exp_avg"], state["exp_avg_sq"], group["betas"]
+        mean.mul_(beta1).add_(grad, alpha=1 - beta1)
+        squares.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        if group["amsgrad"]:
+            squares = torch.maximum(state["max_exp_avg_sq"], squares, out=state["max_exp_avg_sq"])
+        first = mean / (1 - beta1 ** int(state["step"]))
+        second = squares / (1 - beta2 ** int(state["step"]))
+        update = first / (second.sqrt() + group["eps"])
+        param.mul_(1 - group["lr"] * group["weight_decay"])
+        param.sub_(group["lr"] * update * cautious(mean, grad))
+
+
 def flags(maximize, foreach, capturable, differentiable):
     names = ("maximize", "foreach", "capturable", "differentiable")
     return dict(zip(names, (maximize, foreach, capturable, differentiable)))

@@ -8,6 +8,8 @@
 #include "rules/adamax.h"
 #include "rules/ademamix.h"
 #include "rules/asgd.h"
+#include "rules/cautious_adamw.h"
+#include "rules/cautious_lion.h"
 #include "rules/lamb.h"
 #include "rules/lars.h"
 #include "rules/lion.h"
@@ -27,6 +29,8 @@
   DO(Adamax)                       \
   DO(AdEMAMix)                     \
   DO(ASGD)                         \
+  DO(CautiousAdamW)                \
+  DO(CautiousLion)                 \
   DO(LAMB)                         \
   DO(LARS)                         \
   DO(Lion)                         \

@@ -26,6 +26,8 @@ __all__ = [
     "AdamW",
     "Adamax",
     "ArrayOptimizer",
+    "CautiousAdamW",
+    "CautiousLion",
     "Lion",
     "NAdam",
     "RAdam",
@@ -93,6 +95,13 @@ class AdamW(ArrayOptimizer):
     amsgrad: bool = False
     _: KW_ONLY
     maximize: bool = False
+
+
+@dataclass(eq=False)
+class CautiousAdamW(AdamW):
+    """`fusedopt.FusedAdamW` with `cautious=True` over arrays; see `ArrayOptimizer`."""
+
+    rule: ClassVar = "cautious_adamw"
 
 
 @dataclass(eq=False)
@@ -186,6 +195,13 @@ class Lion(ArrayOptimizer):
     weight_decay: float = 0.0
     _: KW_ONLY
     maximize: bool = False
+
+
+@dataclass(eq=False)
+class CautiousLion(Lion):
+    """`fusedopt.FusedLion` with `cautious=True` over arrays; see `ArrayOptimizer`."""
+
+    rule: ClassVar = "cautious_lion"
 
 
 @dataclass(eq=False)

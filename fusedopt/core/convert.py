@@ -127,7 +127,8 @@ def _to_peer(function: str, optimizer: FusedOptimizer, rules: tuple[str, ...]) -
     check_optimizer(function, optimizer)
     if optimizer.rule.name not in rules:
         raise TypeError(
-            f"{function} was given a {type(optimizer).__name__}; expected an optimizer of the "
+            f"{function} was given a {type(optimizer).__name__} of the rule {optimizer.rule.name}; "
+            f"expected an optimizer of the "
             f"rules {', '.join(rules)}"
         )
     for index, group in enumerate(optimizer.param_groups):

@@ -22,6 +22,8 @@ MASTER = "master_param"  # TransformerEngine's key of a float32 master, or of th
 # bitsandbytes: its keys, and our names of what a rule keeps under them; two names are stacked.
 BITSANDBYTES = {
     "adam": {"state1": ("exp_avg",), "state2": ("exp_avg_sq",)},
+    "cautious_adamw": {"state1": ("exp_avg",), "state2": ("exp_avg_sq",)},
+    "cautious_lion": {"state1": ("exp_avg",)},
     "ademamix": {"state1": ("exp_avg_fast", "exp_avg_slow"), "state2": ("exp_avg_sq",)},
     "lion": {"state1": ("exp_avg",)},
     "rmsprop": {"state1": ("square_avg",)},

@@ -216,9 +216,9 @@ class RankStepper(GatheredStep):
             )
         if self.rule.trust is not None and sharding.is_part(param):
             raise ValueError(
-                f"{type(self).__name__} needs the norm of {name}, of which each rank has a part "
-                "only; expected whole parameters: DistributedDataParallel, with shard_states() for "
-                "the states"
+                f"{type(self).__name__} (rule {self.rule.name}) needs a sum over all of {name}, of "
+                "which each rank has a part only; expected whole parameters: "
+                "DistributedDataParallel, with shard_states() for the states"
             )
         if not is_dtensor(param):
             return

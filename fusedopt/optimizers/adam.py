@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,30 +15,58 @@ from torch.optim.optimizer import ParamsT
 from fusedopt.clip import AdaptiveClip
 from fusedopt.core.optimizer import Backend, FusedOptimizer
 from fusedopt.core.settings import MasterWeights, NonFinite, Plain, Rounding, StateDtype
-from fusedopt.optimizers.moments import moment_options, update_moments
-from fusedopt.reference import Group, Rule, Twin, count_step
+from fusedopt.optimizers.cautious import CautiousOption, agrees, inverse_share, rule_choice
+from fusedopt.optimizers.moments import moment_options, new_exp_avg, update_moments
+from fusedopt.reference import Group, Rule, Trust, Twin, count_step
 from fusedopt.reference.arithmetic import power, sqrt
 from fusedopt.reference.rule import column
 
 
-def _update(
+def _direction(
     group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    step = int(scalars["step"])
-    beta1, beta2 = map(float, group["betas"])
-    bias_correction1 = 1 - power(beta1, step)
-
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The parameter after weight decay, the direction of its update, and the new states."""
     param, grad, new_state = update_moments(group, param, grad, state)
     second_moment = new_state["exp_avg_sq"]
     if group["amsgrad"]:
         largest = state["max_exp_avg_sq"]
         second_moment = torch.where(largest > second_moment, largest, second_moment)
         new_state["max_exp_avg_sq"] = second_moment
-    inv_sqrt_bias_correction2 = 1 / math.sqrt(1 - power(beta2, step))
+    bias_correction2 = 1 - power(float(group["betas"][1]), int(scalars["step"]))
+    inv_sqrt_bias_correction2 = 1 / math.sqrt(bias_correction2)
     eps = group["eps"] * inv_sqrt_bias_correction2 if group.get("eps_hat") else group["eps"]
     denom = sqrt(second_moment) * inv_sqrt_bias_correction2 + eps
-    step_size = group["lr"] / bias_correction1
-    return param - step_size * (new_state["exp_avg"] / denom), new_state
+    return param, new_state["exp_avg"] / denom, new_state
+
+
+def _step_size(group: Group, scalars: dict[str, Tensor]) -> float:
+    return group["lr"] / (1 - power(float(group["betas"][0]), int(scalars["step"])))
+
+
+def _update(
+    group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    param, direction, new_state = _direction(group, scalars, param, grad, state)
+    return param - _step_size(group, scalars) * direction, new_state
+
+
+def _cautious_update(
+    group: Group,
+    scalars: dict[str, Tensor],
+    param: Tensor,
+    grad: Tensor,
+    state: dict[str, Tensor],
+    ratio: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    param, direction, new_state = _direction(group, scalars, param, grad, state)
+    direction = direction * agrees(new_state["exp_avg"], grad)
+    return param - _step_size(group, scalars) * ratio * direction, new_state
+
+
+def _cautious_term(
+    group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    return agrees(new_exp_avg(group, grad, state), grad), {}
 
 
 def _torch_step(
@@ -75,6 +104,15 @@ ADAM = Rule(
         fused_dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
         suits=lambda group: not group.get("eps_hat"),
     ),
+)
+
+
+CAUTIOUS_ADAMW = replace(
+    ADAM,
+    name="cautious_adamw",
+    update=_cautious_update,
+    twin=None,
+    trust=Trust(_cautious_term, inverse_share, reads=("exp_avg",), reads_param=False),
 )
 
 
@@ -190,10 +228,21 @@ class FusedAdam(FusedOptimizer, torch.optim.Adam):
         )
 
 
-class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
+class FusedAdamW(CautiousOption, torch.optim.AdamW):
     """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101): Adam with decoupled weight decay.
 
     As `FusedAdam`, except that the parameter is first multiplied by `1 - lr * weight_decay`.
+
+    With `cautious=True` (Liang et al., 2024, arXiv:2411.16085) an element whose m has another sign
+    than its gradient doesn't move, and the others move farther. With the mean over the elements of
+    the parameter tensor:
+
+        mask = 1 where m g > 0, else 0
+        param = param - lr * m_hat / (sqrt(v_hat) + eps) * mask / max(mean(mask), 0.001)
+
+    Weight decay is as without it, and so are the states: their checkpoints are AdamW's. The mean
+    takes a pass over g and m before the update. So a step moves 36 bytes per float32 parameter, and
+    40 with clipping, instead of 28 and 32.
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts of param groups.
@@ -206,6 +255,8 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
         foreach, capturable, fused: accepted as torch's, and without effect: the step is always
             fused and capturable.
         differentiable: True is refused: autograd can't look into a fused step.
+        cautious: move only the elements whose update agrees with their gradient. An attribute; it
+            may be changed between steps, and is not taken from a checkpoint.
         max_grad_norm: the largest global L2 norm that is not clipped, or a limit of
             `fusedopt.clip`, or None, which never clips.
         nonfinite: the reaction to inf or nan in gradients: "skip" changes nothing, "raise" raises
@@ -228,10 +279,15 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
         rounding: "nearest", "stochastic", or None: of second moments at random, else to nearest.
         seed: of the random rounding.
 
-    `FusedOptimizer` says more of these twelve, and of what is refused.
+    `FusedOptimizer` says more of the last twelve, and of what is refused.
+
+    Raises:
+        ValueError: with `cautious=True`, a parameter is a part of a tensor that is sharded over
+            several ranks (a DTensor, or a flat parameter of FullyShardedDataParallel): no rank
+            knows the tensor's mean. `shard_states` deals whole tensors over ranks.
     """
 
-    rule = ADAM
+    rule = rule_choice(ADAM, CAUTIOUS_ADAMW)
 
     def __init__(
         self,
@@ -247,6 +303,7 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        cautious: bool = False,
         max_grad_norm: float | AdaptiveClip | None = None,
         nonfinite: NonFinite | None = None,
         backend: Backend | None = None,
@@ -274,6 +331,7 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
             rounding=rounding,
             seed=seed,
         )
+        self.cautious = cautious
         super().__init__(
             params,
             lr,

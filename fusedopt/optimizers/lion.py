@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -10,8 +12,9 @@ from torch.optim.optimizer import ParamsT
 from fusedopt.clip import AdaptiveClip
 from fusedopt.core.optimizer import Backend
 from fusedopt.core.settings import MasterWeights, NonFinite, Plain, Rounding, StateDtype
+from fusedopt.optimizers.cautious import CautiousOption, agrees, inverse_share, rule_choice
 from fusedopt.optimizers.own import OwnOptimizer
-from fusedopt.reference import Group, Rule
+from fusedopt.reference import Group, Rule, Trust
 from fusedopt.reference.arithmetic import sign
 
 
@@ -19,15 +22,45 @@ def _advance(group: Group, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"steps": scalars["steps"] + 1}
 
 
+def _direction(group: Group, grad: Tensor, state: dict[str, Tensor]) -> Tensor:
+    beta1 = float(group["betas"][0])
+    return sign(beta1 * state["exp_avg"] + (1 - beta1) * grad)
+
+
+def _new_states(group: Group, grad: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    beta2 = float(group["betas"][1])
+    return {"exp_avg": beta2 * state["exp_avg"] + (1 - beta2) * grad}
+
+
+def _decayed(group: Group, param: Tensor) -> Tensor:
+    return param * (1 - group["lr"] * group["weight_decay"])
+
+
 def _update(
     group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    beta1, beta2 = map(float, group["betas"])
-    exp_avg = state["exp_avg"]
-    direction = sign(beta1 * exp_avg + (1 - beta1) * grad)
-    exp_avg = beta2 * exp_avg + (1 - beta2) * grad
-    param = param * (1 - group["lr"] * group["weight_decay"])
-    return param - group["lr"] * direction, {"exp_avg": exp_avg}
+    param = _decayed(group, param) - group["lr"] * _direction(group, grad, state)
+    return param, _new_states(group, grad, state)
+
+
+def _cautious_update(
+    group: Group,
+    scalars: dict[str, Tensor],
+    param: Tensor,
+    grad: Tensor,
+    state: dict[str, Tensor],
+    ratio: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    direction = _direction(group, grad, state)
+    direction = direction * agrees(direction, grad)
+    param = _decayed(group, param) - group["lr"] * ratio * direction
+    return param, _new_states(group, grad, state)
+
+
+def _cautious_term(
+    group: Group, scalars: dict[str, Tensor], param: Tensor, grad: Tensor, state: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    return agrees(_direction(group, grad, state), grad), {}
 
 
 LION = Rule(
@@ -41,13 +74,31 @@ LION = Rule(
 )
 
 
-class FusedLion(OwnOptimizer):
+CAUTIOUS_LION = replace(
+    LION,
+    name="cautious_lion",
+    update=_cautious_update,
+    trust=Trust(_cautious_term, inverse_share, reads=("exp_avg",), reads_param=False),
+)
+
+
+class FusedLion(CautiousOption, OwnOptimizer):
     """Lion (Chen et al., 2023, arXiv:2302.06675), with check, clipping and update in one step.
 
     With g the unscaled and clipped gradient, and m the average:
 
         param = (1 - lr weight_decay) param - lr sign(betas[0] m + (1 - betas[0]) g)
         m = betas[1] m + (1 - betas[1]) g
+
+    With `cautious=True` (Liang et al., 2024, arXiv:2411.16085) an element whose direction, the sign
+    above, has another sign than its gradient doesn't move, and the others move farther. With the
+    mean over the elements of the parameter tensor:
+
+        mask = 1 where sign g > 0, else 0
+        param = (1 - lr weight_decay) param - lr sign mask / max(mean(mask), 0.001)
+
+    The mean takes a pass over g and m before the update. So a step moves 28 bytes per float32
+    parameter, and 32 with clipping, instead of 20 and 24.
 
     State per parameter: `exp_avg` (m), of shape, dtype and device of the parameter. It is that of
     lion-pytorch.
@@ -61,6 +112,8 @@ class FusedLion(OwnOptimizer):
             fused and capturable.
         maximize: go up the gradient.
         differentiable: True is refused: autograd can't look into a fused step.
+        cautious: move only the elements whose update agrees with their gradient. An attribute; it
+            may be changed between steps, and is not taken from a checkpoint.
         max_grad_norm: the largest global L2 norm that is not clipped, or a limit of
             `fusedopt.clip`, or None, which never clips.
         nonfinite: the reaction to inf or nan in gradients: "skip" changes nothing, "raise" raises
@@ -83,10 +136,16 @@ class FusedLion(OwnOptimizer):
         rounding: "nearest", "stochastic", or None: of second moments at random, else to nearest.
         seed: of the random rounding.
 
-    `FusedOptimizer` says more of these twelve, and of what is refused.
+    `FusedOptimizer` says more of the last twelve, and of what is refused.
+
+    Raises:
+        ValueError: an option is out of range. Or, with `cautious=True`, a parameter is a part of a
+            tensor that is sharded over several ranks (a DTensor, or a flat parameter of
+            FullyShardedDataParallel): no rank knows the tensor's mean. `shard_states` deals whole
+            tensors over ranks.
     """
 
-    rule = LION
+    rule = rule_choice(LION, CAUTIOUS_LION)
 
     def __init__(
         self,
@@ -99,6 +158,7 @@ class FusedLion(OwnOptimizer):
         foreach: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
+        cautious: bool = False,
         max_grad_norm: float | AdaptiveClip | None = None,
         nonfinite: NonFinite | None = None,
         backend: Backend | None = None,
@@ -126,6 +186,7 @@ class FusedLion(OwnOptimizer):
             rounding=rounding,
             seed=seed,
         )
+        self.cautious = cautious
         defaults = {
             "lr": lr,
             "betas": betas,

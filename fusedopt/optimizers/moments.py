@@ -20,10 +20,15 @@ def update_moments(
 
 def new_moments(group: Group, grad: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The averages of the gradient and of its square."""
-    beta1, beta2 = map(float, group["betas"])
-    exp_avg = beta1 * state["exp_avg"] + (1 - beta1) * grad
+    beta2 = float(group["betas"][1])
     exp_avg_sq = beta2 * state["exp_avg_sq"] + ((1 - beta2) * grad) * grad
-    return {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    return {"exp_avg": new_exp_avg(group, grad, state), "exp_avg_sq": exp_avg_sq}
+
+
+def new_exp_avg(group: Group, grad: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """The average of the gradient."""
+    beta1 = float(group["betas"][0])
+    return beta1 * state["exp_avg"] + (1 - beta1) * grad
 
 
 def moment_options(group: Group) -> dict[str, Any]:

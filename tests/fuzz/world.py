@@ -28,6 +28,8 @@ CLASSES: list[tuple[type, dict[str, Any]]] = [
     (fusedopt.FusedLARS, {"momentum": 0.9, "weight_decay": 0.1}),
     (fusedopt.FusedStableAdamW, {}),
     (fusedopt.FusedLion, {}),
+    (fusedopt.FusedLion, {"cautious": True}),
+    (fusedopt.FusedAdamW, {"cautious": True}),
     (fusedopt.FusedAdEMAMix, {}),
     (fusedopt.FusedRAdam, {}),
     (fusedopt.FusedSGD, {"momentum": 0.9}),
