@@ -9,6 +9,8 @@ import torch
 from cases import CASES, CLASSES, make_params, set_grads, tensors_of
 from torch.optim import lr_scheduler, swa_utils
 
+import fusedopt
+
 STEPS = 7
 MAKERS = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda n: 0.9**n),
@@ -84,3 +86,18 @@ def compare_with_twin(case, make, lr):
     torch.testing.assert_close(tensors_of(both[0]), tensors_of(both[1]))
     states = [scheduler.state_dict() for scheduler in schedulers]
     assert states[0].keys() == states[1].keys()
+
+
+@pytest.mark.parametrize("cls", [fusedopt.FusedAdamW, fusedopt.FusedLion])
+def test_a_decay_that_only_the_schedule_scales(cls):
+    """docs/migrating.md: decay / lr as weight decay, for Composer's and optimi's decoupling."""
+    lr, decay, expected = 0.1, 0.02, 1.0
+    param = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    param.grad = torch.zeros_like(param)  # only the decay changes it
+    optimizer = cls([param], lr=lr, weight_decay=decay / lr)
+    schedule = lr_scheduler.ExponentialLR(optimizer, 0.7)
+    for step in range(STEPS):
+        optimizer.step()
+        schedule.step()
+        expected *= 1 - decay * 0.7**step
+    torch.testing.assert_close(param.detach(), torch.full_like(param, expected))
