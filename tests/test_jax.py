@@ -130,6 +130,15 @@ def test_donated_arrays_are_changed_where_they_are(case):
     assert (pointers(params), pointers(state.moments)) == before
 
 
+def test_steps_are_lowered_for_gpus_too():
+    """Nothing runs there in these tests: tests/test_enqueued_steps.py emulates what is called."""
+    optimizer = fusedopt.jax.adamw(1e-3, max_grad_norm=1.0)
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones(5)}
+    arguments = params, params, optimizer.init(params)
+    traced = jax.jit(optimizer.step).trace(*arguments)
+    assert "@fusedopt_jax_step" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 def test_compile_time_of_1000_leaves():
     """XLA compiles results in place ever slower: with moments in trees, this takes minutes."""
     optimizer = fusedopt.jax.adamw(0.01, max_grad_norm=1.0)
