@@ -21,6 +21,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Distribution, Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -239,6 +241,7 @@ def make_build_ext(base: type[build_ext], torch: str | None) -> type[build_ext]:
             package = ROOT / "fusedopt" if self.inplace else Path(self.build_lib) / "fusedopt"
             package.mkdir(parents=True, exist_ok=True)
             op, tensorflow = build_for_tensorflow(folder, library)
+            remove_old(package, binding=not self.extensions)
             for it in [library, *build_for_jax(folder, arguments), *op]:
                 shutil.copy(it, package)
             missing = None if torch else NO_TORCH
@@ -255,6 +258,24 @@ def make_build_ext(base: type[build_ext], torch: str | None) -> type[build_ext]:
             super().build_extensions()
 
     return BuildWithKernels
+
+
+def remove_old(package: Path, binding: bool) -> None:
+    """Removes what an earlier build left in place, and this one may not have made.
+
+    The record of this build would not be true of it.
+    """
+    names = [f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"] if binding else []
+    for name in [*names, "libfusedopt_jax.so", "libfusedopt_tensorflow.so"]:
+        (package / name).unlink(missing_ok=True)
+
+
+class BuildAnew(build):
+    """Empties the folder that is packed, where an earlier build may have left other files."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 def compile_at_once(compiler) -> None:
@@ -333,7 +354,7 @@ def why_pure_python() -> str | None:
 def build_options() -> dict:
     """setup()'s arguments for what is compiled; nothing is without a compiler."""
     if missing := why_pure_python():
-        return {"cmdclass": {"build_py": make_build_py(missing)}}
+        return {"cmdclass": {"build": BuildAnew, "build_py": make_build_py(missing)}}
     if find_spec("torch") is None:
         extensions, command = [], make_build_ext(build_ext, None)
     else:
@@ -344,7 +365,7 @@ def build_options() -> dict:
         command = make_build_ext(BuildExtension, str(torch.__version__))
     return {
         "ext_modules": extensions,
-        "cmdclass": {"build_ext": command, "build_py": BuildPyWithSources},
+        "cmdclass": {"build": BuildAnew, "build_ext": command, "build_py": BuildPyWithSources},
         "distclass": BinaryDistribution,
     }
 

@@ -48,17 +48,23 @@ def compiler_error(*flags: str) -> str | None:
     return None if done.returncode == 0 else f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
 
 
-def check_compiler(python: bool = True) -> None:
-    """Ends the build where nothing can be compiled, with a word of what to do.
+def why_not_compile(python: bool = True) -> str | None:
+    """Why nothing can be compiled here, and what to do; None if a small program compiles.
 
     `python`: whether Python's headers are needed.
     """
-    needed = None
+    if shutil.which(cxx()[0]) is None:
+        return f"There is no C++ compiler {cxx()[0]!r}. Install g++ or clang++, or set CXX."
     if error := compiler_error():
-        needed = f"The C++ compiler makes no program:\n{error}\nInstall g++ or clang++, or set CXX."
-    elif python and not (header := Path(sysconfig.get_path("include"), "Python.h")).exists():
-        needed = f"There is no {header}. Install Python's headers (python3-dev)."
-    if needed is not None:
+        return f"The C++ compiler makes no program:\n{error}\nInstall g++ or clang++, or set CXX."
+    if python and not (header := Path(sysconfig.get_path("include"), "Python.h")).exists():
+        return f"There is no {header}. Install Python's headers (python3-dev)."
+    return None
+
+
+def check_compiler(python: bool = True) -> None:
+    """Ends the build where nothing can be compiled, with a word of what to do."""
+    if needed := why_not_compile(python):
         sys.exit(
             f"fusedopt can't be compiled. {needed} FUSEDOPT_PURE_PYTHON=1 installs it without "
             "compiled kernels: its steps then run on torch's own functions."

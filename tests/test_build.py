@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import threading
 import time
@@ -100,6 +101,8 @@ def test_a_compiler_that_fails_ends_the_build_with_what_to_do(monkeypatch):
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(SystemExit, match=r"(?s)makes no program:\nfalse .*FUSEDOPT_PURE_PYTHON=1"):
         toolchain.check_compiler()
+    monkeypatch.setenv("CXX", "no-compiler")
+    assert toolchain.why_not_compile().startswith("There is no C++ compiler 'no-compiler'.")
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda name: "/nonexistent")
     with pytest.raises(SystemExit, match=r"no /nonexistent/Python\.h. Install .*python3-dev"):
@@ -119,7 +122,10 @@ def test_openmp_is_asked_for_where_the_compiler_has_it(monkeypatch, tmp_path, ca
 
 
 def test_without_torch_the_library_is_built_and_the_record_says_what_is_missing(tmp_path):
-    """As in pip's isolated environment. The compiler is a stand-in: nothing is really compiled."""
+    """As in pip's isolated environment. What an earlier build left is removed.
+
+    The compiler is a stand-in: nothing is really compiled.
+    """
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
@@ -132,9 +138,13 @@ def test_without_torch_the_library_is_built_and_the_record_says_what_is_missing(
         '#!/bin/sh\nwhile [ $# -gt 1 ]; do [ "$1" = -o ] && touch "$2"; shift; done\n'
     )
     compiler.chmod(0o755)
+    old = [f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", "libfusedopt_tensorflow.so"]
+    for name in old:
+        (package / name).touch()
     environment = {"CXX": str(compiler), "FUSEDOPT_CUDA": "0"}
     code = "import sys, runpy, importlib.util; find = importlib.util.find_spec; sys.argv = {argv}; "
-    code += "importlib.util.find_spec = lambda name: None if name == 'torch' else find(name); "
+    code += "hidden = 'torch', 'jaxlib', 'tensorflow'; "
+    code += "importlib.util.find_spec = lambda name: None if name in hidden else find(name); "
     code += "sys.modules['torch'] = None; runpy.run_path('setup.py', run_name='__main__')"
     done = python("-c", code.format(argv=["setup.py", "egg_info"]), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -142,7 +152,7 @@ def test_without_torch_the_library_is_built_and_the_record_says_what_is_missing(
     argv = ["setup.py", "build_ext", "--inplace"]
     done = python("-c", code.format(argv=argv), cwd=tmp_path, **environment)
     assert done.returncode == 0, done.stderr
-    assert (package / "libfusedopt_kernels.so").exists() and not list(package.glob("_C*.so"))
+    assert [it.name for it in package.glob("*.so")] == ["libfusedopt_kernels.so"]
     record = json.loads((package / "_build.json").read_text())
     assert record["torch"] is None
     for text in (done.stderr, record["missing"]):
@@ -241,11 +251,15 @@ def test_without_a_compiler_all_steps_run_in_plain_torch(tmp_path, environment, 
         shutil.copytree(ROOT / name, tree / name, ignore=artifacts)
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tree)
+    left = tree / "build/lib/fusedopt"  # by an earlier build
+    left.mkdir(parents=True)
+    for name in ("_C.so", "old.py"):
+        (left / name).touch()
     options = ["--verbose", "--no-build-isolation", "--no-deps", "--no-index", "--target", target]
     installed = python("-m", "pip", "install", *options, tree, **environment)
     assert installed.returncode == 0, installed.stdout + installed.stderr
     assert f"installing WITHOUT the compiled kernels: {why}" in installed.stdout + installed.stderr
-    assert not list(target.rglob("*.so"))
+    assert not list(target.rglob("*.so")) and not (target / "fusedopt/old.py").exists()
     assert (target / "fusedopt/py.typed").exists()
 
     path = os.pathsep.join(filter(None, [str(target), os.environ.get("PYTHONPATH")]))

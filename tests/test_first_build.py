@@ -22,6 +22,8 @@ with (folder.parent / "runs").open("a") as runs:
 time.sleep(0.2)
 (folder / "_C.so").write_text(sys.argv[2])
 """
+FINDS = "def why_not_compile(python): return None"
+FINDS_NONE = "def why_not_compile(python): return f'no compiler, {python}'"
 FAILS = "import sys; print('one'); sys.exit('c++ says no')"
 ASKS = """
 import pathlib, sys
@@ -37,10 +39,11 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def make_package(folder: Path, script: str) -> Path:
+def make_package(folder: Path, script: str, toolchain: str = FINDS) -> Path:
     package = folder / "fusedopt"
     (package / "csrc").mkdir(parents=True)
     (package / "csrc/build_binding.py").write_text(script)
+    (package / "csrc/toolchain.py").write_text(toolchain)
     (package / "libfusedopt_kernels.so").touch()
     return package
 
@@ -78,6 +81,31 @@ def test_what_the_compiler_says_is_the_reason(tmp_path, cache):
         first_build.compiled(package, "9.9.0")
     log = Path(str(error.value).rpartition("see ")[2].rstrip(")"))
     assert log.read_text() == "one\nc++ says no\n"
+
+
+def test_it_does_not_begin_where_there_is_no_compiler(tmp_path, cache, capfd):
+    package = make_package(tmp_path, COMPILES, FINDS_NONE)
+    with pytest.raises(ImportError, match=r"can't be compiled here: no compiler, True$"):
+        first_build.compiled(package, "9.9.0")
+    assert capfd.readouterr().err == ""
+
+
+def test_it_finds_ninja_in_an_environment_that_is_not_activated(tmp_path, cache, monkeypatch):
+    package = make_package(tmp_path, COMPILES)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(first_build.sysconfig, "get_path", lambda name: str(tmp_path / name))
+    with pytest.raises(ImportError, match="no ninja: `pip install ninja`"):
+        first_build.compiled(package, "9.9.0")
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/ninja").touch(0o755)
+    assert first_build.compiled(package, "9.9.0").is_file()
+
+
+def test_a_binding_that_was_compiled_needs_no_compiler(tmp_path, cache):
+    package = make_package(tmp_path, COMPILES)
+    binding = first_build.compiled(package, "9.9.0")
+    (package / "csrc/toolchain.py").write_text(FINDS_NONE)
+    assert first_build.compiled(package, "9.9.0") == binding
 
 
 def test_half_a_file_of_a_process_that_was_killed_is_not_taken(tmp_path, cache):

@@ -10,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import runpy
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,16 +33,18 @@ class Product(NamedTuple):
         script: makes it, in csrc.
         words: for messages.
         framework: the library that it fits one version of.
+        binds_python: whether ninja and Python's headers are needed.
     """
 
     name: str
     script: str
     words: str
     framework: str
+    binds_python: bool
 
 
-BINDING = Product("_C.so", "build_binding.py", "the binding", "torch")
-OP = Product("libfusedopt_tensorflow.so", "build_op.py", "the op", "TensorFlow")
+BINDING = Product("_C.so", "build_binding.py", "the binding", "torch", True)
+OP = Product("libfusedopt_tensorflow.so", "build_op.py", "the op", "TensorFlow", False)
 
 
 def compiled(package: Path, version: str, product: Product = BINDING) -> Path:
@@ -102,6 +107,9 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _compile(csrc: Path, library: Path, folder: Path, version: str, product: Product) -> None:
+    environment = _environment()
+    if why := _what_is_missing(csrc, product, environment["PATH"]):
+        raise ImportError(f"{product.words} for it can't be compiled here: {why}")
     what = f"{product.words} for {product.framework} {version}"
     _say(f"compiling {what}, once; this takes about a minute")
     started = time.monotonic()
@@ -109,7 +117,6 @@ def _compile(csrc: Path, library: Path, folder: Path, version: str, product: Pro
     scratch.mkdir(exist_ok=True)
     (scratch / "lock").unlink(missing_ok=True)  # torch's own, of a process that was killed
     command = [sys.executable, str(csrc / product.script), str(scratch), str(library)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
@@ -120,6 +127,20 @@ def _compile(csrc: Path, library: Path, folder: Path, version: str, product: Pro
         raise ImportError(f"{product.words} for it can't be compiled here: {last} (see {log})")
     os.replace(scratch / product.name, folder / product.name)
     _say(f"compiled in {time.monotonic() - started:.0f} s, and kept in {folder}")
+
+
+def _environment() -> dict[str, str]:
+    """A process finds this one's modules, and ninja even in a virtual environment not activated."""
+    path = [os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")]
+    modules = os.pathsep.join(filter(None, sys.path))
+    return {**os.environ, "PATH": os.pathsep.join(path), "PYTHONPATH": modules}
+
+
+def _what_is_missing(csrc: Path, product: Product, path: str) -> str | None:
+    if product.binds_python and shutil.which("ninja", path=path) is None:
+        return "there is no ninja: `pip install ninja`"
+    toolchain = runpy.run_path(str(csrc / "toolchain.py"))
+    return toolchain["why_not_compile"](product.binds_python)
 
 
 def _say(text: str) -> None:
