@@ -8,6 +8,7 @@ It needs ninja, and a C++ compiler. The kernels' library is not compiled: it kno
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from toolchain import CXX_FLAGS, check_compiler, openmp
@@ -23,17 +24,22 @@ def build(folder: Path, library: Path, rpath: str) -> Path:
     cpp_extension.load(
         name="_C",
         sources=sorted(map(str, CSRC.glob("torch/*.cpp"))),
-        extra_cflags=[*CXX_FLAGS, *compiling, "-iquote", str(CSRC)],
+        extra_cflags=[*CXX_FLAGS, *compiling, "-iquote", quoted(CSRC)],
         extra_ldflags=[
             *linking,
-            f"-L{library.parent}",
-            f"-l{library.stem.removeprefix('lib')}",
-            f"-Wl,-rpath,{rpath}",
+            quoted(f"-L{library.parent}"),
+            quoted(f"-l{library.stem.removeprefix('lib')}"),
+            quoted(f"-Wl,-rpath,{rpath}"),
         ],
         build_directory=str(folder),
         is_python_module=False,  # loaded, to see that it links; not imported
     )
     return folder / "_C.so"
+
+
+def quoted(argument: object) -> str:
+    """The argument as ninja's file has it, where $ begins a variable, for a shell to read."""
+    return shlex.quote(str(argument)).replace("$", "$$")
 
 
 if __name__ == "__main__":

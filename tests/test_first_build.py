@@ -166,3 +166,19 @@ def test_without_any_the_reason_names_both_versions_and_what_failed(tmp_path, ca
     assert found.module is None and found.broken
     for word in ("torch 2.13.0", "torch 9.9.1", "c++ says no", extension.INSTALL):
         assert word in str(found.reason)
+
+
+def test_the_binding_gets_its_folders_as_they_are(monkeypatch, tmp_path):
+    """Through the file that torch writes for ninja, and ninja's shell."""
+    monkeypatch.syspath_prepend(extension.PACKAGE.parent / "csrc")
+    import build_binding
+
+    asked = {}
+    monkeypatch.setattr(build_binding.cpp_extension, "load", lambda **it: asked.update(it))
+    build_binding.build(tmp_path, Path("/a folder/libfusedopt_kernels.so"), "$ORIGIN/../..")
+    ninja = f"flags = {' '.join(asked['extra_ldflags'])}\nrule say\n"
+    ninja += "  command = printf '%s\\n' $flags > $out\nbuild said: say\n"
+    (tmp_path / "build.ninja").write_text(ninja)
+    subprocess.run(["ninja", "-C", str(tmp_path)], check=True, capture_output=True)
+    said = (tmp_path / "said").read_text().splitlines()
+    assert said[-3:] == ["-L/a folder", "-lfusedopt_kernels", "-Wl,-rpath,$ORIGIN/../.."]

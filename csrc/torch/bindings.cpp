@@ -4,6 +4,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <iterator>
+#include <string>
 
 #include "kernels.h"
 #include "torch/clip_grads.h"
@@ -14,6 +15,10 @@
 #include "torch/plan.h"
 #include "torch/size_lock.h"
 #include "torch/step.h"
+
+// pybind11's errors call it inline. Files that include torch/python.h alone see no definition, and
+// whether this file emits one by itself depends on the version of pybind11 that torch brings.
+template std::string pybind11::handle::cast<std::string>() const;
 
 namespace fusedopt {
 

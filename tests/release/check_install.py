@@ -10,6 +10,7 @@ no compiler: the script has to train on, with one warning.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import tempfile
@@ -62,10 +63,22 @@ class Machine:
     def install(self, *names: str) -> None:
         assert self.run("-m", "pip", "install", "--quiet", *names).returncode == 0
 
-    def check(self) -> None:
-        assert self.run("-m", "fusedopt").returncode == 0
+    def check(self, torch: str) -> None:
+        """The self-check passes, and compiles the binding once if the package lacks it."""
+        compiles = 0 if self.has_binding(torch) else 1
+        for times in (compiles, 0):
+            done = self.run("-m", "fusedopt")
+            assert done.returncode == 0
+            assert done.stderr.count("compiling the binding") == times, done.stderr
         done = self.run("-W", "error", "-c", TRAINS)
         assert done.returncode == 0 and "trains" in done.stdout
+
+    def has_binding(self, torch: str) -> bool:
+        """Whether the package itself has a binding for this torch."""
+        (package,) = (self.folder / "venv").glob("lib/python*/site-packages/fusedopt")
+        minor = ".".join(torch.split(".")[:2])
+        built = json.loads((package / "_build.json").read_text())["torch"] or ""
+        return built.startswith(f"{minor}.") or (package / f"bindings/torch{minor}").is_dir()
 
     def check_without_a_compiler(self) -> None:
         nothing = {"CXX": "false", "TORCH_EXTENSIONS_DIR": str(self.folder / "another cache")}
@@ -80,20 +93,13 @@ def check(path: Path, torch: str, then: list[str]) -> None:
         machine = Machine(Path(folder))
         machine.install(f"torch=={torch}", "setuptools>=77", "ninja", "numpy")
         machine.install("--no-build-isolation", "--no-deps", str(path))
-        machine.check()
+        machine.check(torch)
         for other in then:
             machine.install(f"torch=={other}")
-            machine.check()
-        if then and not has_binding(machine, then[-1]):
+            machine.check(other)
+        if then and not machine.has_binding(then[-1]):
             machine.check_without_a_compiler()
     print("all as it should be")
-
-
-def has_binding(machine: Machine, torch: str) -> bool:
-    """Whether the package itself has a binding for this torch."""
-    minor = ".".join(torch.split(".")[:2])
-    pattern = f"lib/python*/site-packages/fusedopt/bindings/torch{minor}"
-    return any((machine.folder / "venv").glob(pattern))
 
 
 if __name__ == "__main__":

@@ -44,9 +44,11 @@ def add_binding(package: Path, torch: str, work: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     library = package / "libfusedopt_kernels.so"
     path = os.pathsep.join([str(python.parent), os.environ["PATH"]])  # where ninja is
+    # torch loads what it has compiled, and its place in the package is another one.
+    variables = {**os.environ, "PATH": path, "LD_LIBRARY_PATH": str(package)}
     run(
         python, package / "csrc/build_binding.py", scratch, library, "--rpath", "$ORIGIN/../..",
-        env={**os.environ, "PATH": path},
+        env=variables,
     )  # fmt: skip
     shutil.copy(scratch / "_C.so", target)
 
