@@ -336,7 +336,7 @@ def write_record(package: Path, **record: str | None) -> Path:
     extension = runpy.run_path("fusedopt/core/extension.py")
     record["sources"] = extension["fingerprint"](ROOT.resolve())
     path = package / extension["RECORD"]
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path
 
 

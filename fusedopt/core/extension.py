@@ -129,7 +129,7 @@ def read_record(package: Path) -> dict[str, Any]:
     `fingerprint` of the compiled sources.
     """
     try:
-        record = json.loads((package / RECORD).read_text())
+        record = json.loads((package / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

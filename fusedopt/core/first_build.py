@@ -98,7 +98,7 @@ def _alone(folder: Path) -> Iterator[None]:
         raise ImportError("nothing can be compiled on this system") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock: IO[str] = (folder / "fusedopt.lock").open("w")
+        lock: IO[bytes] = (folder / "fusedopt.lock").open("wb")
     except OSError as error:
         raise ImportError(f"{error}; set TORCH_EXTENSIONS_DIR to a folder of yours") from None
     with lock:
@@ -109,7 +109,7 @@ def _alone(folder: Path) -> Iterator[None]:
 def _compile(csrc: Path, library: Path, folder: Path, version: str, product: Product) -> None:
     environment = _environment()
     if why := _what_is_missing(csrc, product, environment["PATH"]):
-        raise ImportError(f"{product.words} for it can't be compiled here: {why}")
+        raise ImportError(f"{product.words} for it can't be compiled here: {why.rstrip('.')}")
     what = f"{product.words} for {product.framework} {version}"
     _say(f"compiling {what}, once; this takes about a minute")
     started = time.monotonic()
@@ -121,7 +121,7 @@ def _compile(csrc: Path, library: Path, folder: Path, version: str, product: Pro
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     log = folder / "build.log"
-    log.write_text(done.stdout + done.stderr)
+    log.write_text(done.stdout + done.stderr, encoding="utf-8")
     if done.returncode != 0:
         last = (done.stderr.strip() or "nothing was printed").splitlines()[-1]
         raise ImportError(f"{product.words} for it can't be compiled here: {last} (see {log})")

@@ -37,7 +37,7 @@ def to_take_over(tensors: Iterable[Tensor], beside: Iterable[Tensor]) -> set[int
 def private_memory() -> list[Interval] | None:
     """The memory that only this process can write to, in order. None if the system doesn't tell."""
     try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     found: list[Interval] = []
