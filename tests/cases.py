@@ -135,15 +135,12 @@ CASES = [
     *cases_of(
         FusedCautiousAdamW,
         twins.CautiousAdamW,
-        {"weight_decay": 0.0},
-        {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3},
-        {"amsgrad": True, "maximize": True, "betas": (0.3, 0.9)},
+        {"amsgrad": True, "maximize": True, "lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3},
     ),
     *cases_of(
         FusedCautiousLion,
         twins.CautiousLion,
-        {"weight_decay": 0.1, "maximize": True, "lr": 1e-3},
-        {"lr": 0.1, "betas": (0.5, 0.9)},
+        {"weight_decay": 0.1, "maximize": True, "lr": 0.1, "betas": (0.5, 0.9)},
     ),
     *cases_of(
         fusedopt.FusedLAMB,

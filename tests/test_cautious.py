@@ -17,6 +17,7 @@ from cases import (
     snapshot,
     tensors_of,
 )
+from test_trainer_wrappers import WRAPPERS
 
 import fusedopt
 from fusedopt import convert
@@ -130,6 +131,19 @@ def test_it_may_be_changed_between_steps(backend, cls):
     plain.load_state_dict(cautious.state_dict())
     steps(plain, range(4, 6))
     assert_same_bits(tensors_of(optimizer), tensors_of(plain))
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=lambda wrap: wrap.__name__)
+@each_class
+def test_a_trainers_wrapper_has_it_too(cls, wrap):
+    params = make_params([(555,)])
+    optimizer = cls(params, cautious=True)
+    wrapper = wrap(optimizer)
+    assert wrapper.cautious is True and wrapper.rule is optimizer.rule
+    set_grads(params, 0)
+    wrapper.step()
+    wrapper.cautious = False
+    assert optimizer.cautious is False and wrapper.rule is optimizer.rule is cls.rule
 
 
 @each_class

@@ -49,7 +49,7 @@ class _Cautious(Shared[bool]):
         if type(value) is not bool:
             raise TypeError(f"cautious is {value!r}; expected True or False")
         with owner._lock:
-            owner._own |= {"cautious": value, "plan": None}
+            owner._own.update(cautious=value, plan=None)
 
 
 class CautiousOption(FusedOptimizer):
