@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -52,13 +54,26 @@ def disassembler() -> str | None:
     return shutil.which("cuobjdump", path=os.pathsep.join(folders))
 
 
+def machine_code(cuobjdump: str, made: Path, architecture: str) -> str:
+    """What cuobjdump prints of an object, but for the bits. It is kept in a file beside the object,
+    as it takes half a second, and other processes need it too."""
+    kept = made.with_suffix(f".sm_{architecture}.gz")
+    if kept.exists() and kept.stat().st_mtime > made.stat().st_mtime:
+        return gzip.decompress(kept.read_bytes()).decode()
+    command = [cuobjdump, "-sass", "-arch", f"sm_{architecture}", str(made)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    text = re.sub(r" */\* 0x\w+ \*/\n?", "", printed)
+    writing = kept.with_suffix(f".{os.getpid()}")
+    writing.write_bytes(gzip.compress(text.encode(), compresslevel=1))
+    writing.replace(kept)
+    return text
+
+
 def disassemble(cuobjdump: str, objects: Sequence[Path], architecture: str) -> dict[str, Code]:
     """The instructions of each kernel for compute capability `architecture` ("90")."""
-    command = [cuobjdump, "-sass", "-arch", f"sm_{architecture}"]
-    text = "".join(
-        subprocess.run([*command, it], check=True, capture_output=True, text=True).stdout
-        for it in objects
-    )
+    # Each process begins with another object, so that they share the work.
+    shuffled = random.sample(objects, len(objects))
+    text = "".join(machine_code(cuobjdump, it, architecture) for it in shuffled)
     _, *parts = re.split(r"Function : (\S+)", text)
     return {
         name: [
