@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,7 +109,9 @@ def test_every_optimizer_is_checked():
 def test_without_torch_it_says_which_front_ends_are_there():
     code = "import runpy, sys; sys.modules['torch'] = None; "
     code += "runpy.run_module('fusedopt', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    environment = {**os.environ, "KERAS_BACKEND": "torch"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"fusedopt {fusedopt.__version__}, without torch, ")
     assert "\nfusedopt.arrays: for NumPy " in done.stdout
