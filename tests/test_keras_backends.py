@@ -16,7 +16,7 @@ if find_spec("keras") is None:
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ["jax", "tensorflow", "torch"]
 OWN = os.environ.get("KERAS_BACKEND", "torch")  # of this process
-SUITE = ["tests/test_keras.py", "tests/test_keras_models.py"]
+SUITE = [f"tests/test_keras{it}.py" for it in ("", "_models", "_moves")]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -66,31 +66,6 @@ def test_the_example_learns(backend):
     printed = python("examples/keras_digits.py", backend=backend)
     assert "3 bad batches skipped" in printed
     assert float(printed.split()[-1].removesuffix("%")) > 90
-
-
-MOVES = """
-import sys
-from keras_runs import fused_class, keras
-from test_keras_models import fit, make_model
-path, how = sys.argv[1:]
-if how == "save":
-    model = make_model(fused_class("AdamW")(0.01, global_clipnorm=1.0))
-    fit(model)
-    model.save(path)
-else:
-    model = keras.models.load_model(path)
-print(int(model.optimizer.iterations.numpy()), *fit(model))
-"""
-
-
-def test_a_saved_model_goes_on_with_another_backend(tmp_path):
-    path = str(tmp_path / "model.keras")
-    saved, loaded = (
-        [float(it) for it in python("-c", MOVES, path, how, backend=backend).split()]
-        for backend, how in (("torch", "save"), ("jax", "load"))
-    )
-    assert saved[0] == loaded[0] > 0
-    assert loaded[1:] == pytest.approx(saved[1:], rel=1e-4)
 
 
 def test_another_backend_is_refused_by_name():

@@ -76,7 +76,8 @@ class TensorflowBackend(Backend):
         if GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
             raise NotImplementedError(
                 f"{name} does not work with jit_compile=True: XLA can't compile its step; expected "
-                "model.compile(..., jit_compile=False)"
+                "model.compile(..., jit_compile=False), or model.jit_compile = False for a loaded "
+                "model"
             )
         if tf.distribute.has_strategy():
             raise NotImplementedError(
