@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from benchmarks import ceiling, results, traffic
 from benchmarks.cases import Case
 from benchmarks.format_sides import FORMAT_SIDES
 from benchmarks.jax_sides import STEPS, make_program
-from benchmarks.keras_sides import make_keras_step
+from benchmarks.keras_sides import BACKEND, make_keras_step
 from benchmarks.memory import extra_bytes, stored_bytes
 from benchmarks.peers import OURS, SIDES, Unavailable, make_step
 from benchmarks.timing import Effort, Step, cache_bytes, interleaved, make_evict
@@ -215,8 +214,7 @@ class KerasComparison(CaseComparison):
 
     def run(self, sides: list[str], device: str, effort: Effort) -> Outcome:
         outcome = measured(self.case, sides, make_keras_step, device, effort)
-        backend = os.environ.get("KERAS_BACKEND")
-        outcome.columns = {side: {"backend": backend} for side in outcome.samples}
+        outcome.columns = {side: {"backend": BACKEND} for side in outcome.samples}
         return outcome
 
 

@@ -1,6 +1,7 @@
 """The sides of the comparison under Keras: clipped steps of AdamW.
 
-KERAS_BACKEND names the backend. On JAX, a step is a program that is given its state.
+KERAS_BACKEND names the backend. On JAX, a step is a program that is given its state; on TensorFlow, a
+`tf.function`.
 """
 
 # pyright: reportMissingImports=false
@@ -15,10 +16,15 @@ from benchmarks.cases import Case
 from benchmarks.peers import OURS, Unavailable, load
 from benchmarks.timing import Step
 
+BACKEND = os.environ.get("KERAS_BACKEND", "torch")
+XLA = "keras, jit_compile=True"
+
 KERAS_SIDES: Mapping[str, Callable[[], Any]] = {
     OURS: lambda: load("fusedopt.keras").FusedAdamW,
     "keras": lambda: load("keras").optimizers.AdamW,
 }
+if BACKEND == "tensorflow":
+    KERAS_SIDES = {**KERAS_SIDES, XLA: KERAS_SIDES["keras"]}
 
 
 def make_keras_step(side: str, case: Case) -> Step:
@@ -27,7 +33,7 @@ def make_keras_step(side: str, case: Case) -> Step:
     Raises:
         Unavailable: Keras, its backend or the compiled kernels are missing.
     """
-    os.environ.setdefault("KERAS_BACKEND", "torch")
+    os.environ["KERAS_BACKEND"] = BACKEND
     keras, np = load("keras"), load("numpy")
     try:
         cls = KERAS_SIDES[side]()
@@ -41,6 +47,9 @@ def make_keras_step(side: str, case: Case) -> Step:
     optimizer.build(variables)
     if keras.config.backend() == "jax":
         return _program(optimizer, variables, grads)
+    if keras.config.backend() == "tensorflow":
+        function = load("tensorflow").function(jit_compile=side == XLA)
+        return function(lambda: optimizer.apply(grads, variables))
     return lambda: optimizer.apply(grads, variables)
 
 

@@ -102,7 +102,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Report, Path, Path], str]]] = {
     "training": ("training", training),
     "formats": ("formats", formats),
     "jax": ("jax", all_steps),
-    "keras": ("keras", all_steps),
+    **{f"keras_{name}": (f"keras_{name}", all_steps) for name in ("jax", "tensorflow", "torch")},
 }
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ import fusedopt
 
 FOLDER = Path(__file__).parent / "results"
 MAX_SAMPLES = 60  # per row: more would say little more, and make the files large
-LIBRARIES = "torch apex deepspeed bitsandbytes torch-optimi torchao flashoptim jax optax".split()
+LIBRARIES = (
+    "torch apex deepspeed bitsandbytes torch-optimi torchao flashoptim jax optax keras tensorflow-cpu"
+).split()
 
 Row = dict[str, Any]
 

@@ -4,10 +4,10 @@ import pytest
 
 from benchmarks import cases
 from benchmarks.comparisons import KerasComparison
-from benchmarks.keras_sides import KERAS_SIDES
+from benchmarks.keras_sides import BACKEND, KERAS_SIDES
 from benchmarks.timing import replay_clock
 
-SUITE = "keras"
+SUITE = f"keras_{BACKEND}"
 COMPARISONS = [KerasComparison(case) for case in cases.jax_cases()]
 CONTENDERS = [*KERAS_SIDES]
 
