@@ -1,7 +1,7 @@
 """The sides of the comparison under Keras: clipped steps of AdamW.
 
-KERAS_BACKEND names the backend. On JAX, a step is a program that is given its state; on TensorFlow, a
-`tf.function`.
+KERAS_BACKEND names the backend. On JAX, a step is a program that is given its state. On TensorFlow,
+it is a `tf.function`; that needs an environment that has TensorFlow and torch.
 """
 
 # pyright: reportMissingImports=false

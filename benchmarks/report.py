@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import charts, results, tables
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/performance.md", "docs/precision.md", "docs/frameworks.md")
+PAGES = ("README.md", "docs/performance.md", "docs/precision.md", "docs/jax.md", "docs/keras.md")
 IMAGES = Path("docs/images")
 NOT_MEASURED = "Not measured yet."
 

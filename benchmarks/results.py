@@ -19,7 +19,8 @@ import fusedopt
 FOLDER = Path(__file__).parent / "results"
 MAX_SAMPLES = 60  # per row: more would say little more, and make the files large
 LIBRARIES = (
-    "torch apex deepspeed bitsandbytes torch-optimi torchao flashoptim jax optax keras tensorflow-cpu"
+    "torch apex deepspeed bitsandbytes torch-optimi torchao flashoptim jax optax keras"
+    " tensorflow tensorflow-cpu"
 ).split()
 
 Row = dict[str, Any]

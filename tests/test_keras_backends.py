@@ -20,7 +20,7 @@ SUITE = [f"tests/test_keras{it}.py" for it in ("", "_models", "_moves")]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-# Keras's own tests that fail with our classes, as docs/frameworks.md says.
+# Keras's own tests that fail with our classes, as docs/keras.md says.
 KNOWN = {
     "test_clip_norm": "clipnorm is refused",
     "test_clip_value": "clipvalue is refused",
