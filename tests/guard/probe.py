@@ -1,8 +1,7 @@
 """Takes steps in a process of its own, between the calls of a counter that was loaded into it.
 
 probe.py counts SHIM           prints, as JSON, what counts.c counted in each of COUNTS
-probe.py instructions SHIM     INSTRUCTIONS under callgrind, which writes a file for each
-probe.py elements SHIM         ELEMENTS, likewise
+probe.py instructions SHIM     INSTRUCTIONS, ELEMENTS under callgrind, which writes a file for each
 """
 
 from __future__ import annotations
@@ -102,17 +101,13 @@ def count(library: ctypes.CDLL, step: Callable[[], None], steps: int) -> tuple[i
 def main(kind: str, shim: str) -> None:
     library = ctypes.CDLL(shim)
     gc.disable()
-    cases, make_step = {
-        "counts": (COUNTS, steady_step),
-        "instructions": (INSTRUCTIONS, steady_step),
-        "elements": (ELEMENTS, element_step),
-    }[kind]
     result = []
     if kind == "counts":
-        for *what, steps in cases:
-            result.append((what, steps, count(library, make_step(*what), steps)))
+        for *what, steps in COUNTS:
+            result.append((what, steps, count(library, steady_step(*what), steps)))
     else:
-        prepared = [(what, steps, make_step(*what)) for *what, steps in cases]
+        prepared = [(what, steps, steady_step(*what)) for *what, steps in INSTRUCTIONS]
+        prepared += [(what, steps, element_step(*what)) for *what, steps in ELEMENTS]
         library.instructions_begin()
         for what, steps, step in prepared:
             times = range(steps)
