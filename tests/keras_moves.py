@@ -45,15 +45,16 @@ def contents(path: Path) -> tuple[Any, dict[str, Any]]:
     """The config in a saved file, and its arrays by name."""
     arrays: dict[str, Any] = {}
 
-    def without_addresses(found: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in found.items() if key != "shared_object_id"}
+    def comparable(found: dict[str, Any]) -> dict[str, Any]:
+        # Without addresses, and without names: Keras numbers them in a process.
+        return {key: it for key, it in found.items() if key not in ("shared_object_id", "name")}
 
     def keep(name: str, found: Any) -> None:
         if isinstance(found, h5py.Dataset):
             arrays[name] = found[()]
 
     with zipfile.ZipFile(path) as archive:
-        config = json.loads(archive.read("config.json"), object_hook=without_addresses)
+        config = json.loads(archive.read("config.json"), object_hook=comparable)
         with h5py.File(BytesIO(archive.read("model.weights.h5"))) as file:
             file.visititems(keep)
     return config, arrays
