@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import numpy as np
@@ -203,6 +204,60 @@ def test_gradients_of_a_user_stay_as_they_are():
     fused.FusedAdam(global_clipnorm=1e-3).apply(grads, variables)
     assert all(map(torch.equal, grads, before))
     assert variables[0].value.grad.eq(1).all() and variables[1].value.grad is None
+
+
+@on_torch
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_gradient_is_cast_or_refused_and_given_back(compiled, monkeypatch):
+    import torch
+
+    from fusedopt.core import backends
+
+    if not compiled:
+        monkeypatch.setattr(backends, "_C", None)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        variables = make_variables()
+        optimizer = fused.FusedAdam(nonfinite="skip")
+        optimizer.apply([it.to(dtype) for it in make_grads(variables, 0)], variables)
+        results.append(numbers_of(optimizer, variables))
+    assert_same_bits(*results)
+    grads = make_grads(variables, 1)
+    for bad in (grads[:3], [*grads[:3], torch.ones(2)]):
+        with pytest.raises((ValueError, RuntimeError), match=r"expected 4|embedding|size"):
+            optimizer.apply(bad, variables)
+        assert all(it.value.grad is None for it in variables)
+    assert_same_bits(numbers_of(optimizer, variables), results[1])
+
+
+def calls_of_a_step(many: int, scaled: bool) -> list[str]:
+    """The calls from Python of a step like the last one."""
+    variables = [keras.Variable(np.ones(8, np.float32)) for _ in range(many)]
+    grads, calls = [keras.ops.ones(8) for _ in range(many)], []
+    optimizer = fused.FusedNadam(global_clipnorm=1.0)
+    if scaled:
+        optimizer = fused.LossScaleOptimizer(optimizer)
+    optimizer.build(variables)
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        if event in ("call", "c_call"):
+            calls.append(getattr(argument, "__qualname__", frame.f_code.co_name))
+
+    before = sys.getprofile()
+    for profile in (before, before, note):
+        sys.setprofile(profile)
+        try:
+            optimizer.apply(grads, variables)
+        finally:
+            sys.setprofile(before)
+    return calls
+
+
+@on_torch
+@pytest.mark.parametrize("scaled", [False, True])
+def test_python_calls_nothing_for_a_variable(scaled):
+    few, many = calls_of_a_step(2, scaled), calls_of_a_step(50, scaled)
+    assert few == many and "_fused_step" in many
 
 
 def test_excluded_variables_do_not_decay():

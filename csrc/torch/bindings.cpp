@@ -15,6 +15,7 @@
 #include "torch/plan.h"
 #include "torch/size_lock.h"
 #include "torch/step.h"
+#include "torch/swap_grads.h"
 
 // pybind11's errors call it inline. Files that include torch/python.h alone see no definition, and
 // whether this file emits one by itself depends on the version of pybind11 that torch brings.
@@ -178,6 +179,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("take_local_grads", &take_local_grads, py::arg("params"), py::arg("locals"),
         py::arg("layouts"));
   m.def("drop_local_grads", &drop_local_grads, py::arg("locals"));
+  m.def("swap_grads", &swap_grads, py::arg("params"), py::arg("grads"));
 
   m.def("first_overlap", &first_overlap, py::arg("grads"));
 

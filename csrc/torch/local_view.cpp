@@ -59,10 +59,6 @@ bool is_entry(PyObject* entry, Comparison& comparison) {
   return true;
 }
 
-at::Tensor& tensor_of(const py::list& tensors, size_t index) {
-  return const_cast<at::Tensor&>(unpack(PyList_GET_ITEM(tensors.ptr(), index)));
-}
-
 }  // namespace
 
 bool is_same_view(const py::list& seen, const py::list& param_groups, const py::dict& state) {
@@ -83,20 +79,20 @@ bool is_same_view(const py::list& seen, const py::list& param_groups, const py::
 bool take_local_grads(const py::list& params, const py::list& locals, const py::list& layouts) {
   static PyObject* const layout_name = interned("_spec");
   for (size_t i = 0; i < params.size(); ++i) {
-    const at::Tensor& grad = tensor_of(params, i).grad();
+    const at::Tensor& grad = tensor_at(params.ptr(), i).grad();
     if (!grad.defined()) continue;
     const auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad));
     PyObject* const known = PyList_GET_ITEM(layouts.ptr(), i);
     if (known == Py_None || attribute(object.ptr(), layout_name).ptr() != known) return false;
     const py::object local = attribute(object.ptr(), local_tensor_name());
     if (!local || !is_tensor(local.ptr())) return false;
-    tensor_of(locals, i).mutable_grad() = unpack(local.ptr());
+    tensor_at(locals.ptr(), i).mutable_grad() = unpack(local.ptr());
   }
   return true;
 }
 
 void drop_local_grads(const py::list& locals) {
-  for (size_t i = 0; i < locals.size(); ++i) tensor_of(locals, i).mutable_grad().reset();
+  for (size_t i = 0; i < locals.size(); ++i) tensor_at(locals.ptr(), i).mutable_grad().reset();
 }
 
 }  // namespace fusedopt

@@ -47,4 +47,9 @@ inline bool is_tensor(PyObject* object) {
          PyType_IsSubtype(type, reinterpret_cast<PyTypeObject*>(THPVariableClass));
 }
 
+// The tensor at a place of a Python list.
+inline at::Tensor& tensor_at(PyObject* list, Py_ssize_t index) {
+  return const_cast<at::Tensor&>(unpack(PyList_GET_ITEM(list, index)));
+}
+
 }  // namespace fusedopt

@@ -55,6 +55,10 @@ class Backend(ABC):
             self._updated = [it for it in known if not is_overwritten(it)]
         return self._updated
 
+    def updates_all(self) -> bool:
+        """Whether Keras overwrites none of the variables."""
+        return len(self.updated()) == len(self.optimizer._trainable_variables)
+
     def are_all(self, variables: Sequence[Any]) -> bool:
         """Whether these are all variables that get a step, in order, as in Keras's loop."""
         known = self._updated
@@ -85,6 +89,16 @@ class Backend(ABC):
                 f"{type(self.optimizer).__name__}.stateless_apply() is not supported: the step "
                 "changes variables in place; expected apply()"
             )
+
+    def check_grads(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
+        """Refuses what `check_grad` refuses, and another number of gradients than of variables."""
+        if len(grads) != len(variables):
+            raise ValueError(
+                f"grads has {len(grads)} gradients; expected {len(variables)}, one for each "
+                "variable"
+            )
+        for grad, variable in zip(grads, variables):
+            self.check_grad(grad, variable)
 
     @abstractmethod
     def check_grad(self, grad: Any, variable: Any) -> None:

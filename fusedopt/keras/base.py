@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import NoneType
 from typing import Any, ClassVar
 
 from fusedopt.core.nonfinite import NonFinite, check_choice, check_limit
@@ -158,13 +159,12 @@ class FusedKerasOptimizer(keras.optimizers.Optimizer):
     def _pairs(self, grads: Any, variables: Any) -> tuple[list[Any], list[Any]]:
         """The gradients that there are, and their variables."""
         grads = list(grads)
-        missing = any(grad is None for grad in grads)
+        missing = NoneType in {*map(type, grads)}
         if missing or variables is None or not self._backend.are_all(variables):
             variables = self._built_for(grads, variables)
             grads, variables = self._filter_empty_gradients(grads, variables)
             grads, variables = self._overwrite_variables_directly_with_gradients(grads, variables)
-        for grad, variable in zip(grads, variables, strict=True):
-            self._backend.check_grad(grad, variable)
+        self._backend.check_grads(grads, variables)
         return grads, variables
 
     def _built_for(self, grads: Any, variables: Any) -> list[Any]:

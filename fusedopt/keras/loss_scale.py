@@ -46,9 +46,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def _hands_over(self) -> bool:
         """Whether one step of ours takes all of these gradients, and all of them are scaled."""
         inner: Any = self.inner_optimizer
-        overwritten = map(self._overwrite_variable_with_gradient, self._trainable_variables)
         return (
             isinstance(inner, FusedKerasOptimizer)
             and not inner.gradient_accumulation_steps
-            and not any(overwritten)
+            and inner._backend.updates_all()
         )

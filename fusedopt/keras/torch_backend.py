@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -10,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fusedopt.core import backends
 from fusedopt.core.nonfinite import NONFINITE_MODES
 from fusedopt.core.optimizer import FusedOptimizer
 from fusedopt.keras.backend import Backend
@@ -53,6 +53,10 @@ class TorchBackend(Backend):
         if self._step is None:
             return torch.zeros((), dtype=READINGS[name])
         return getattr(self._step.optimizer, name)
+
+    def check_grads(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
+        if len(grads) != len(variables) or {*map(type, grads)} != {Tensor}:
+            super().check_grads(grads, variables)
 
     def check_grad(self, grad: Any, variable: Any) -> None:
         if not isinstance(grad, Tensor):
@@ -119,10 +123,11 @@ class TorchBackend(Backend):
             **keras_optimizer._options(),
         )
         step.set_scalars({key: float(it) for key, it in keras_optimizer._scalars().items()})
-        with step.gradients(grads, variables, self.are_all(variables)):
+        some = None if self.are_all(variables) else variables
+        with step.gradients(grads, some):
             optimizer.step()
-            applied = not optimizer.step_skipped
-            left = step.keep_scalars()
+        applied = not optimizer.step_skipped
+        left = step.keep_scalars(some)
         if applied:
             keras_optimizer._keep(left)
             for variable in variables if step.constrained else ():
@@ -202,32 +207,51 @@ class TorchStep:
                 foreach._foreach_zero_(values)
                 foreach._foreach_add_(values, now[name])
 
-    def keep_scalars(self) -> dict[str, float]:
-        """The numbers that the step left. They differ if some parameters had no gradient."""
-        has_grad = [param.grad is not None for param in self.params]
-        first = has_grad.index(True)
+    def keep_scalars(self, variables: Sequence[Any] | None) -> dict[str, float]:
+        """The numbers that the step left. They differ if some parameters had no gradient.
+
+        Args:
+            variables: those that had one. None: all.
+        """
+        first = 0 if variables is None else self._index[id(variables[0])]
         left = {name: values[first].item() for name, values in self._scalars.items()}
-        self._left = left if all(has_grad) else {}
+        self._left = left if variables is None else {}
         return left
 
     @contextmanager
-    def gradients(
-        self, grads: Sequence[Tensor], variables: Sequence[Any], are_all: bool
-    ) -> Iterator[None]:
-        """Gives the parameters these gradients, and later those that they had."""
+    def gradients(self, grads: Sequence[Tensor], variables: Sequence[Any] | None) -> Iterator[None]:
+        """Gives the parameters these gradients, and later those that they had.
+
+        Args:
+            variables: those of the gradients. None: all, in order.
+        """
         wanted: list[Tensor | None] = [*grads]
-        if not are_all:
+        if variables is not None:
             wanted = [None] * len(self.params)
             for grad, variable in zip(grads, variables):
                 wanted[self._index[id(variable)]] = grad
-        before = [param.grad for param in self.params]
-        same = all(map(operator.is_, before, wanted))
+        before = swap_grads(self.params, wanted)
         try:
-            if not same:
-                for param, grad in zip(self.params, wanted):
-                    param.grad = None if grad is None else grad.to(param.dtype)
             yield
         finally:
-            if not same:
-                for param, grad in zip(self.params, before):
-                    param.grad = grad
+            swap_grads(self.params, before)
+
+
+def swap_grads(params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
+    """Gives parameters these gradients, in their dtypes. Returns those that they had."""
+    compiled = backends.compiled()
+    if compiled is not None:
+        return compiled.swap_grads(params, grads)
+    before = [param.grad for param in params]
+    cast = [None if it is None else it.to(param.dtype) for param, it in zip(params, grads)]
+    try:
+        _place(params, cast)
+    except RuntimeError:  # torch refuses a gradient of another shape
+        _place(params, before)
+        raise
+    return before
+
+
+def _place(params: list[Tensor], grads: list[Tensor | None]) -> None:
+    for param, grad in zip(params, grads):
+        param.grad = grad

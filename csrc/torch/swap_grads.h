@@ -1,0 +1,11 @@
+#pragma once
+
+#include "torch/python.h"
+
+namespace fusedopt {
+
+// Gives every parameter a gradient, or None, in the parameter's dtype. Returns those that they had.
+// An error changes nothing.
+py::list swap_grads(const py::list& params, const py::list& grads);
+
+}  // namespace fusedopt
