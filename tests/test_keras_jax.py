@@ -82,11 +82,11 @@ def test_calls_that_share_a_step_have_the_bits_of_one_call(name, options, monkey
 
 
 def test_a_thousand_variables_compile_in_seconds():
-    """One call over all of them took more than a minute."""
+    """In seconds of the processor: one call over all of them took more than a minute."""
     variables = [keras.Variable(np.ones(8, np.float32)) for _ in range(1000)]
     optimizer = fused_class("AdamW")(1e-3, **CLIPPED)
     optimizer.build(variables)
-    start = time.perf_counter()
+    start = time.process_time()
     program, _ = compiled(optimizer, variables, make_grads(variables, 0))
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     assert not copied(program)
