@@ -20,6 +20,7 @@ from fusedopt.core.nonfinite import (
     NonFiniteGradientError,
     check_choice,
     check_limit,
+    mode_of,
 )
 
 
@@ -144,7 +145,7 @@ class ArrayOptimizer:
     def _mode(self) -> NonFinite:
         check_limit("max_grad_norm", self.max_grad_norm)
         check_choice("nonfinite", self.nonfinite, NONFINITE_MODES)
-        return self.nonfinite or ("propagate" if self.max_grad_norm is None else "skip")
+        return mode_of(self.nonfinite, self.max_grad_norm)
 
     def _numbers(self) -> NDArray[np.float64]:
         """The numbers of all options, in the order of the kernels."""

@@ -29,6 +29,11 @@ class NonFiniteGradientError(RuntimeError):
         return type(self), (self.names, self.description)
 
 
+def mode_of(nonfinite: NonFinite | None, limit: Any) -> NonFinite:
+    """What `nonfinite` means with this limit of the norm, or without one (None)."""
+    return nonfinite or ("propagate" if limit is None else "skip")
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
     """Refuses a value that is neither None nor one of the choices."""
     if value is not None and value not in choices:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedopt import reference
 from fusedopt.core import backends, check_formats, checks, sharding, state
-from fusedopt.core.nonfinite import NonFinite, NonFiniteGradientError
+from fusedopt.core.nonfinite import NonFinite, NonFiniteGradientError, mode_of
 from fusedopt.core.plan import Plan
 from fusedopt.core.rank_stepper import Common, RankStepper
 from fusedopt.core.settings import asks_for_norm
@@ -85,7 +85,7 @@ class Stepper(RankStepper):
         own = self._own
         if own["skips_for_scaler"]:
             return "skip"
-        return own["nonfinite"] or ("propagate" if own["max_grad_norm"] is None else "skip")
+        return mode_of(own["nonfinite"], own["max_grad_norm"])
 
     def _step_options(self, mode: NonFinite) -> StepOptions:
         """The options of this step. A scaler sets `grad_scale` and `found_inf`, as torch's does."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fusedopt.core.nonfinite import check_choice, check_limit
+from fusedopt.core.nonfinite import check_choice, check_limit, mode_of
 from fusedopt.jax.checks import check_leaves, check_params
 from fusedopt.jax.formula import Formula, is_traced
 from fusedopt.jax.ranks import all_varying, spread, varying
@@ -44,8 +44,8 @@ def skips(max_grad_norm: Any, nonfinite: str | None) -> bool:
     """
     if not is_traced(max_grad_norm):
         check_limit("max_grad_norm", max_grad_norm)
-    check_choice("nonfinite", nonfinite, ("skip", "propagate"))
-    return nonfinite == "skip" or (nonfinite is None and max_grad_norm is not None)
+    mode = check_choice("nonfinite", nonfinite, ("skip", "propagate"))
+    return mode_of(mode, max_grad_norm) == "skip"
 
 
 def make_optimizer(formula: Formula, mask: Mask | None = None) -> Optimizer:

@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from fusedopt.core.nonfinite import NonFinite, mode_of
+
 # The class in fusedopt/keras/<name>_backend.py.
 BACKENDS = {"jax": "JaxBackend", "tensorflow": "TensorflowBackend", "torch": "TorchBackend"}
 
@@ -66,6 +68,19 @@ class Backend(ABC):
 
     def decays(self, variable: Any) -> bool:
         return self.optimizer._use_weight_decay(variable)
+
+    def groups(self, variables: Sequence[Any]) -> list[int]:
+        """The place in `option_rows` of each variable's options."""
+        return [0 if self.decays(it) else 1 for it in variables]
+
+    def option_rows(self) -> list[dict[str, Any]]:
+        """The rule's options, without lr: for variables that decay, and for the others."""
+        decay = float(self.optimizer.weight_decay or 0)
+        return [{**self.optimizer._options(), "weight_decay": it} for it in (decay, 0.0)]
+
+    def mode(self) -> NonFinite:
+        """What the optimizer's `nonfinite` means."""
+        return mode_of(self.optimizer.nonfinite, self.optimizer.global_clipnorm)
 
     @property
     @abstractmethod

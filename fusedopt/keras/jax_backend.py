@@ -191,13 +191,9 @@ class JaxBackend(Backend):
         return applied
 
     def _formula(self, variables: Sequence[Any], for_scaler: bool) -> Formula:
-        optimizer = self.optimizer
-        limit, nonfinite = optimizer.global_clipnorm, optimizer.nonfinite
-        options = optimizer._options()
-        decay = {**options, "weight_decay": float(optimizer.weight_decay or 0)}
-        skips = nonfinite == "skip" or (nonfinite is None and limit is not None) or for_scaler
-        groups = tuple(0 if self.decays(it) else 1 for it in variables)
-        return Formula(optimizer.rule, (decay, options), groups, limit, skips)
+        optimizer, skips = self.optimizer, self.mode() == "skip" or for_scaler
+        rows, groups = tuple(self.option_rows()), tuple(self.groups(variables))
+        return Formula(optimizer.rule, rows, groups, optimizer.global_clipnorm, skips)
 
     def _average(self, applied: jax.Array) -> None:
         """Keras's moving average of the variables."""

@@ -122,9 +122,7 @@ class TensorflowBackend(Backend):
             scale: the gradients are divided by it.
             for_scaler: whether the loss was scaled. Then an overflow skips: it is expected.
         """
-        optimizer = self.optimizer
-        mode = optimizer.nonfinite
-        mode = mode or ("propagate" if optimizer.global_clipnorm is None else "skip")
+        optimizer, mode = self.optimizer, self.mode()
         skips = mode != "propagate" or for_scaler
         done, scalars = self._call(grads, variables, scale, skips)
         self._grad_norm.assign(done.grad_norm)
@@ -160,7 +158,7 @@ class TensorflowBackend(Backend):
             max_grad_norm=math.inf if limit is None else float(limit),
             grad_scale=[] if scale is None else tf.reshape(_float32(scale), [1]),
             rule=optimizer.rule,
-            groups=[0 if self.decays(it) else 1 for it in variables],
+            groups=self.groups(variables),
             states_used=[name in used for name in rule.states],
             measure=limit is not None or skips,
             skip_nonfinite=skips,
@@ -169,10 +167,8 @@ class TensorflowBackend(Backend):
 
     def _numbers(self) -> NDArray[np.float64]:
         """The options of variables that decay, and of others. The op replaces lr."""
-        optimizer = self.optimizer
-        decay = float(optimizer.weight_decay or 0)
-        rows = [{**optimizer._options(), "weight_decay": it} for it in (decay, 0.0)]
-        return np.array([c_library.in_order(optimizer.rule, row) for row in rows], np.float64)
+        rows = [c_library.in_order(self.optimizer.rule, row) for row in self.option_rows()]
+        return np.array(rows, np.float64)
 
     def _raise_if(self, skipped: Any, grads: Sequence[Any], variables: Sequence[Any]) -> None:
         """Raises NonFiniteGradientError. In a graph, TensorFlow wraps it."""
