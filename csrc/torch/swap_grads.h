@@ -4,8 +4,8 @@
 
 namespace fusedopt {
 
-// Gives every parameter a gradient, or None, in the parameter's dtype. Returns those that they had.
-// An error changes nothing.
-py::list swap_grads(const py::list& params, const py::list& grads);
+// Gives every parameter a gradient, or None, in the parameter's dtype. Returns those that they had;
+// None if they had these. An error changes nothing.
+py::object swap_grads(const py::list& params, const py::list& grads);
 
 }  // namespace fusedopt

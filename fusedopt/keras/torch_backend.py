@@ -234,11 +234,15 @@ class TorchStep:
         try:
             yield
         finally:
-            swap_grads(self.params, before)
+            if before is not None:
+                swap_grads(self.params, before)
 
 
-def swap_grads(params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
-    """Gives parameters these gradients, in their dtypes. Returns those that they had."""
+def swap_grads(params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None] | None:
+    """Gives parameters these gradients, in their dtypes.
+
+    Returns those that they had, or None if they had these.
+    """
     compiled = backends.compiled()
     if compiled is not None:
         return compiled.swap_grads(params, grads)
