@@ -305,6 +305,28 @@ def test_gradients_are_refused_by_name():
         assert_same_bits(numbers_of(optimizer, variables), before)
 
 
+@pytest.mark.parametrize("shape", [(300, 3), (900,), (4, 300), (1, 300)])
+def test_a_gradient_of_another_shape_changes_nothing(shape):
+    """A step takes the addresses of all arrays, and one size for them."""
+    variables = make_variables()
+    optimizer = fused.FusedAdam()
+    before = run(optimizer, variables, 1)
+    grads: list[Any] = [*make_grads(variables, 1)[:3], keras.ops.ones(shape)]
+    with pytest.raises((ValueError, RuntimeError), match=r"shape|size"):
+        optimizer.apply(grads, variables)
+    assert_same_bits(numbers_of(optimizer, variables), before)
+
+
+def test_a_variable_that_comes_twice_is_refused_by_name():
+    variables = make_variables()
+    optimizer = fused.FusedAdam()
+    before = run(optimizer, variables, 1)
+    grads = make_grads(variables, 1)
+    with pytest.raises(ValueError, match=r"embedding.* is twice in trainable_variables"):
+        optimizer.apply([*grads, grads[3]], [*variables, variables[3]])
+    assert_same_bits(numbers_of(optimizer, variables), before)
+
+
 @pytest.mark.skipif(BACKEND == "jax", reason="JAX has it")
 def test_stateless_apply_is_refused_by_name():
     with pytest.raises(NotImplementedError, match=r"stateless_apply\(\) is not supported"):

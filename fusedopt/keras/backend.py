@@ -151,3 +151,24 @@ def backend_class() -> type[Backend]:
     if name not in BACKENDS:
         raise _refusal(name)
     return getattr(importlib.import_module(f"fusedopt.keras.{name}_backend"), BACKENDS[name])
+
+
+def check_shape(shape: Sequence[Any], variable: Any) -> None:
+    """Raises ValueError if a gradient of this shape is none of the variable."""
+    if tuple(shape) != tuple(variable.shape):
+        raise ValueError(
+            f"the gradient of {variable.path} has the shape {tuple(shape)}; expected "
+            f"{tuple(variable.shape)}"
+        )
+
+
+def check_distinct(variables: Sequence[Any]) -> None:
+    """Raises ValueError if a variable comes twice, as a step takes one gradient for each."""
+    known: set[int] = set()
+    for variable in variables:
+        if id(variable) in known:
+            raise ValueError(
+                f"{variable.path} is twice in trainable_variables; expected it once, with the sum "
+                "of its gradients"
+            )
+        known.add(id(variable))

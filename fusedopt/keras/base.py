@@ -9,7 +9,7 @@ from types import NoneType
 from typing import Any, ClassVar
 
 from fusedopt.core.nonfinite import NonFinite, check_choice, check_limit
-from fusedopt.keras.backend import backend_class, keras
+from fusedopt.keras.backend import backend_class, check_distinct, keras
 
 Backend = backend_class()
 
@@ -182,6 +182,7 @@ class FusedKerasOptimizer(keras.optimizers.Optimizer):
                 )
             return list(self._trainable_variables)
         variables = list(variables)
+        check_distinct(variables)
         if not self.built:
             with keras.name_scope(self.name, caller=self):
                 self.build(variables)

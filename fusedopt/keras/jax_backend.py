@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fusedopt.keras.backend import Backend, keras
+from fusedopt.keras.backend import Backend, check_shape, keras
 from fusedopt.keras.jax_step import Arrays, Formula, take_step
 
 convert: Any = keras.ops.convert_to_tensor
@@ -57,6 +57,7 @@ class JaxBackend(Backend):
                 f"the gradient of {variable.path} is a {type(grad).__name__}; expected a dense "
                 "JAX array"
             )
+        check_shape(grad.shape, variable)
 
     def refresh(self) -> None:
         """Every step looks at the optimizer."""

@@ -15,7 +15,7 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from fusedopt.core import c_library, tensorflow_op
 from fusedopt.core.nonfinite import NONFINITE_MODES, NonFiniteGradientError
-from fusedopt.keras.backend import Backend
+from fusedopt.keras.backend import Backend, check_shape
 
 
 class TensorflowBackend(Backend):
@@ -50,10 +50,7 @@ class TensorflowBackend(Backend):
                 "tf.Tensor or tf.IndexedSlices"
             )
         if not grad.shape.is_compatible_with(variable.shape):
-            raise ValueError(
-                f"the gradient of {variable.path} has the shape {tuple(grad.shape)}; expected "
-                f"{tuple(variable.shape)}"
-            )
+            check_shape(grad.shape, variable)
 
     def refresh(self) -> None:
         """Every call of `apply` looks at all variables."""
