@@ -108,7 +108,7 @@ FUSEDOPT_INLINE T sign_of(T value) {
 // sign than its gradient, or if one of them is 0. The signs are compared, as a product may vanish.
 template <class T>
 FUSEDOPT_INLINE T agrees(T update, T grad) {
-  return static_cast<T>((update > 0 && grad > 0) || (update < 0 && grad < 0));
+  return static_cast<T>(sign_of(update) * sign_of(grad) > 0);
 }
 
 // Updates the averages of the gradient and of its square. Adam and NAdam share them.
