@@ -1,7 +1,7 @@
 """Train a small Keras network on scikit-learn's handwritten digits with a fused optimizer.
 
 Usage:
-    python examples/keras_digits.py
+    python examples/keras_digits.py [--epochs 20]
 
 It needs `pip install keras scikit-learn`, and runs on Keras's torch backend, or on another with
 KERAS_BACKEND=jax or KERAS_BACKEND=tensorflow. Some batches are spoiled with nan on purpose: the
@@ -11,7 +11,9 @@ weights would be nan.
 
 from __future__ import annotations
 
+import argparse
 import os
+import sys
 from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
@@ -48,12 +50,17 @@ def main(epochs: int = 20) -> float:
     model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"])
     for _ in range(3):
         model.train_on_batch(train[:32] * float("nan"), targets[:32])
-    model.fit(train, targets, batch_size=64, epochs=epochs, verbose=0)
+    model.fit(train, targets, batch_size=64, epochs=epochs, verbose=int(sys.stdout.isatty()))
     accuracy = model.evaluate(*test, verbose=0, return_dict=True)["accuracy"]
     print(f"{int(optimizer.iterations)} steps, {int(optimizer.skipped_steps)} bad batches skipped")
-    print(f"gradient norm {float(optimizer.grad_norm):.4f}, accuracy {accuracy:.2%}")
+    print(f"last gradient norm: {float(optimizer.grad_norm):.4f}")
+    print(f"accuracy on images not seen before: {accuracy:.2%}")
     return accuracy
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--epochs", type=int, default=20, help="default: 20")
+    main(parser.parse_args().epochs)

@@ -44,8 +44,9 @@ def self_check(argv: Sequence[str]) -> int:
         "--backend", choices=("cpu", "cuda"), help="check only this one, which has to be usable"
     )
     wanted = parser.parse_args(argv).backend
-    print(f"fusedopt {fusedopt.__version__}, torch {torch.__version__}", end="")
-    print(f" with CUDA {torch.version.cuda or '(none)'}, Python {platform.python_version()}")
+    cuda = f"with CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    versions = f"torch {torch.__version__} {cuda}, Python {platform.python_version()}"
+    print(f"fusedopt {fusedopt.__version__}, {versions}")
     print(f"Python files: {Path(fusedopt.__file__).parent}")
     for name, text in front_ends.describe().items():
         print(f"{name}: {text}")
@@ -55,7 +56,9 @@ def self_check(argv: Sequence[str]) -> int:
         print("Steps run on torch's own functions, within some 3 times of torch.optim's time.")
         return 1
     with no_warnings():
-        return 0 if all([check(name, wanted) for name in ([wanted] if wanted else BACKENDS)]) else 1
+        passed = all([check(name, wanted) for name in ([wanted] if wanted else BACKENDS)])
+    print("all checks passed" if passed else "NOT ALL CHECKS PASSED: see the lines above")
+    return 0 if passed else 1
 
 
 @contextmanager
@@ -78,11 +81,12 @@ def check(backend: str, wanted: str | None) -> bool:
         return wanted is None and not (backend == "cuda" and torch.cuda.is_available())
     passed = True
     for device in devices_of(backend):
-        print(f"{device}: {describe(device)}")
+        print(f"{device}: {describe(device)}; compared with the reference, bit by bit:", flush=True)
         results = {cls.__name__: same_as_reference(cls, backend, device) for cls in CLASSES}
         results["clip_grad_norm_"] = clips_as_reference(backend, device)
+        width = max(map(len, results))
         for name, ok in results.items():
-            print(f"    {name:15} {'ok' if ok else 'FAILED'}")
+            print(f"    {name:{width}} {'ok' if ok else 'FAILED'}")
             passed = passed and ok
     return passed
 

@@ -191,6 +191,12 @@ def test_a_rule_with_other_states_than_its_kernels_is_refused():
             agreement.check_rule(other, backends._C.constants)
 
 
+def test_a_rule_that_the_extension_lacks_says_so():
+    rule = fusedopt.FusedAdamW.rule
+    with pytest.raises(ImportError, match=f"no kernels of {rule.name}. Build it again"):
+        agreement.check_rule(rule, {"rules": {}})
+
+
 def test_a_limit_that_the_kernels_do_not_know_is_refused():
     if backends._C is None:
         pytest.skip("the extension is not built")

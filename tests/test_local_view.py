@@ -57,7 +57,7 @@ def changes(mesh):
     def drop_group(groups, state):
         groups.pop()
 
-    return list(locals().values())[1:]
+    return [it for it in locals().values() if callable(it)]
 
 
 def every_change_is_seen(mesh, compiled):

@@ -47,11 +47,16 @@ def checked(found: Found) -> Found:
 
 
 def check_rule(rule: Rule, constants: dict[str, Any]) -> None:
-    """Refuses a rule if its kernels keep other states or scalars.
+    """Refuses a rule if it has no kernels, or if they keep other states or scalars.
 
     Raises:
-        ImportError: they differ.
+        ImportError: they differ, or there are none.
     """
+    if rule.name not in constants["rules"]:
+        raise ImportError(
+            f"the extension was compiled from other sources: it has no kernels of {rule.name}. "
+            f"Build it again: `{INSTALL}` in the source folder"
+        )
     scalars, states, codings = constants["rules"][rule.name]
     kept = [*scalars.items()], (*states,), codings
     arrays = (*rule.tensors, *rule.scratch)
