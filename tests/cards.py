@@ -58,13 +58,14 @@ class Card:
         }
 
 
-# The B300's float64 is by its data sheet: 1.25 TFLOP/s. It runs the machine code of 10.0.
+# The B300's float64 is by its data sheet: 1.25 TFLOP/s. It runs the machine code of 10.0,
+# and cards of 8.9 run that of 8.6.
 CARDS = [
     Card("T4", "7.5", "75", 320, 40, 1.59, 64, 2),
     Card("A100 80GB", "8.0", "80", 2039, 108, 1.41, 64, 32),
     Card("RTX 3090", "8.6", "86", 936, 82, 1.70, 128, 2),
-    Card("RTX 4090", "8.9", "89", 1008, 128, 2.52, 128, 2),
-    Card("L40S", "8.9", "89", 864, 142, 2.52, 128, 2),
+    Card("RTX 4090", "8.9", "86", 1008, 128, 2.52, 128, 2),
+    Card("L40S", "8.9", "86", 864, 142, 2.52, 128, 2),
     Card("H100 SXM", "9.0", "90", 3350, 132, 1.98, 128, 64),
     Card("H200", "9.0", "90", 4800, 132, 1.98, 128, 64),
     Card("B200", "10.0", "100", 8000, 148, 1.97, 128, 64),

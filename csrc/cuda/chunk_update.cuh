@@ -9,6 +9,7 @@
 #include "core/trust.h"
 #include "cuda/array_types.cuh"
 #include "cuda/block.cuh"
+#include "cuda/coefficient_cache.cuh"
 #include "cuda/segments.cuh"
 #include "cuda/telemetry.cuh"
 #include "cuda/vector.cuh"
@@ -17,38 +18,22 @@
 
 namespace fusedopt::cuda {
 
-// The last tensor's coefficients. A block keeps them between chunks, as most tensors share the same
-// coefficients.
+// A block's shared memory.
 template <class Rule>
-struct CoefficientCache {
-  uint32_t group;
-  float scalars[kMaxScalars], advanced[kMaxScalars];  // before the step, and after
-  double grad_factor, known_trust_ratio;
-  Prepared<Rule> prepared;
-  RandomBits random;  // of the chunk
-
-  // Thread 0 calls it, between two barriers.
-  __device__ void prepare_for(const StepParams& step, Chunk chunk, double factor) {
-    const TensorShape& shape = step.shapes[chunk.tensor];
-    const Pointers<Rule> pointers(step, chunk.tensor);
-    float now[kMaxScalars] = {};
-    pointers.load_scalars(now);
-    const double trust_ratio = trust_ratio_of<Rule>(step, chunk.tensor);
-    bool same = shape.group == group && factor == grad_factor;
-    if constexpr (Rule::kHasTrustRatio) same = same && trust_ratio == known_trust_ratio;
-    for (int k = 0; k < num_scalars<Rule>; ++k) same = same && now[k] == scalars[k];
-    if (!same) {
-      group = shape.group;
-      grad_factor = factor;
-      for (int k = 0; k < num_scalars<Rule>; ++k) scalars[k] = now[k];
-      known_trust_ratio = trust_ratio;
-      prepared = prepare<Rule>(step, group, now, factor, trust_ratio);
-      for (int k = 0; k < num_scalars<Rule>; ++k) advanced[k] = now[k];
-    }
-    if (is_stochastic(shape)) random = random_bits<Rule>(prepared, shape, chunk);
-    if (Rule::kIsTrustPass || !BlockWorkers::has_advanced(shape)) return;
-    for (int k = 0; k < num_scalars<Rule>; ++k) *pointers.scalar(k) = advanced[k];
-  }
+struct Shared {
+  Decision decision;
+  ChunkSegments segments;
+  SquareLanes<Rule> lanes;
+  alignas(kVectorBytes) float norm_lanes[kRowBytes / sizeof(raw16)];  // see SharedLanes
+  double values[2];                                                   // for BlockWorkers
+  // No register keeps these while a chunk is updated.
+  int index;           // of the chunk
+  bool has_own_coefs;  // not all chunks have the same clip coefficient
+  const void* const* grads;
+  const Group* groups;
+  MixedPointers pointers;
+  // Raw storage: __shared__ objects can't have constructors.
+  alignas(8) unsigned char cache[sizeof(CoefficientCache<Rule>)];
 };
 
 // One chunk's update: the loops around a rule.
@@ -56,47 +41,76 @@ template <class Rule, class types>
 class ChunkUpdate {
   using T = typename types::compute_t;
   using stored_t = typename types::stored_t;
-  using Coefficients = typename Rule::template Coefficients<T>;
+  using Row = typename types::row;
   static constexpr int kStates = num_states<Rule>;
-  static constexpr int kVector = kVectorBytes / types::kParamBytes;
+  static constexpr int kVector = Row::kVector;
   static constexpr int kRow = kThreads * kVector;
 
  public:
   __device__ ChunkUpdate(const StepParams& step, Chunk chunk, const CoefficientCache<Rule>& cache,
-                         const ChunkSegments& segments, SquareLanes<Rule>& lanes, float* norm_lanes,
-                         MixedPointers& pointers)
-      : segments_(segments),
+                         Shared<Rule>& shared)
+      : segments_(shared.segments),
         // always_used() is a constant, so that the compiler removes the tests for these states.
         used_((step.groups[step.shapes[chunk.tensor].group].states_used | always_used<Rule>()) &
               loaded_states<Rule>),
         size_(static_cast<int>(chunk.size(step.shapes[chunk.tensor].numel))),
         measures_(measures_grads<Rule>(step)),
         telemetry_(step.chunk_measures != nullptr),
-        is_uniform_(!reads_grads<Rule> || segments.is_uniform(step.shapes[chunk.tensor])),
+        is_uniform_(!reads_grads<Rule> || segments_.is_uniform(step.shapes[chunk.tensor])),
         format_(step.shapes[chunk.tensor]),
-        coefficients_(rounded<Rule, T>(cache.prepared.coefficients)),
-        grad_factor_(static_cast<T>(cache.prepared.grad_factor)),
+        factors_(cache.template factors<T>()),
         random_(cache.random),
+        row_(step.shapes[chunk.tensor].param),
         arrays_(Pointers<Rule>(step, chunk.tensor), step.grads[chunk.tensor],
-                step.shapes[chunk.tensor], chunk, used_, pointers),
-        squares_(lanes.bytes),
-        norm_lanes_(norm_lanes) {}
+                step.shapes[chunk.tensor], chunk, used_, shared.pointers),
+        squares_(shared.lanes.bytes, step.shapes[chunk.tensor].param),
+        norm_lanes_(shared.norm_lanes) {}
 
-  // Updates the chunk. If no pass has measured the gradients before, it returns this thread's
-  // measurements of them. With telemetry, and for a trust ratio, it adds squares to the lanes.
-  __device__ __forceinline__ GradMeasures run() {
-    if constexpr (types::is_mixed) __syncthreads();  // thread 0 has written the pointers
-    Meter meter{NormLanes(norm_lanes_)};
+  // Updates the chunk's whole rows, if all arrays are aligned, and returns the first element that
+  // is left. If no pass has measured the gradients before, `mine` gets this thread's measurements
+  // of the whole chunk. With telemetry, and for a trust ratio, squares are added to the lanes.
+  __device__ __forceinline__ int run(GradMeasures& mine) {
+    Meter meter{NormLanes(norm_lanes_, row_)};
     if (sums_squares()) squares_.clear();
+    __syncthreads();  // thread 0 has written the pointers
     const int done = update_vectors(meter);
     if (measures_) measure_rest(done, meter);
-    if (sums_squares()) __syncthreads();  // update_singles() gives the lanes to other threads
-    update_singles(done);
-    return meter.result(format_);
+    mine = meter.result(format_);
+    return done;
+  }
+
+  // Updates the elements that are left: all of them if an array is not aligned. Neighboring threads
+  // take neighboring elements, so that single accesses are coalesced too. Of mixed formats, a warp
+  // takes kCount * kWarpSize neighbors, and its threads stay together: see blocks.cuh.
+  __device__ __forceinline__ void update_singles(int done) {
+    __syncthreads();  // thread 0 has written the pointers, and lanes go to other threads
+    constexpr int kCount = kVectorBytes / sizeof(T);
+    constexpr int kStride = types::kSingleStride;
+    const int lane = threadIdx.x % kStride;
+    const int of_warp = done + (threadIdx.x - lane) * kCount;
+#pragma unroll 1
+    for (int first = of_warp + lane; first - (types::is_mixed ? lane : 0) < size_;
+         first += kCount * kThreads) {
+      Elements<kCount> singles = arrays_.template load<kCount>(
+          [&](auto array) { return array.template load_each<kCount, kStride>(first, size_); });
+      arrays_.widen(singles, kAllStates);
+      update<kStride>(
+          first, singles, [&](T grad, int k) { return scaled_grad(grad, first + k * kStride); },
+          kAllStates);
+      arrays_.template narrow<kStride>(first, size_, random_, singles, kAllStates);
+      if (sums_changes()) {
+        const auto before = arrays_.param.template load_each<kCount, kStride>(first, size_);
+        squares_.template add<kStride>(first, size_, arrays_.param.widened(before),
+                                       arrays_.param.widened(singles.param), format_);
+      }
+      arrays_.store(singles, [&](auto array, auto& it) {
+        array.template store_each<kCount, kStride>(first, size_, it);
+      });
+    }
   }
 
  private:
-  using NormLanes = typename types::template norm_lanes<SumOfSquares, kVector>;
+  using NormLanes = typename types::template norm_lanes<SumOfSquares>;
   using Meter = GradMeter<SumOfSquares, stored_t, kVector, NormLanes>;
   using lane_t = std::conditional_t<Rule::kIsTrustPass, double, T>;
 
@@ -189,7 +203,6 @@ class ChunkUpdate {
     }
   };
 
-  // Updates whole rows, if all arrays are aligned. Returns the first element that is left.
   __device__ __forceinline__ int update_vectors(Meter& meter) {
     constexpr int kBytes = sizeof(Elements<kVector>) + kVector * sizeof(double);
     // Rows that are loaded before the first is used. The limit keeps the kernel below 128
@@ -201,7 +214,7 @@ class ChunkUpdate {
 #pragma unroll 1
     for (; done + kRowsInFlight * kRow <= size_; done += kRowsInFlight * kRow) {
       Elements<kVector> rows[kRowsInFlight];
-      const int first = done + threadIdx.x * kVector;
+      const int first = done + row_.place();
 #pragma unroll
       for (int i = 0; i < kRowsInFlight; ++i) {
         rows[i] = arrays_.template load<kVector>(
@@ -210,16 +223,19 @@ class ChunkUpdate {
 #pragma unroll
       for (int i = 0; i < kRowsInFlight; ++i) {
         arrays_.widen(rows[i], kAllStates);
-        if (measures_) meter.add(rows[i].grad, format_, telemetry_);
+        if (measures_) meter.add(rows[i].grad, format_, telemetry_, first + i * kRow);
         update<1>(
-            first + i * kRow, rows[i], [&](T grad, int) { return grad * grad_factor_; },
+            first + i * kRow, rows[i], [&](T grad, int) { return grad * factors_.grad_factor; },
             kAllStates);
         arrays_.template narrow<1>(first + i * kRow, size_, random_, rows[i], kAllStates);
-        if (sums_changes()) {  // load the parameter again, from the cache: no register is left for
-                               // it
+        if (sums_changes()) {
+          // Load the parameter again, from the cache: no register is left for it.
           const auto before = arrays_.param.template load<kVector>(first + i * kRow);
-          squares_.template add<1>(first + i * kRow, size_, arrays_.param.widened(before),
-                                   arrays_.param.widened(rows[i].param), format_);
+          const auto old = arrays_.param.widened(before);
+          const auto changed = arrays_.param.widened(rows[i].param);
+          row_.in_turn(first + i * kRow, [&] {
+            squares_.template add<1>(first + i * kRow, size_, old, changed, format_);
+          });
         }
         arrays_.store(rows[i], [&](auto array, auto& it) { array.store(first + i * kRow, it); });
       }
@@ -229,46 +245,18 @@ class ChunkUpdate {
 
   __device__ __forceinline__ void measure_rest(int done, Meter& meter) {
 #pragma unroll 1
-    for (int first = done + threadIdx.x * kVector; first < size_; first += kRow) {
+    for (int row = done; row < size_; row += kRow) {
+      const int first = row + row_.place();
       const auto grads = arrays_.grad.template load_some<kVector>(first, size_);
-      meter.add(arrays_.grad.widened(grads), format_, telemetry_);
-    }
-  }
-
-  // Updates the elements that are left: all of them if an array is not aligned. Neighboring threads
-  // take neighboring elements, so that single accesses are coalesced too. Of mixed formats, a warp
-  // takes kCount * kWarpSize neighbors, and its threads stay together: see blocks.cuh.
-  __device__ __forceinline__ void update_singles(int done) {
-    constexpr int kCount = kVectorBytes / sizeof(T);
-    constexpr int kStride = types::kSingleStride;
-    const int lane = threadIdx.x % kStride;
-    const int of_warp = done + (threadIdx.x - lane) * kCount;
-#pragma unroll 1
-    for (int first = of_warp + lane; first - (types::is_mixed ? lane : 0) < size_;
-         first += kCount * kThreads) {
-      Elements<kCount> singles = arrays_.template load<kCount>(
-          [&](auto array) { return array.template load_each<kCount, kStride>(first, size_); });
-      arrays_.widen(singles, kAllStates);
-      update<kStride>(
-          first, singles, [&](T grad, int k) { return scaled_grad(grad, first + k * kStride); },
-          kAllStates);
-      arrays_.template narrow<kStride>(first, size_, random_, singles, kAllStates);
-      if (sums_changes()) {
-        const auto before = arrays_.param.template load_each<kCount, kStride>(first, size_);
-        squares_.template add<kStride>(first, size_, arrays_.param.widened(before),
-                                       arrays_.param.widened(singles.param), format_);
-      }
-      arrays_.store(singles, [&](auto array, auto& it) {
-        array.template store_each<kCount, kStride>(first, size_, it);
-      });
+      meter.add(arrays_.grad.widened(grads), format_, telemetry_, first);
     }
   }
 
   // The gradient of element i of the chunk, unscaled and clipped.
   __device__ __forceinline__ T scaled_grad(T grad, int i) const {
-    if (is_uniform_) return grad * grad_factor_;
+    if (is_uniform_) return grad * factors_.grad_factor;
     if (i >= size_) return 0;
-    return scaled(grad, segments_.factor_of(i)) * grad_factor_;
+    return scaled(grad, segments_.factor_of(i)) * factors_.grad_factor;
   }
 
   // Updates the elements first, first + kStride, ... of the chunk. scale(grad, i) unscales and
@@ -276,6 +264,7 @@ class ChunkUpdate {
   template <int kStride, int kCount, class Scale, size_t... k>
   __device__ __forceinline__ void update([[maybe_unused]] int first, Elements<kCount>& elements,
                                          Scale scale, std::index_sequence<k...>) const {
+    [[maybe_unused]] Terms<kCount> terms;
     // One instruction rounds 2 values to 16 bits.
     constexpr int kTogether = sizeof(stored_t) == sizeof(raw16) ? 2 : 1;
 #pragma unroll
@@ -290,14 +279,11 @@ class ChunkUpdate {
       for (int i = 0; i < kTogether; ++i) {
         (square<k>(state[k][i]), ...);
         [[maybe_unused]] const T before = param[i];
-        update_element<Rule>(used_, coefficients_, scale(grad[i], begin + i), param[i],
+        update_element<Rule>(used_, factors_.coefficients, scale(grad[i], begin + i), param[i],
                              state[k][i]...);
         if constexpr (Rule::kIsTrustPass) {
-          const int index = first + (begin + i) * kStride;
-          if (kStride == 1 || index < size_) {
-            if constexpr (reads_params<Rule>) squares_.add_param(index, before);
-            squares_.add_term(index, param[i]);
-          }
+          terms.params[begin + i] = before;
+          terms.terms[begin + i] = param[i];
         }
         (root<k>(state[k][i]), ...);
       }
@@ -305,6 +291,30 @@ class ChunkUpdate {
         if constexpr (!Rule::kIsTrustPass) narrow<decltype(half)>(param, begin, elements.param);
         (narrow<decltype(half)>(state[k], begin, elements.state[k]), ...);
       });
+    }
+    if constexpr (Rule::kIsTrustPass) add_terms<kStride>(first, terms);
+  }
+
+  // The parameters before a first pass, and the terms that it finds.
+  template <int kCount>
+  struct Terms {
+    T params[kCount], terms[kCount];
+  };
+
+  template <int kStride, int kCount>
+  __device__ __forceinline__ void add_terms(int first, const Terms<kCount>& terms) const {
+    const auto add = [&] {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        const int i = first + k * kStride;
+        if (kStride != 1 && i >= size_) continue;
+        squares_.add(i, reads_params<Rule> ? terms.params[k] : T{0}, terms.terms[k]);
+      }
+    };
+    if constexpr (kStride == 1) {
+      row_.in_turn(first, add);
+    } else {
+      add();
     }
   }
 
@@ -332,11 +342,11 @@ class ChunkUpdate {
   const int size_;
   const bool measures_, telemetry_, is_uniform_;
   const Format format_;
-  const Coefficients coefficients_;
-  const T grad_factor_;
+  const Factors<Rule, T> factors_;
   const RandomBits& random_;  // in shared memory, as no register is left for it
+  const Row row_;
   const Arrays arrays_;
-  const LanesOf<lane_t, types::kParamBytes> squares_;
+  const LanesOf<lane_t> squares_;
   float* const norm_lanes_;  // in shared memory
 };
 

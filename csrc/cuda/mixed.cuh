@@ -44,10 +44,51 @@ struct MixedPointers {
   char* volatile at[2 * kMixedArrays];
 };
 
+// The elements first, first + kStride, ... of a chunk, one by one. bits_t has an element's bits; a
+// word of a vector holds one, two or four.
+template <int kCount, int kStride>
+struct Singles {
+  const int first, size;
+
+  template <class bits_t>
+  static constexpr int kPerWord = sizeof(uint32_t) / sizeof(bits_t);
+  template <class bits_t>
+  static constexpr int shift(int k) {
+    return k % kPerWord<bits_t> * 8 * sizeof(bits_t);
+  }
+
+  template <class bits_t>
+  __device__ void load(const char* from, int begin, Vector<float, kCount>& words) const {
+    uint32_t bits[kCount / kPerWord<bits_t>] = {};
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const int i = first + k * kStride;
+      if (i >= size) continue;
+      const uint32_t it = load_global(reinterpret_cast<const bits_t*>(from) + i);
+      bits[k / kPerWord<bits_t>] |= it << shift<bits_t>(k);
+    }
+#pragma unroll
+    for (int k = 0; k < kCount / kPerWord<bits_t>; ++k) {
+      words.at[begin + k] = bit_cast<float>(bits[k]);
+    }
+  }
+  template <class bits_t>
+  __device__ void store(const Vector<float, kCount>& words, int begin, char* to) const {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const int i = first + k * kStride;
+      if (i >= size) continue;
+      const auto word = bit_cast<uint32_t>(words.at[begin + k / kPerWord<bits_t>]);
+      store_global(reinterpret_cast<bits_t*>(to) + i,
+                   static_cast<bits_t>(word >> shift<bits_t>(k)));
+    }
+  }
+};
+
 // As Slice. A vector holds the bits of its elements as they are stored, between load() and widen()
 // and again after narrow(): 32-bit elements, or 16-bit elements in its first half, and their rests
 // of 16 or 8 bits from its middle on, or 8-bit elements: see blocks.cuh.
-enum class Part { kParam32, kParam16, kGrad, kState };
+enum class Part { kParam, kGrad, kState };
 template <Part part>
 struct MixedSlice {
   char* volatile* const pointers;  // in shared memory: no registers keep them between accesses
@@ -60,7 +101,7 @@ struct MixedSlice {
       : pointers(shared.at), storages(packed(shape)), index(index) {
     if (threadIdx.x != 0) return;
     pointers[index] = static_cast<char*>(array.data) + begin * bytes_of(array.storage);
-    if (part == Part::kParam16) set_second(array, begin * rest_bytes(array.storage));
+    if (part == Part::kParam) set_second(array, begin * rest_bytes(array.storage));
     if (part == Part::kState) set_second(array, begin / kBlockSize * kWord);
   }
 
@@ -121,61 +162,40 @@ struct MixedSlice {
 
   template <int kCount, int kStride>
   __device__ Vector<float, kCount> load_each(int first, int size) const {
-    uint32_t words[kCount] = {};
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const int i = first + k * kStride;
-      if (i >= size) continue;
-      if (is_in_blocks()) {
-        words[k / 4] |= byte(data(), i) << k % 4 * 8;
-        continue;
-      }
-      if (is_wide()) {
-        words[k] = load_global(reinterpret_cast<const uint32_t*>(data()) + i);
-        continue;
-      }
-      const int shift = k % 2 * 16;
-      words[k / 2] |= static_cast<uint32_t>(half(data(), i)) << shift;
-      if (!is_master()) continue;
+    Vector<float, kCount> words{};
+    const Singles<kCount, kStride> singles{first, size};
+    if (is_wide()) {
+      singles.template load<uint32_t>(data(), 0, words);
+    } else if (is_in_blocks()) {
+      singles.template load<uint8_t>(data(), 0, words);
+      load_units<kCount, kStride>(second(), first, size, words);
+    } else {
+      singles.template load<uint16_t>(data(), 0, words);
+      if (!is_master()) return words;
       if (is_24_bits()) {
-        words[kCount / 2 + k / 4] |= byte(second(), i) << k % 4 * 8;
+        singles.template load<uint8_t>(second(), kCount / 2, words);
       } else {
-        words[kCount / 2 + k / 2] |= static_cast<uint32_t>(half(second(), i)) << shift;
+        singles.template load<uint16_t>(second(), kCount / 2, words);
       }
     }
-    Vector<float, kCount> result;
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) result.at[k] = bit_cast<float>(words[k]);
-    if constexpr (part == Part::kState) {
-      if (is_in_blocks()) load_units<kCount, kStride>(second(), first, size, result);
-    }
-    return result;
+    return words;
   }
   template <int kCount, int kStride>
   __device__ void store_each(int first, int size, const Vector<float, kCount>& words) const {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const int i = first + k * kStride;
-      if (i >= size) continue;
-      if (is_in_blocks()) {
-        set_byte(data(), i, bit_cast<uint32_t>(words.at[k / 4]) >> k % 4 * 8);
-        continue;
-      }
-      if (is_wide()) {
-        store_global(reinterpret_cast<float*>(data()) + i, words.at[k]);
-        continue;
-      }
-      const int shift = k % 2 * 16;
-      set_half(data(), i, bit_cast<uint32_t>(words.at[k / 2]) >> shift);
-      if (!is_master()) continue;
+    const Singles<kCount, kStride> singles{first, size};
+    if (is_wide()) {
+      singles.template store<uint32_t>(words, 0, data());
+    } else if (is_in_blocks()) {
+      singles.template store<uint8_t>(words, 0, data());
+      store_units<kCount, kStride>(second(), first, size, words);
+    } else {
+      singles.template store<uint16_t>(words, 0, data());
+      if (!is_master()) return;
       if (is_24_bits()) {
-        set_byte(second(), i, bit_cast<uint32_t>(words.at[kCount / 2 + k / 4]) >> k % 4 * 8);
+        singles.template store<uint8_t>(words, kCount / 2, second());
       } else {
-        set_half(second(), i, bit_cast<uint32_t>(words.at[kCount / 2 + k / 2]) >> shift);
+        singles.template store<uint16_t>(words, kCount / 2, second());
       }
-    }
-    if constexpr (part == Part::kState) {
-      if (is_in_blocks()) store_units<kCount, kStride>(second(), first, size, words);
     }
   }
 
@@ -281,11 +301,11 @@ struct MixedSlice {
   __device__ bool is(uint32_t bit) const { return (storages & bit << kStorageBits * index) != 0; }
   __device__ bool is_wide() const { return is(kIsWide); }
   __device__ bool is_master() const {
-    if constexpr (part != Part::kParam16) return false;
+    if constexpr (part != Part::kParam) return false;
     return is(kIsMaster);
   }
   __device__ bool is_24_bits() const {
-    if constexpr (part != Part::kParam16) return false;
+    if constexpr (part != Part::kParam) return false;
     return is(kIs24Bits);
   }
 
@@ -301,22 +321,9 @@ struct MixedSlice {
   __device__ static uint16_t half_of(float word, int k) {
     return static_cast<uint16_t>(bit_cast<uint32_t>(word) >> k % 2 * 16);
   }
-  __device__ static uint32_t byte(const char* from, int i) {
-    return load_global(reinterpret_cast<const uint8_t*>(from) + i);
-  }
-  __device__ static void set_byte(char* to, int i, uint32_t bits) {
-    store_global(reinterpret_cast<uint8_t*>(to) + i, static_cast<uint8_t>(bits));
-  }
   __device__ static uint32_t byte_of(float word, int k) {
     return bit_cast<uint32_t>(word) >> k % 4 * 8 & 0xffu;
   }
-  __device__ static uint16_t half(const char* from, int i) {
-    return load_global(reinterpret_cast<const uint16_t*>(from) + i);
-  }
-  __device__ static void set_half(char* to, int i, uint32_t bits) {
-    store_global(reinterpret_cast<uint16_t*>(to) + i, static_cast<uint16_t>(bits));
-  }
-
   template <int kCount, int kVector>
   __device__ static void load_words(const char* from, int begin, Vector<float, kVector>& words) {
     const auto some = load_global(reinterpret_cast<const Vector<float, kCount>*>(from));
@@ -329,32 +336,6 @@ struct MixedSlice {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) some.at[k] = words.at[begin + k];
     store_global(reinterpret_cast<Vector<float, kCount>*>(to), some);
-  }
-};
-
-// As Lanes, in shared memory: an update of mixed formats has no registers left for them. A thread
-// uses its own lanes only.
-template <class Norm, int kVector>
-struct SharedLanes {
-  float* const first;  // lane k is first[k * kThreads]
-
-  __device__ explicit SharedLanes(float* lanes) : first(lanes + threadIdx.x) {
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) first[k * kThreads] = 0;
-  }
-
-  __device__ void add(const Vector<float, kVector>& grads, Format) {
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) {
-      first[k * kThreads] = Norm::combine(first[k * kThreads], Norm::term(grads.at[k]));
-    }
-  }
-
-  __device__ double fold() const {
-    double lanes[kVector];
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) lanes[k] = first[k * kThreads];
-    return cuda::fold<Norm>(lanes);
   }
 };
 

@@ -20,8 +20,10 @@ struct GradMeter {
   NormLanes lanes;
   magnitude_bits<grad_t> largest = 0;
 
-  __device__ void add(const Vector<grad_t, kVector>& grads, Format format, bool telemetry) {
-    lanes.add(grads, format);
+  // `first`: the index of the first element in its chunk, for lanes in shared memory.
+  __device__ void add(const Vector<grad_t, kVector>& grads, Format format, bool telemetry,
+                      int first = 0) {
+    lanes.add(grads, format, first);
     if (!telemetry) return;
 #pragma unroll
     for (int k = 0; k < kVector; ++k) largest = std::max(largest, magnitude(grads.at[k]));
@@ -123,28 +125,28 @@ struct alignas(kVectorBytes) SquareLanes {
   unsigned char bytes[2 * kRowBytes / sizeof(raw16) * kLaneBytes];
 };
 
-// The lanes, of type T, for a parameter that takes kParamBytes per element.
-template <class T, int kParamBytes>
+// The lanes, of type T, for a parameter of this storage.
+template <class T>
 struct LanesOf {
-  static constexpr int kRow = kRowBytes / kParamBytes;
+  const int row;  // their number
   T* const params;
   T* const seconds;
 
-  __device__ explicit LanesOf(unsigned char* lanes)
-      : params(reinterpret_cast<T*>(lanes)), seconds(params + kRow) {}
+  __device__ LanesOf(unsigned char* lanes, Storage param)
+      : row(kRowBytes / static_cast<int>(bytes_of(param))),
+        params(reinterpret_cast<T*>(lanes)),
+        seconds(params + row) {}
 
-  // Each thread clears the lanes of its own vector.
+  // All threads of a block call it, between two barriers.
   __device__ void clear() const {
-    constexpr int kVector = kVectorBytes / kParamBytes;
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) {
-      params[threadIdx.x * kVector + k] = seconds[threadIdx.x * kVector + k] = 0;
-    }
+    for (int i = threadIdx.x; i < row; i += kThreads) params[i] = seconds[i] = 0;
   }
 
-  // Add the parameter of element i, and its term.
-  __device__ void add_param(int i, T param) const { params[i % kRow] += param * param; }
-  __device__ void add_term(int i, T term) const { seconds[i % kRow] += term * term; }
+  // Adds element i of the chunk.
+  __device__ void add(int i, T param, T second) const {
+    params[lane_of(i)] += param * param;
+    seconds[lane_of(i)] += second * second;
+  }
 
   // Adds the elements first, first + kStride, ... that are below `size`: `before` the update, and
   // `after` it.
@@ -157,8 +159,7 @@ struct LanesOf {
       if (i >= size) continue;
       const T old = format.widen(before.at[k]);
       const T change = format.widen(after.at[k]) - old;
-      params[i % kRow] += old * old;
-      seconds[i % kRow] += change * change;
+      add(i, old, change);
     }
   }
 
@@ -170,13 +171,15 @@ struct LanesOf {
     // The upper half of the lanes is added to the lower half until one lane per thread is left. A
     // thread always works on the same lanes: no barrier is needed.
 #pragma unroll 1
-    for (int half = kRow / 2; half >= kWarpSize; half /= 2) {
+    for (int half = row / 2; half >= kWarpSize; half /= 2) {
 #pragma unroll 4
       for (int i = lane; i < half; i += kWarpSize) lanes[i] += lanes[i + half];
     }
     const double sum = warp_total<SumOfSquares>(static_cast<double>(lanes[lane]));
     if (lane == 0) (warp == 0 ? param_squares : second_squares) = sum;
   }
+
+  __device__ int lane_of(int i) const { return i & (row - 1); }
 };
 
 // Writes the sums of a chunk to chunk_measures, or to trust_sums. Call it after all elements have
@@ -184,17 +187,18 @@ struct LanesOf {
 template <class Rule>
 __device__ void leave_squares(const StepParams& step, int64_t index, SquareLanes<Rule>& lanes) {
   __syncthreads();
-  visit_array(step.shapes[step.chunks[index].tensor].param, [&](auto param) {
-    using param_t = type_of<decltype(param)>;
-    if constexpr (Rule::kIsTrustPass) {
-      TrustSums& sums = step.trust_sums[index];
-      LanesOf<double, sizeof(param_t)>(lanes.bytes).leave_totals(sums.params, sums.terms);
+  const Storage param = step.shapes[step.chunks[index].tensor].param;
+  if constexpr (Rule::kIsTrustPass) {
+    TrustSums& sums = step.trust_sums[index];
+    LanesOf<double>(lanes.bytes, param).leave_totals(sums.params, sums.terms);
+  } else {
+    ChunkMeasures& it = step.chunk_measures[index];
+    if (param == Storage::kFloat64) {
+      LanesOf<double>(lanes.bytes, param).leave_totals(it.param_squares, it.update_squares);
     } else {
-      ChunkMeasures& it = step.chunk_measures[index];
-      LanesOf<opmath_t<param_t>, sizeof(param_t)>(lanes.bytes)
-          .leave_totals(it.param_squares, it.update_squares);
+      LanesOf<float>(lanes.bytes, param).leave_totals(it.param_squares, it.update_squares);
     }
-  });
+  }
 }
 
 }  // namespace fusedopt::cuda

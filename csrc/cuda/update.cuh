@@ -14,23 +14,6 @@
 
 namespace fusedopt::cuda {
 
-template <class Rule>
-struct Shared {
-  Decision decision;
-  ChunkSegments segments;
-  SquareLanes<Rule> lanes;
-  float norm_lanes[kRowBytes / sizeof(raw16)];  // see SharedLanes
-  double values[2];                             // for BlockWorkers
-  // No register keeps these while a chunk is updated.
-  int index;           // of the chunk
-  bool has_own_coefs;  // not all chunks have the same clip coefficient
-  const void* const* grads;
-  const Group* groups;
-  MixedPointers pointers;
-  // Raw storage: __shared__ objects can't have constructors.
-  alignas(8) unsigned char cache[sizeof(CoefficientCache<Rule>)];
-};
-
 // Leaves the clip coefficients of a chunk. All its elements have one, if it is not clipped, or if
 // no segments are. (A branch within SegmentCoefs would take more registers than there are.)
 template <class Rule>
@@ -44,6 +27,18 @@ __device__ __forceinline__ void leave_coefs(const StepParams& step, Chunk chunk,
   if (step.chunk_coefs != nullptr) step.chunk_coefs[index] = coef;
   shared.segments.is_shared = true;
   shared.segments.factor = shared.decision.inv_scale * coef;
+}
+
+// Updates the elements of a chunk that its vectors leave: see ChunkUpdate.
+template <class Rule>
+__device__ __forceinline__ void update_rest(const StepParams& step, Chunk chunk, int done,
+                                            CoefficientCache<Rule>& cache, Shared<Rule>& shared) {
+  const TensorShape& shape = step.shapes[chunk.tensor];
+  if (done >= chunk.size(shape.numel)) return;
+  __syncthreads();  // the vectors' pointers are read no more
+  visit_single_types(shape, [&](auto types) {
+    ChunkUpdate<Rule, decltype(types)>(step, chunk, cache, shared).update_singles(done);
+  });
 }
 
 // Updates a chunk. Also measures its gradients, if no pass has measured them before. Returns the
@@ -68,15 +63,15 @@ __device__ __forceinline__ int update_chunk(StepParams& step, int index,
   }
   __syncthreads();
   GradMeasures mine{};
+  int done = 0;
   visit_types(step.shapes[chunk.tensor], [&](auto types) {
-    ChunkUpdate<Rule, decltype(types)> update(step, chunk, cache, shared.segments, shared.lanes,
-                                              shared.norm_lanes, shared.pointers);
-    mine = update.run();
+    done = ChunkUpdate<Rule, decltype(types)>(step, chunk, cache, shared).run(mine);
   });
   index = shared.index;
   step.grads = shared.grads;
   step.groups = shared.groups;
   if (measures) leave_grad_measures<SumOfSquares>(step, index, mine, telemetry);
+  update_rest(step, step.chunks[index], done, cache, shared);
   if (Rule::kIsTrustPass || telemetry) leave_squares<Rule>(step, index, shared.lanes);
   return index;
 }

@@ -127,10 +127,12 @@ template <class Norm, int kVector, class T>
 struct Lanes {
   T at[kVector] = {};
 
-  __device__ explicit Lanes(float* = nullptr) {}
+  Lanes() = default;
+  template <class Row>
+  __device__ Lanes(float*, const Row&) {}
 
   template <class grad_t>
-  __device__ void add(const Vector<grad_t, kVector>& grads, Format format) {
+  __device__ void add(const Vector<grad_t, kVector>& grads, Format format, int = 0) {
     format.visit<grad_t>([&](auto half) {
       opmath_t<grad_t> values[kVector];
       widen<decltype(half)>(grads, 0, values);
