@@ -14,7 +14,7 @@ struct UniformRow {
 
   __device__ explicit UniformRow(Storage) {}
 
-  __device__ int place() const { return threadIdx.x * kVector; }
+  __device__ int place() const { return computed_anew(static_cast<int>(threadIdx.x)) * kVector; }
   template <class Body>
   __device__ __forceinline__ void in_turn(int, Body&& body) const {
     body();

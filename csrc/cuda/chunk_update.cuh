@@ -58,7 +58,8 @@ class ChunkUpdate {
         telemetry_(step.chunk_measures != nullptr),
         is_uniform_(!reads_grads<Rule> || segments_.is_uniform(step.shapes[chunk.tensor])),
         format_(step.shapes[chunk.tensor]),
-        factors_(cache.template factors<T>()),
+        coefficients_(cache.template factors<T>().coefficients),
+        grad_factor_(cache.template factors<T>().grad_factor),
         random_(cache.random),
         row_(step.shapes[chunk.tensor].param),
         arrays_(Pointers<Rule>(step, chunk.tensor), step.grads[chunk.tensor],
@@ -86,8 +87,9 @@ class ChunkUpdate {
     __syncthreads();  // thread 0 has written the pointers, and lanes go to other threads
     constexpr int kCount = kVectorBytes / sizeof(T);
     constexpr int kStride = types::kSingleStride;
-    const int lane = threadIdx.x % kStride;
-    const int of_warp = done + (threadIdx.x - lane) * kCount;
+    const int thread = computed_anew(static_cast<int>(threadIdx.x));
+    const int lane = thread % kStride;
+    const int of_warp = done + (thread - lane) * kCount;
 #pragma unroll 1
     for (int first = of_warp + lane; first - (types::is_mixed ? lane : 0) < size_;
          first += kCount * kThreads) {
@@ -210,11 +212,12 @@ class ChunkUpdate {
     constexpr int kRowsInFlight =
         kBytes <= 144 && sizeof(T) == sizeof(float) && !types::is_mixed ? 2 : 1;
     if (!arrays_.aligned() || !is_uniform_) return 0;
+    const int place = row_.place();
     int done = 0;
 #pragma unroll 1
     for (; done + kRowsInFlight * kRow <= size_; done += kRowsInFlight * kRow) {
       Elements<kVector> rows[kRowsInFlight];
-      const int first = done + row_.place();
+      const int first = done + place;
 #pragma unroll
       for (int i = 0; i < kRowsInFlight; ++i) {
         rows[i] = arrays_.template load<kVector>(
@@ -224,9 +227,9 @@ class ChunkUpdate {
       for (int i = 0; i < kRowsInFlight; ++i) {
         arrays_.widen(rows[i], kAllStates);
         if (measures_) meter.add(rows[i].grad, format_, telemetry_, first + i * kRow);
+        const T factor = grad_factor_;
         update<1>(
-            first + i * kRow, rows[i], [&](T grad, int) { return grad * factors_.grad_factor; },
-            kAllStates);
+            first + i * kRow, rows[i], [&](T grad, int) { return grad * factor; }, kAllStates);
         arrays_.template narrow<1>(first + i * kRow, size_, random_, rows[i], kAllStates);
         if (sums_changes()) {
           // Load the parameter again, from the cache: no register is left for it.
@@ -254,9 +257,9 @@ class ChunkUpdate {
 
   // The gradient of element i of the chunk, unscaled and clipped.
   __device__ __forceinline__ T scaled_grad(T grad, int i) const {
-    if (is_uniform_) return grad * factors_.grad_factor;
+    if (is_uniform_) return grad * grad_factor_;
     if (i >= size_) return 0;
-    return scaled(grad, segments_.factor_of(i)) * factors_.grad_factor;
+    return scaled(grad, segments_.factor_of(i)) * grad_factor_;
   }
 
   // Updates the elements first, first + kStride, ... of the chunk. scale(grad, i) unscales and
@@ -279,7 +282,7 @@ class ChunkUpdate {
       for (int i = 0; i < kTogether; ++i) {
         (square<k>(state[k][i]), ...);
         [[maybe_unused]] const T before = param[i];
-        update_element<Rule>(used_, factors_.coefficients, scale(grad[i], begin + i), param[i],
+        update_element<Rule>(used_, coefficients_, scale(grad[i], begin + i), param[i],
                              state[k][i]...);
         if constexpr (Rule::kIsTrustPass) {
           terms.params[begin + i] = before;
@@ -342,8 +345,9 @@ class ChunkUpdate {
   const int size_;
   const bool measures_, telemetry_, is_uniform_;
   const Format format_;
-  const Factors<Rule, T> factors_;
-  const RandomBits& random_;  // in shared memory, as no register is left for it
+  const typename Rule::template Coefficients<T> coefficients_;
+  const volatile T& grad_factor_;  // in shared memory, as no register is left for it
+  const RandomBits& random_;       // in shared memory, as no register is left for it
   const Row row_;
   const Arrays arrays_;
   const LanesOf<lane_t> squares_;

@@ -18,7 +18,7 @@ struct MixedRow {
 
   // The thread's first element in a row.
   __device__ int place() const {
-    const int thread = threadIdx.x;
+    const int thread = computed_anew(static_cast<int>(threadIdx.x));
     if (!shares_lanes) return thread * kVector;
     const int in_half = thread / kWarpSize * kHalfWarp + thread % kHalfWarp;
     return in_half * kVector + (thread / kHalfWarp % 2) * kHalfRow;
