@@ -182,7 +182,8 @@ def check_elements(counted: list[tuple[list, int, int]]) -> None:
     for (*rule, dtype, grad_dtype, numel, telemetry), _, total in counted:
         loop = f"{rule}, {dtype}, gradient {grad_dtype}, telemetry={telemetry}"
         print(f"{loop}: {total / numel:.1f} instructions per element")
-        if not 0 < total / numel <= MAX_INSTRUCTIONS_PER_ELEMENT[dtype]:
+        more = 1.5 if "cautious" in rule[1] else 1  # in two passes
+        if not 0 < total / numel <= more * MAX_INSTRUCTIONS_PER_ELEMENT[dtype]:
             too_many.append(loop)
     assert len(counted) > 100 and not too_many
 

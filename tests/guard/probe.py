@@ -45,6 +45,8 @@ ELEMENTS = [
         ("RMSprop", {"centered": True, "momentum": 0.9}),
         ("SGD", {}),
         ("SGD", {"momentum": 0.9}),
+        ("AdamW", {"cautious": True}),
+        ("Lion", {"cautious": True}),
     )
     for param, grad in (
         ("float32", "float32"),
