@@ -82,6 +82,22 @@ class Backend(ABC):
         """What the optimizer's `nonfinite` means."""
         return mode_of(self.optimizer.nonfinite, self.optimizer.global_clipnorm)
 
+    def clipped(self, grads: Sequence[Any], scale: Any, skips: bool) -> tuple[Sequence[Any], Any]:
+        """Gradients as `clipnorm` or `clipvalue` leaves them, and the scale that they still have.
+
+        Keras's own functions clip each of them. `skips`: inf and nan stay, for the step to find.
+        """
+        optimizer, ops = self.optimizer, keras.ops
+        if not (optimizer.clipnorm or optimizer.clipvalue):
+            return grads, scale
+        if scale is not None:
+            grads = [it / ops.cast(scale, it.dtype) for it in grads]
+        clipped = optimizer._clip_gradients(grads)
+        if skips:
+            pairs = zip(grads, clipped)
+            clipped = [ops.where(ops.isfinite(grad), it, grad) for grad, it in pairs]
+        return clipped, None
+
     @property
     @abstractmethod
     def grad_norm(self) -> Any:

@@ -24,7 +24,8 @@ class FusedKerasOptimizer(keras.optimizers.Optimizer):
       Keras does. None is "skip" with `global_clipnorm`, else "propagate".
     * `grad_norm`, `step_skipped`, `skipped_steps`: 0-d tensors.
 
-    `iterations` counts the steps that were applied. `clipnorm` and `clipvalue` are refused.
+    `iterations` counts the steps that were applied. `clipnorm` and `clipvalue` clip as in Keras, in
+    passes of their own before the step; `grad_norm` is then that of the clipped gradients.
 
     Raises:
         ValueError, TypeError: an argument is refused; the message names it.
@@ -70,12 +71,6 @@ class FusedKerasOptimizer(keras.optimizers.Optimizer):
         return result
 
     def _check_settings(self) -> None:
-        for name in ("clipnorm", "clipvalue"):
-            if getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is not supported by {type(self).__name__}; "
-                    "expected None. global_clipnorm clips all gradients by one factor"
-                )
         check_limit("global_clipnorm", self.global_clipnorm)
         check_choice("nonfinite", self.nonfinite, Backend.nonfinite_modes)
 

@@ -84,12 +84,13 @@ class JaxBackend(Backend):
     def _constants(self, variables: Sequence[Any]) -> str:
         """What a program has compiled in: it is compiled anew where something of it differs."""
         it = self.optimizer
-        clipping = (it.global_clipnorm, it.nonfinite, it.loss_scale_factor)
+        clipping = (it.clipnorm, it.clipvalue, it.global_clipnorm, it.nonfinite)
         averages = (it.use_ema, it.ema_momentum, it.ema_overwrite_frequency)
         decays = (it.weight_decay, [self.decays(variable) for variable in variables])
         constraints = [id(variable.constraint) for variable in variables]
         every = it.gradient_accumulation_steps
-        return repr((it._options(), clipping, averages, decays, constraints, every))
+        scale = it.loss_scale_factor
+        return repr((it._options(), clipping, scale, averages, decays, constraints, every))
 
     def _run(
         self, places: Sequence[int], constants: str, values: Any, grads: Any, scale: Any, lr: Any
@@ -174,6 +175,7 @@ class JaxBackend(Backend):
         )
         grads = [grad.astype(it.dtype) for grad, it in zip(grads, variables)]
         formula = self._formula(variables, for_scaler)
+        grads, scale = self.clipped(grads, scale, formula.skip_nonfinite)
         grad_norm, after = take_step(formula, lr, scale, grads, before)
         for variable, value in zip(variables, after.params):
             variable.assign(value)

@@ -121,6 +121,7 @@ class TensorflowBackend(Backend):
         """
         optimizer, mode = self.optimizer, self.mode()
         skips = mode != "propagate" or for_scaler
+        grads, scale = self.clipped(grads, scale, skips)
         done, scalars = self._call(grads, variables, scale, skips)
         self._grad_norm.assign(done.grad_norm)
         self._step_skipped.assign(done.skipped)
