@@ -15,6 +15,16 @@ struct Spread {
   int64_t size;
   int per_tensor;
   float factors[kMaxScalars];
+
+  // An index that is no constant would read the arguments one thread after the other.
+  __device__ float factor(int k) const {
+    float result = 0;
+#pragma unroll
+    for (int i = 0; i < kMaxScalars; ++i) {
+      if (i == k) result = factors[i];
+    }
+    return result;
+  }
 };
 
 __global__ void __launch_bounds__(kThreads) spread_kernel(const __grid_constant__ Spread spread) {
@@ -22,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) spread_kernel(const __grid_constant_
   for (int64_t i = first; i < spread.size; i += gridDim.x * kThreads) {
     const int k = static_cast<int>(i % spread.per_tensor);
     spread.values[i] = k == 0 ? static_cast<float>(*spread.steps)
-                              : product_after(*spread.steps, spread.factors[k - 1]);
+                              : product_after(*spread.steps, spread.factor(k - 1));
   }
 }
 
@@ -36,7 +46,9 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x != 0) return;
   const StepControl& control = *collected.control;
   *collected.count.grad_norm = static_cast<float>(control.grad_norm);
-  ++*(control.step_skipped != 0 ? collected.count.skips : collected.count.steps);
+  const bool skipped = control.step_skipped != 0;
+  *collected.count.skips += skipped ? 1 : 0;
+  *collected.count.steps += skipped ? 0 : 1;
 }
 
 }  // namespace
