@@ -13,9 +13,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
-from keras_runs import BACKEND, fused, keras
+from keras_runs import BACKEND, fused, keras  # skips where there is no Keras
+
+import h5py  # isort: skip
 
 FOLDER = Path(__file__).with_name("models")
 

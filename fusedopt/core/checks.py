@@ -192,6 +192,12 @@ def check_arguments(rule: Rule, options: dict[str, Any], error: Exception | None
                 raise ours from error
 
 
+def check_lists(rule: Rule, options: dict[str, Any]) -> None:
+    """Refuses by name an option that holds too many numbers, or too few."""
+    for key in rule.counts.keys() & options.keys():
+        _check_numbers(options[key], key, rule.counts[key])
+
+
 def _check_numbers(value: Any, name: str, count: int) -> None:
     is_list = not (count == 1 and isinstance(value, Tensor)) and as_tuple(value) is not None
     numbers = (as_tuple(value) or ()) if is_list else (value,)

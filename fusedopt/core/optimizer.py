@@ -98,13 +98,16 @@ class FusedOptimizer(Persistence, Stepper):
     """
 
     def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        of_torch = super().__init__
         try:
-            super().__init__(params, *args, **kwargs)
+            of_torch(params, *args, **kwargs)
         except TypeError as error:  # torch's words don't name the option
-            given = inspect.signature(super().__init__).bind(params, *args, **kwargs).arguments
+            given = inspect.signature(of_torch).bind(params, *args, **kwargs).arguments
             del given["params"]
             checks.check_arguments(self.rule, given, error)
             raise
+        given = inspect.signature(of_torch).bind(params, *args, **kwargs).arguments
+        checks.check_lists(self.rule, given)  # torch 2.14 takes the first two of three betas
 
     def _configure(
         self,
