@@ -24,6 +24,15 @@ int place_of(const RuleInfo& rule, const std::string& name) {
   return place;
 }
 
+// How many numbers all options of a rule have together.
+int count_of_numbers(const RuleInfo& rule) {
+  int count = 0;
+  for (const OptionInfo& option : rule.options) {
+    count = std::max(count, place_of(rule, option.name) + option.count);
+  }
+  return count;
+}
+
 Needs needs_of(const RuleInfo& rule, int64_t num_groups, bool on_cuda) {
   Needs needs{};
   needs.on_cuda = on_cuda;
@@ -44,14 +53,6 @@ int most_threads() {
 }
 
 }  // namespace
-
-int count_of_numbers(const RuleInfo& rule) {
-  int count = 0;
-  for (const OptionInfo& option : rule.options) {
-    count = std::max(count, place_of(rule, option.name) + option.count);
-  }
-  return count;
-}
 
 std::vector<double> hyperparameters_of(const RuleInfo& rule, const double* options) {
   std::vector<double> result(rule.num_hyperparameters);
@@ -81,6 +82,10 @@ fusedopt_plan::fusedopt_plan(const RuleInfo& rule, const std::vector<TensorInfo>
   if (on_cuda && !built_with_cuda()) {
     throw std::invalid_argument("fusedopt is compiled without its CUDA kernels");
   }
+}
+
+size_t fusedopt_plan::num_arrays() const {
+  return layout_.shapes().size() * (1 + rule_.states.size() + rule_.scalars.size());
 }
 
 std::vector<TensorPointers> fusedopt_plan::pointers_to(void* const* arrays) const {
@@ -135,11 +140,10 @@ Device fusedopt_plan::host(const fusedopt_step& call) const {
 }
 
 void fusedopt_plan::place(void* const* arrays) {
-  const size_t count = layout_.shapes().size() * (1 + rule_.states.size() + rule_.scalars.size());
   if (!workspace_.empty() && std::equal(placed_.begin(), placed_.end(), arrays)) return;
   const std::vector<char> tables = layout_.tables(pointers_to(arrays));
   workspace_.resize(layout_.bytes() / sizeof(double));
-  placed_.assign(arrays, arrays + count);
+  placed_.assign(arrays, arrays + num_arrays());
   upload(Device(), workspace_.data(), tables.data(), tables.size());
 }
 
@@ -160,8 +164,7 @@ void fusedopt_plan::step(const fusedopt_step& call) {
 }
 
 void fusedopt_plan::measure(const fusedopt_step& call, const uint8_t* counted, int64_t* message) {
-  const size_t per_tensor = 1 + rule_.states.size() + rule_.scalars.size();
-  const std::vector<void*> no_arrays(layout_.shapes().size() * per_tensor);
+  const std::vector<void*> no_arrays(num_arrays());
   place(no_arrays.data());
   const StepParams step = bind(reinterpret_cast<char*>(workspace_.data()), call);
   const Device device = host(call);

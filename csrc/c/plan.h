@@ -1,6 +1,7 @@
 // A plan of the boundary in C: tensors that are laid out once, and their steps.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -8,9 +9,6 @@
 #include "kernels.h"
 
 namespace fusedopt {
-
-// How many numbers all options of a rule have together.
-int count_of_numbers(const RuleInfo& rule);
 
 // The rule's hyperparameters. Throws if a number is out of range.
 std::vector<double> hyperparameters_of(const RuleInfo& rule, const double* options);
@@ -28,6 +26,7 @@ struct fusedopt_plan {
   void enqueue(const fusedopt_step& call, const fusedopt_cuda& cuda) const;
 
  private:
+  size_t num_arrays() const;
   std::vector<fusedopt::TensorPointers> pointers_to(void* const* arrays) const;
   std::vector<double> groups_of(const double* options) const;
   fusedopt::StepParams bind(char* memory, const fusedopt_step& call) const;

@@ -1,5 +1,4 @@
 // JAX's custom call on a CUDA device: it enqueues one step over the buffers of a compiled program.
-#include <cmath>
 #include <string_view>
 
 #include "ffi/operands.h"
@@ -54,13 +53,8 @@ ffi::Error enqueue_step(void* stream, int32_t device, ffi::ScratchAllocator scra
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for the step's workspace");
   }
 
-  fusedopt_step step{};
-  step.arrays = arrays.data();
-  step.grads = tensors.grads.data();
-  step.options = constants.begin();
-  step.max_grad_norm = limit;
-  step.measure = skip_nonfinite || std::isfinite(limit);
-  step.skip_nonfinite = skip_nonfinite;
+  const fusedopt_step step =
+      step_of(arrays.data(), tensors.grads.data(), constants.begin(), limit, skip_nonfinite);
   fusedopt_cuda cuda{};
   cuda.device = device;
   cuda.stream = stream;
@@ -77,18 +71,7 @@ ffi::Error enqueue_step(void* stream, int32_t device, ffi::ScratchAllocator scra
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fusedopt_jax_cuda_step, enqueue_step,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<void*>>()
-                                  .Ctx<ffi::DeviceOrdinal>()
-                                  .Ctx<ffi::ScratchAllocator>()
-                                  .Attr<std::string_view>("rule")
-                                  .Attr<ffi::Span<const double>>("constants")
-                                  .Attr<ffi::Span<const int32_t>>("places")
-                                  .Attr<ffi::Span<const int32_t>>("factors")
-                                  .Attr<ffi::Span<const int32_t>>("groups")
-                                  .Attr<int64_t>("num_groups")
-                                  .Attr<int64_t>("num_states")
-                                  .Attr<int64_t>("states_used")
-                                  .Attr<bool>("skip_nonfinite")
-                                  .RemainingArgs()
-                                  .RemainingRets());
+                              with_attributes(ffi::Ffi::Bind()
+                                                  .Ctx<ffi::PlatformStream<void*>>()
+                                                  .Ctx<ffi::DeviceOrdinal>()
+                                                  .Ctx<ffi::ScratchAllocator>()));

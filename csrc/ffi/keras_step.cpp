@@ -2,7 +2,6 @@
 // array of its own, the rule's scalars are arrays that all variables share, and the gradients may
 // be those of a scaled loss. Several calls may share a step: each of them takes some of the
 // variables, and all take the total of fusedopt_jax_measure over all gradients.
-#include <cmath>
 #include <string_view>
 
 #include "ffi/message.h"
@@ -99,13 +98,8 @@ ffi::Error take_step(ffi::ThreadPool threads, std::string_view rule,
 
   const OptionalMessage total(*args.get<ffi::AnyBuffer>(kTotal));
   fusedopt_control control{};
-  fusedopt_step step{};
-  step.arrays = arrays.data();
-  step.grads = tensors.grads.data();
-  step.options = options.data();
-  step.max_grad_norm = max_grad_norm;
-  step.measure = skip_nonfinite || std::isfinite(max_grad_norm);
-  step.skip_nonfinite = skip_nonfinite;
+  fusedopt_step step =
+      step_of(arrays.data(), tensors.grads.data(), options.data(), max_grad_norm, skip_nonfinite);
   step.grad_scale = is_scaled ? args.get<ffi::AnyBuffer>(kScale)->typed_data<float>() : nullptr;
   step.total = total.data();
   step.control = &control;

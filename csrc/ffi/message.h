@@ -1,16 +1,12 @@
 // The message of a step over ranks in 32 bits: JAX has no integers of 64 bits by default.
 #pragma once
 
-#include <xla/ffi/api/ffi.h>
-
 #include <array>
 #include <cstdint>
 
-#include "c/fusedopt.h"
+#include "ffi/tensors.h"
 
 namespace fusedopt {
-
-namespace ffi = xla::ffi;
 
 using Message = std::array<int64_t, FUSEDOPT_MESSAGE_SIZE>;
 

@@ -3,6 +3,8 @@
 
 #include <sstream>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "ffi/tensors.h"
@@ -13,6 +15,23 @@ namespace fusedopt {
 // if it has any elements. After the first gradient come the others, parameters and states.
 enum Operand : size_t { kNumbers, kTotal, kCount, kSkips, kTensors };
 enum Result : size_t { kGradNorm, kNewCount, kNewSkips, kNewTensors };  // then parameters, states
+
+// The arguments of a handler that Python passes: fusedopt/jax/step.py.
+template <class Binding>
+auto with_attributes(Binding context) {
+  return std::move(context)
+      .template Attr<std::string_view>("rule")
+      .template Attr<ffi::Span<const double>>("constants")
+      .template Attr<ffi::Span<const int32_t>>("places")
+      .template Attr<ffi::Span<const int32_t>>("factors")
+      .template Attr<ffi::Span<const int32_t>>("groups")
+      .template Attr<int64_t>("num_groups")
+      .template Attr<int64_t>("num_states")
+      .template Attr<int64_t>("states_used")
+      .template Attr<bool>("skip_nonfinite")
+      .RemainingArgs()
+      .RemainingRets();
+}
 
 inline ffi::AnyBuffer buffer(const ffi::RemainingRets& results, size_t index) {
   return **results.get<ffi::AnyBuffer>(index);

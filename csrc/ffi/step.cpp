@@ -1,6 +1,5 @@
 // JAX's custom calls: one step over the buffers of a compiled program, in place. Over several
 // ranks, each of them measures first, and the program adds up their messages.
-#include <cmath>
 #include <string_view>
 
 #include "ffi/message.h"
@@ -55,13 +54,8 @@ ffi::Error take_step(ffi::ThreadPool threads, std::string_view rule,
 
   const OptionalMessage total(*args.get<ffi::AnyBuffer>(kTotal));
   fusedopt_control control{};
-  fusedopt_step step{};
-  step.arrays = arrays.data();
-  step.grads = tensors.grads.data();
-  step.options = numbers.data();
-  step.max_grad_norm = numbers.back();
-  step.measure = skip_nonfinite || std::isfinite(step.max_grad_norm);
-  step.skip_nonfinite = skip_nonfinite;
+  fusedopt_step step =
+      step_of(arrays.data(), tensors.grads.data(), numbers.data(), numbers.back(), skip_nonfinite);
   step.total = total.data();
   step.control = &control;
   lend(threads, step);
@@ -99,16 +93,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fusedopt_jax_measure, measure,
                                   .RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fusedopt_jax_step, take_step,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<std::string_view>("rule")
-                                  .Attr<ffi::Span<const double>>("constants")
-                                  .Attr<ffi::Span<const int32_t>>("places")
-                                  .Attr<ffi::Span<const int32_t>>("factors")
-                                  .Attr<ffi::Span<const int32_t>>("groups")
-                                  .Attr<int64_t>("num_groups")
-                                  .Attr<int64_t>("num_states")
-                                  .Attr<int64_t>("states_used")
-                                  .Attr<bool>("skip_nonfinite")
-                                  .RemainingArgs()
-                                  .RemainingRets());
+                              with_attributes(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));

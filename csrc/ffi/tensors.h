@@ -4,6 +4,7 @@
 #include <xla/ffi/api/ffi.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -32,6 +33,19 @@ inline int32_t dtype_of(ffi::DataType type) {
     default:
       return -1;
   }
+}
+
+// A step over these arrays. It clips at the limit, or never if that is infinite.
+inline fusedopt_step step_of(void* const* arrays, const void* const* grads, const double* options,
+                             double max_grad_norm, bool skip_nonfinite) {
+  fusedopt_step step{};
+  step.arrays = arrays;
+  step.grads = grads;
+  step.options = options;
+  step.max_grad_norm = max_grad_norm;
+  step.measure = skip_nonfinite || std::isfinite(max_grad_norm);
+  step.skip_nonfinite = skip_nonfinite;
+  return step;
 }
 
 // Lends the threads of XLA to a step, which must end before `threads` does.

@@ -128,8 +128,7 @@ def _to_peer(function: str, optimizer: FusedOptimizer, rules: tuple[str, ...]) -
     if optimizer.rule.name not in rules:
         raise TypeError(
             f"{function} was given a {type(optimizer).__name__} of the rule {optimizer.rule.name}; "
-            f"expected an optimizer of the "
-            f"rules {', '.join(rules)}"
+            f"expected an optimizer of the rules {', '.join(rules)}"
         )
     for index, group in enumerate(optimizer.param_groups):
         decays = group["weight_decay"] != 0 and not group.get("decoupled_weight_decay", True)

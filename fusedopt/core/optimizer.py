@@ -102,12 +102,10 @@ class FusedOptimizer(Persistence, Stepper):
         try:
             of_torch(params, *args, **kwargs)
         except TypeError as error:  # torch's words don't name the option
-            given = inspect.signature(of_torch).bind(params, *args, **kwargs).arguments
-            del given["params"]
-            checks.check_arguments(self.rule, given, error)
+            checks.check_arguments(self.rule, _given(of_torch, params, *args, **kwargs), error)
             raise
-        given = inspect.signature(of_torch).bind(params, *args, **kwargs).arguments
-        checks.check_lists(self.rule, given)  # torch 2.14 takes the first two of three betas
+        # torch 2.14 takes the first two of three betas.
+        checks.check_lists(self.rule, _given(of_torch, params, *args, **kwargs))
 
     def _configure(
         self,
@@ -271,3 +269,9 @@ def check_optimizer(function: str, optimizer: object) -> None:
             f"{function} was given a {type(optimizer).__name__}; expected one of fusedopt's "
             "optimizers"
         )
+
+
+def _given(of_torch: Callable[..., None], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The options of a call of torch's constructor, by their names."""
+    given = inspect.signature(of_torch).bind(*args, **kwargs).arguments
+    return {name: it for name, it in given.items() if name != "params"}

@@ -82,10 +82,16 @@ class Backend(ABC):
         """What the optimizer's `nonfinite` means."""
         return mode_of(self.optimizer.nonfinite, self.optimizer.global_clipnorm)
 
-    def clipped(self, grads: Sequence[Any], scale: Any, skips: bool) -> tuple[Sequence[Any], Any]:
+    def skips(self, for_scaler: bool) -> bool:
+        """Whether inf or nan skip a step. `for_scaler`: the loss was scaled."""
+        return for_scaler or self.mode() != "propagate"
+
+    def clipped(
+        self, grads: Sequence[Any], scale: Any, for_scaler: bool
+    ) -> tuple[Sequence[Any], Any]:
         """Gradients as `clipnorm` or `clipvalue` leaves them, and the scale that they still have.
 
-        Keras's own functions clip each of them. `skips`: inf and nan stay, for the step to find.
+        Keras's own functions clip each of them. If inf and nan skip a step, they stay.
         """
         optimizer, ops = self.optimizer, keras.ops
         if not (optimizer.clipnorm or optimizer.clipvalue):
@@ -93,7 +99,7 @@ class Backend(ABC):
         if scale is not None:
             grads = [it / ops.cast(scale, it.dtype) for it in grads]
         clipped = optimizer._clip_gradients(grads)
-        if skips:
+        if self.skips(for_scaler):
             pairs = zip(grads, clipped)
             clipped = [ops.where(ops.isfinite(grad), it, grad) for grad, it in pairs]
         return clipped, None

@@ -175,7 +175,7 @@ class JaxBackend(Backend):
         )
         grads = [grad.astype(it.dtype) for grad, it in zip(grads, variables)]
         formula = self._formula(variables, for_scaler)
-        grads, scale = self.clipped(grads, scale, formula.skip_nonfinite)
+        grads, scale = self.clipped(grads, scale, for_scaler)
         grad_norm, after = take_step(formula, lr, scale, grads, before)
         for variable, value in zip(variables, after.params):
             variable.assign(value)
@@ -194,7 +194,7 @@ class JaxBackend(Backend):
         return applied
 
     def _formula(self, variables: Sequence[Any], for_scaler: bool) -> Formula:
-        optimizer, skips = self.optimizer, self.mode() == "skip" or for_scaler
+        optimizer, skips = self.optimizer, self.skips(for_scaler)
         rows, groups = tuple(self.option_rows()), tuple(self.groups(variables))
         return Formula(optimizer.rule, rows, groups, optimizer.global_clipnorm, skips)
 

@@ -120,9 +120,8 @@ class TensorflowBackend(Backend):
             for_scaler: whether the loss was scaled. Then an overflow skips: it is expected.
         """
         optimizer, mode = self.optimizer, self.mode()
-        skips = mode != "propagate" or for_scaler
-        grads, scale = self.clipped(grads, scale, skips)
-        done, scalars = self._call(grads, variables, scale, skips)
+        grads, scale = self.clipped(grads, scale, for_scaler)
+        done, scalars = self._call(grads, variables, scale, self.skips(for_scaler))
         self._grad_norm.assign(done.grad_norm)
         self._step_skipped.assign(done.skipped)
         self._skipped_steps.assign_add(tf.cast(done.skipped, tf.int64))

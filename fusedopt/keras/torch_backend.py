@@ -112,8 +112,7 @@ class TorchBackend(Backend):
             for_scaler: whether the loss was scaled. Then an overflow skips: it is expected.
         """
         keras_optimizer = self.optimizer
-        skips = for_scaler or self.mode() != "propagate"
-        grads, scale = self.clipped(grads, scale, skips)
+        grads, scale = self.clipped(grads, scale, for_scaler)
         step = self._step = self._step or self._new_step()
         optimizer = step.optimizer
         optimizer.max_grad_norm = keras_optimizer.global_clipnorm
